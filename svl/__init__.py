@@ -1,0 +1,34 @@
+"""Short-LVLM: training-free layer pruning for large vision-language models.
+
+The Python API is the pipeline's own stages; they are imported on first use, so that `import svl` is cheap:
+
+    lvlm = svl.load("path-or-hub-id")
+    data = svl.read_samples("calibration.parquet")
+    stats = svl.calibrate(lvlm, data)
+    ...
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "Plan": "core",
+    "Patch": "core",
+    "SvlError": "core",
+    "load": "models",
+    "Lvlm": "models",
+    "read_samples": "data",
+    "calibrate": "calibrate",
+    "Activations": "calibrate",
+    "apply": "surgery",
+    "save": "export",
+}
+__all__ = sorted(_WHERE)  # noqa: PLE0605 (names resolved by __getattr__)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(import_module(f"svl.{_WHERE[name]}"), name)
+    raise AttributeError(f"module 'svl' has no attribute {name!r}")

@@ -1,0 +1,3 @@
+from svl.cli import main
+
+main()

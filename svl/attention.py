@@ -1,0 +1,141 @@
+"""Attention that also measures itself: per-token sums by modality, without ever holding a T x T x heads map.
+
+Registered with transformers as attention implementation "svl". Queries are taken in chunks: each chunk's softmax gives
+the output *and*, while it is at hand, how much attention every key received and every query paid, per modality and
+averaged over heads. Keys to the right of a causal chunk are skipped. The maps are those of eager attention (softmax in
+fp32), so the statistics equal `output_attentions=True` with `attn_implementation="eager"`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from svl.core import SvlError
+
+NAME = "svl"
+CHUNK = 64  # queries at a time: fast, and temporary memory of B x H x 64 x T
+
+
+@dataclass
+class Meter:
+    """Attention sums of one forward pass. Modality 0 is visual, 1 textual; padding belongs to neither.
+
+    Attributes:
+        modality: [B, 2, T], 1 where the token is of that modality.
+        received, emitted: by layer index, [B, 2, T]; see `svl.core.TokenTrace`.
+        queries, keys: by layer index, [B, 2, T], numbers of visible queries and keys.
+    """
+
+    modality: Tensor
+    received: dict[int, Tensor] = field(default_factory=dict)
+    emitted: dict[int, Tensor] = field(default_factory=dict)
+    queries: dict[int, Tensor] = field(default_factory=dict)
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    _visible: dict[int, tuple[Tensor | None, tuple[Tensor, Tensor]]] = field(default_factory=dict)
+
+    def visible(self, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """How many queries of each modality see key j, and keys of each modality query i sees, under `mask`."""
+        known = self._visible.get(id(mask))
+        if known is None:  # layers of one kind share their mask, so this is done once per kind
+            t = self.modality.shape[-1]
+            seen = torch.ones(t, t, device=self.modality.device).tril() if mask is None else mask[:, 0].float()
+            counts = (self.modality @ seen, (seen @ self.modality.mT).mT)
+            known = self._visible[id(mask)] = (mask, counts)  # holding the mask keeps its id from being reused
+        return known[1]
+
+
+_meter: ContextVar[Meter | None] = ContextVar("attention meter", default=None)
+
+
+@contextmanager
+def metering(model: Any, modality: Tensor) -> Iterator[Meter]:
+    """Within the block, forward passes of `model` fill the meter that it gives; afterwards all is as before."""
+    text = model.config.get_text_config(decoder=True)
+    before, meter = text._attn_implementation, Meter(modality)
+    part = next((n for n in model.config.sub_configs if getattr(model.config, n, None) is text), None)
+    model.set_attn_implementation({part: NAME} if part else NAME)
+    token = _meter.set(meter)
+    try:
+        yield meter
+    finally:
+        _meter.reset(token)
+        model.set_attn_implementation({part: before} if part else before)
+
+
+def measured_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention output [B, T, H, D]; fills the current meter.
+
+    `query` [B, H, T, D], `key` and `value` [B, H_kv, K, D] (H a multiple of H_kv), `attention_mask` None for causal or
+    bool [B, 1, T, K], True where a query may look.
+
+    Raises:
+        SvlError: for attention with sinks, which has no plain softmax map.
+    """
+    if s_aux is not None:
+        raise SvlError("attention statistics are not defined for models with attention sinks; use another selector")
+    meter = _meter.get()
+    b, h, t, d = query.shape
+    h_kv, k = key.shape[1], key.shape[2]
+    groups = h // h_kv
+    scaling = d**-0.5 if scaling is None else scaling
+    measure = meter is not None and t == k == meter.modality.shape[-1]
+    if measure:
+        modality = meter.modality.to(value.dtype)
+        queries, keys = meter.visible(attention_mask)
+        received = torch.zeros(b, 2, k, device=query.device)
+        # Two more value columns hold the keys' modalities: what a query pays each comes out of the same product.
+        value = torch.cat([value, modality.mT[:, None].expand(b, h_kv, k, 2)], -1)
+    causal = attention_mask is None or not bool(attention_mask.triu(1).any())
+    grouped = query.reshape(b, h_kv, groups, t, d) * scaling
+    outputs = []
+    for start in range(0, t, CHUNK):
+        stop = min(start + CHUNK, t)
+        seen = stop if causal and t == k else k
+        q = grouped[..., start:stop, :].reshape(b, h_kv, groups * (stop - start), d)
+        score = (q @ key[:, :, :seen].mT).view(b, h_kv, groups, stop - start, seen)
+        if softcap is not None:
+            score = torch.tanh(score / softcap) * softcap
+        if attention_mask is not None:
+            hidden = ~attention_mask[:, :, None, start:stop, :seen]
+        else:
+            hidden = torch.ones(stop - start, seen, dtype=torch.bool, device=q.device).triu(1 + start)
+        score = score.masked_fill_(hidden, torch.finfo(score.dtype).min)
+        p = F.softmax(score, dim=-1, dtype=torch.float32).to(value.dtype)
+        if measure:
+            rows = modality[:, None, :, None, start:stop].expand(b, h_kv, 2, groups, stop - start)
+            rows = rows.reshape(b, h_kv, 2, -1) @ p.reshape(b, h_kv, -1, seen)
+            received[..., :seen] += rows.float().sum(1) / h
+        outputs.append((p.view(b, h_kv, -1, seen) @ value[:, :, :seen]).view(b, h, stop - start, -1))
+    out = torch.cat(outputs, 2)
+    if measure:
+        layer = module.layer_idx
+        valid = meter.modality.sum(1, keepdim=True)  # rows of padding attend to something, too: not measured
+        meter.received[layer] = received
+        meter.emitted[layer] = out[..., d:].float().mean(1).mT * valid
+        meter.queries[layer], meter.keys[layer] = queries * valid, keys * valid
+        out = out[..., :d]
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, measured_attention)
+AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])

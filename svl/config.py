@@ -1,0 +1,190 @@
+"""Configuration: the schema of the root and of every group, and the one place that builds objects from it.
+
+Method groups (selector, strategy, compensation, tracker) are frozen dataclasses named by `_target_`; the dataclass is
+the schema, so its YAML is checked against its fields. The other groups are plain values with the schemas below.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import os
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from svl.core import SvlError, did_you_mean, layers_to_remove
+
+PACKAGE = Path(__file__).parent
+CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # installed, or a checkout
+METHODS = ("selector", "strategy", "compensation", "tracker")
+
+
+@dataclass
+class Model:
+    """What is pruned: a checkpoint folder or hub id."""
+
+    path: str = MISSING
+    name: str | None = None  # in plans and reports; default: last part of the path
+    revision: str | None = None
+    dtype: str = "auto"  # auto (as stored) | float32 | bfloat16 | float16
+    device: str = "auto"
+    layers: str | None = None  # dotted path of the decoder layers, where structure does not tell
+    trust_remote_code: bool = False
+
+
+@dataclass
+class Calibration:
+    """Samples that statistics are measured on."""
+
+    path: str = MISSING  # parquet or JSON lines with `image` and `prompt`
+    name: str | None = None
+    samples: int | None = None  # null: all; else a subset drawn by `seed`
+    seed: int = 0
+    batch_size: int = 8
+    statistics: list[str] = field(default_factory=lambda: ["cosine", "attention"])  # measured in the one pass
+
+
+@dataclass
+class Task:
+    """One lmms-eval task of a benchmark."""
+
+    metric: str = MISSING  # the main one, in averages
+    scale: float = 1.0  # divides the main metric in averages (MME: 2000)
+
+
+@dataclass
+class Benchmark:
+    """What models are scored on."""
+
+    name: str = MISSING
+    tasks: dict[str, Task] = field(default_factory=dict)
+    include_path: str | None = None  # folder of task YAML files besides lmms-eval's own
+    limit: int | None = None  # first samples of each task only; shown wherever such a result is
+    batch_size: int = 16
+    max_new_tokens: int | None = None  # cap per answer; null: the task's own
+
+
+@dataclass
+class Paths:
+    """Where results go."""
+
+    outputs: str = MISSING
+    store: str = MISSING
+
+
+@dataclass
+class Export:
+    """The pruned checkpoint."""
+
+    path: str | None = None
+
+
+@dataclass
+class Svl:
+    """The root."""
+
+    model: Model = field(default_factory=Model)
+    calibration: Calibration = field(default_factory=Calibration)
+    selector: Any = MISSING
+    strategy: Any = MISSING
+    compensation: Any = MISSING
+    benchmark: Benchmark = field(default_factory=Benchmark)
+    tracker: Any = MISSING
+    paths: Paths = field(default_factory=Paths)
+    export: Export = field(default_factory=Export)
+    name: str | None = None
+    ratio: float = 0.25
+    n_remove: int | None = None
+    seed: int = 0
+
+
+def register() -> None:
+    """Make schema and resolvers known to Hydra. Safe to call twice."""
+    ConfigStore.instance().store(name="schema_svl", node=Svl)
+    OmegaConf.register_new_resolver("svl", lambda part: str(PACKAGE / part), replace=True)
+
+
+def build(node: DictConfig, group: str) -> Any:
+    """The object that a method group describes: its `_target_` dataclass with the node's other keys as fields.
+
+    Targets must lie in `svl.` or in a package named in the environment variable SVL_PLUGINS (comma-separated).
+
+    Raises:
+        SvlError: on a target that does not exist or is not allowed, an unknown key, or a value of a wrong type or range.
+    """
+    values = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    if not isinstance(values, dict) or "_target_" not in values:
+        raise SvlError(f"{group} has no _target_: name the dataclass that implements it")
+    target = values.pop("_target_")
+    prefixes = ["svl", *filter(None, os.environ.get("SVL_PLUGINS", "").split(","))]
+    if not any(target.startswith(f"{p}.") for p in prefixes):
+        raise SvlError(f"{group}._target_ '{target}' is outside {', '.join(prefixes)}; allow its package in SVL_PLUGINS")
+    module, _, name = target.rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise SvlError(f"{group}._target_ '{target}' cannot be imported: {error}") from error
+    known = [f.name for f in dataclasses.fields(cls) if f.init]
+    for key in values:
+        if key not in known:
+            raise SvlError(f"{group} has no setting '{key}'{did_you_mean(key, known)}; it has: {', '.join(known) or '-'}")
+    try:
+        typed = OmegaConf.merge(OmegaConf.structured(_schema(cls)), values)
+        plain = OmegaConf.to_container(typed)
+    except OmegaConfBaseException as error:
+        raise SvlError(f"{group}: {str(error).splitlines()[0]} (setting '{error.full_key}')") from error
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in typing.cast(dict, plain).items()})
+
+
+def _schema(cls: type) -> type:
+    """A mutable twin of a frozen dataclass, with tuples as lists: what OmegaConf can type-check values against."""
+    hints = typing.get_type_hints(cls)
+    fields: list[Any] = []
+    for f in filter(lambda f: f.init, dataclasses.fields(cls)):
+        hint = hints[f.name]
+        if typing.get_origin(hint) is tuple:
+            hint = list[typing.get_args(hint)[0]]  # type: ignore[misc]
+            default = dataclasses.field(default_factory=lambda v=f.default: list(v))  # type: ignore[misc]
+        elif f.default is dataclasses.MISSING:
+            default = dataclasses.field(default=MISSING)
+        else:
+            default = dataclasses.field(default=f.default)
+        fields.append((f.name, hint, default))
+    return dataclasses.make_dataclass(cls.__name__, fields)
+
+
+def describe(node: DictConfig) -> dict[str, Any]:
+    """A method group as plain data, for keys and records."""
+    return typing.cast(dict, OmegaConf.to_container(node, resolve=True))
+
+
+def validate(cfg: DictConfig) -> dict[str, Any]:
+    """Check everything that can be checked without loading the model; the method objects by group.
+
+    Raises:
+        SvlError: the first mistake, as one line.
+    """
+    layers_to_remove(cfg.ratio, 1)
+    if cfg.n_remove is not None and cfg.n_remove < 0:
+        raise SvlError(f"n_remove is {cfg.n_remove}, but must be at least 0")
+    for node in (cfg.model, cfg.calibration, cfg.benchmark):
+        for key in OmegaConf.missing_keys(node):
+            name = next(g for g in ("model", "calibration", "benchmark") if cfg[g] is node)
+            raise SvlError(f"{name}.{key} is not set")
+    for name, value in (("calibration.batch_size", cfg.calibration.batch_size),
+                        ("benchmark.batch_size", cfg.benchmark.batch_size),
+                        ("calibration.samples", cfg.calibration.samples), ("benchmark.limit", cfg.benchmark.limit)):  # fmt: skip
+        if value is not None and value < 1:
+            raise SvlError(f"{name} is {value}, but must be at least 1")
+    if cfg.export.path and Path(cfg.export.path).exists():
+        raise SvlError(f"export.path '{cfg.export.path}' exists already; it is never overwritten")
+    if cfg.benchmark.tasks and importlib.util.find_spec("lmms_eval") is None:
+        raise SvlError("benchmarks need lmms-eval: pip install 'svl[eval]', or run with benchmark=none")
+    return {group: build(cfg[group], group) for group in METHODS}

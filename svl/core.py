@@ -1,0 +1,287 @@
+"""The vocabulary of the framework: what every other module and every method file speaks.
+
+A *strategy* reads statistics and writes a plan; a plan is data; one surgeon executes data. A *selector* says which
+tokens of a sample count; a *compensation* computes what is folded into kept weights. Method files import this
+module and torch, nothing else of svl.
+
+Words have one meaning each: layers are 0-based, `h_i` enters layer i (`h_L` leaves the last one, before the final
+norm), `ratio` is the fraction of decoder layers removed, importance is higher for layers to keep.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class SvlError(Exception):
+    """A mistake a person can mend: bad input, missing data, full disk. Shown as one line, without a traceback."""
+
+
+def did_you_mean(word: str, options: Iterable[str]) -> str:
+    """ " (did you mean 'x'?)" for the closest of `options`, or an empty string."""
+    close = difflib.get_close_matches(str(word), [str(o) for o in options], n=1, cutoff=0.5)
+    return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:
+    """Raise SvlError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        listing = ", ".join(map(str, allowed))
+        raise SvlError(f"{name} is '{value}', but must be one of: {listing}{did_you_mean(value, allowed)}")
+
+
+def layers_to_remove(ratio: float, n_layers: int) -> int:
+    """floor(ratio * n_layers + 0.5): the one rounding rule (10 / 20 / 30 % of 32 layers are 3 / 6 / 10).
+
+    Raises:
+        SvlError: if `ratio` lies outside [0, 1).
+    """
+    if not 0 <= ratio < 1:
+        raise SvlError(f"ratio is {ratio:g}, but must lie in [0, 1): it is the fraction of decoder layers removed")
+    return math.floor(ratio * n_layers + 0.5)
+
+
+# ------------------------------------------------------------------------------------------------ plan
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which decoder layers go. Plain data: about 1 KB of JSON, valid for any checkpoint of that model.
+
+    Attributes:
+        n_layers: decoder layers of the dense model.
+        removed: 0-based indices of the layers to remove, ascending.
+        importance: one number per original layer, higher = keep (cosine scores: 1 - mean cosine); empty if the
+            strategy has none.
+        provenance: how the plan was made (`strategy`, `selector`, `model`, `ratio`, ...); not part of its identity.
+    """
+
+    n_layers: int
+    removed: tuple[int, ...]
+    importance: tuple[float, ...] = ()
+    provenance: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "removed", tuple(sorted(self.removed)))
+        wrong = [i for i in self.removed if not 0 <= i < self.n_layers]
+        if wrong or len(set(self.removed)) != len(self.removed):
+            raise SvlError(f"plan removes layers {list(self.removed)}, but the model has layers 0..{self.n_layers - 1}")
+        if len(self.removed) >= self.n_layers:
+            raise SvlError(f"plan removes all {self.n_layers} decoder layers; at least one must stay")
+        if self.importance and len(self.importance) != self.n_layers:
+            raise SvlError(f"plan has {len(self.importance)} importances for {self.n_layers} layers")
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """0-based indices of the layers that stay, ascending."""
+        return tuple(i for i in range(self.n_layers) if i not in set(self.removed))
+
+    @property
+    def runs(self) -> tuple[tuple[int, int], ...]:
+        """Contiguous removed runs as half-open pairs: {3, 4, 7} -> ((3, 5), (7, 8))."""
+        runs: list[tuple[int, int]] = []
+        for i in self.removed:
+            if runs and runs[-1][1] == i:
+                runs[-1] = (runs[-1][0], i + 1)
+            else:
+                runs.append((i, i + 1))
+        return tuple(runs)
+
+    def to_json(self) -> str:
+        """The plan as JSON text, readable by `from_json`."""
+        body: dict[str, Any] = {"n_layers": self.n_layers, "removed": self.removed, "kept": self.kept}
+        return json.dumps({**body, "importance": self.importance, **self.provenance}, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan; a hand-written one needs `n_layers` and `removed` only.
+
+        Raises:
+            SvlError: if the text is not JSON, lacks those keys, or names impossible layers.
+        """
+        try:
+            body = json.loads(text)
+            n_layers, removed = int(body.pop("n_layers")), tuple(int(i) for i in body.pop("removed"))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise SvlError(f"not a plan: {error}") from error
+        except KeyError as error:
+            raise SvlError(f"not a plan: key {error} is missing (n_layers and removed are needed)") from error
+        body.pop("kept", None)
+        return cls(n_layers, removed, tuple(body.pop("importance", None) or ()), body)
+
+
+# ----------------------------------------------------------------------------------------- statistics
+
+
+@dataclass(frozen=True)
+class TokenTrace:
+    """What calibration measured on one sample: scalars per token and layer, no hidden states, no padding.
+
+    L layers, T tokens of the sample, fp32. Modality 0 is visual, 1 textual. Attention is averaged over heads.
+    Size: 4 L T (1 + 4) bytes with attention, e.g. 0.4 MB for 32 layers and 640 tokens.
+
+    Attributes:
+        index: number of the sample in its calibration set.
+        visual: bool [T], True where the token is an image placeholder.
+        cosine: [L, T], cos(h_i, h_{i+1}).
+        received: [L, 2, T], attention that key j got, summed over the queries of each modality.
+        emitted: [L, 2, T], attention that query i paid, summed over the keys of each modality.
+        queries: [L or 1, 2, T], how many queries of each modality can see key j.
+        keys: [L or 1, 2, T], how many keys of each modality query i can see.
+    """
+
+    index: int
+    visual: Tensor
+    cosine: Tensor | None = None
+    received: Tensor | None = None
+    emitted: Tensor | None = None
+    queries: Tensor | None = None
+    keys: Tensor | None = None
+
+
+class TokenSelector(Protocol):
+    """Which tokens count: a frozen dataclass whose fields are its settings."""
+
+    needs: ClassVar[frozenset[str]]  # subset of {"cosine", "attention"}
+
+    def weights(self, trace: TokenTrace) -> Tensor:
+        """Weights in [0, 1] of the sample's tokens: [T], or [L, T] where every layer has its own."""
+        ...
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Statistics of one calibration pass, seen through a token selector.
+
+    Attributes:
+        n_layers: decoder layers of the model.
+        removable: layers that may be removed (the model's protected ones are missing).
+        traces: per-sample measurements; iterated from disk, one sample in memory at a time.
+        selector: the token weighting behind `cosine()`.
+    """
+
+    n_layers: int
+    removable: tuple[int, ...]
+    traces: Iterable[TokenTrace] = ()
+    selector: TokenSelector | None = None
+
+    def cosine(self) -> Tensor:
+        """Mean cos(h_i, h_{i+1}) over all selected tokens of all samples: fp64 [L].
+
+        Raises:
+            SvlError: if the selector leaves no token in the whole calibration set.
+        """
+        if self.selector is None:
+            raise SvlError("a cosine over tokens needs a token selector")
+        total: Any = 0.0
+        weight: Any = 0.0
+        for trace in self.traces:
+            if trace.cosine is None:
+                raise SvlError("calibration did not measure 'cosine'; add it to calibration.statistics")
+            w = self.selector.weights(trace).double().expand_as(trace.cosine)
+            total = total + (w * trace.cosine).sum(-1)
+            weight = weight + w.sum(-1)
+        if isinstance(weight, float) or not bool((weight > 0).all()):
+            name = type(self.selector).__name__.lower()
+            raise SvlError(f"selector '{name}' leaves no token in the calibration set; choose another selector or data")
+        return total / weight
+
+    def plan(self, importance: Tensor, n_remove: int) -> Plan:
+        """Remove the `n_remove` least important removable layers; of equals the deeper goes first.
+
+        Raises:
+            SvlError: if fewer layers may be removed.
+        """
+        values = [float(x) for x in importance]
+        if not all(math.isfinite(x) for x in values):
+            raise SvlError(f"layer importance is not finite: {values}")
+        order = sorted(self.candidates(n_remove), key=lambda i: (values[i], -i))
+        return Plan(self.n_layers, tuple(order[:n_remove]), tuple(values))
+
+    def candidates(self, n_remove: int) -> tuple[int, ...]:
+        """The removable layers.
+
+        Raises:
+            SvlError: if there are fewer than `n_remove` of them, or `n_remove` would leave no layer.
+        """
+        allowed = min(len(self.removable), self.n_layers - 1)
+        if not 0 <= n_remove <= allowed:
+            raise SvlError(f"cannot remove {n_remove} of {self.n_layers} decoder layers: at most {allowed} may go")
+        return self.removable
+
+
+class Strategy(Protocol):
+    """Which layers go: a frozen dataclass whose fields are its settings."""
+
+    needs: ClassVar[frozenset[str]]
+
+    def plan(self, stats: Stats, n_remove: int) -> Plan:
+        """A plan that removes `n_remove` layers."""
+        ...
+
+
+# -------------------------------------------------------------------------------------- compensation
+
+
+@dataclass(frozen=True)
+class Update:
+    """W <- W + left @ (right @ W) for one output projection (and its bias); `left` [d, k], `right` [k, d]."""
+
+    left: Tensor
+    right: Tensor
+
+
+@dataclass(frozen=True)
+class Patch:
+    """What a compensation folds into kept weights: updates by (original layer index, writer).
+
+    A writer is a role of the layer's residual-writing projections: "attn" (o_proj) or "mlp" (down_proj).
+    """
+
+    updates: dict[tuple[int, str], Update] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.updates)
+
+
+class Sample(Protocol):
+    """One calibration sample inside a streaming pass: selected hidden states."""
+
+    weights: Tensor  # [T] or [L, T], the selector's
+
+    def h(self, i: int) -> Tensor:
+        """Residual stream entering layer i (L: leaving the last): fp32 [T, d]."""
+        ...
+
+
+class Hidden(Protocol):
+    """Hidden states of the calibration set, streamed: nothing is kept between samples."""
+
+    n_layers: int
+    writers: Sequence[str]
+
+    def stream(self, points: Sequence[int]) -> Iterator[Sample]:
+        """One forward pass over the calibration set, giving h_i of every sample for each i in `points`."""
+        ...
+
+
+class Compensation(Protocol):
+    """What is put in the gap: a frozen dataclass whose fields are its settings."""
+
+    needs: ClassVar[frozenset[str]]  # {"hidden"} if `fit` streams hidden states, else empty
+
+    def fit(self, hidden: Hidden, plan: Plan) -> Patch:
+        """The updates of kept weights that make up for the layers that `plan` removes."""
+        ...
+
+
+Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]  # (items, what, total) -> the same items, shown

@@ -1,0 +1,121 @@
+"""Calibration samples from local files: parquet or JSON lines with `image` and `prompt`, and an optional `answer`."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import random
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from svl.core import SvlError, did_you_mean
+
+SUFFIXES = (".parquet", ".jsonl", ".json")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sample: encoded image (None for text only), the user's turn, the expected answer (may be empty)."""
+
+    row: int
+    prompt: str
+    image_bytes: bytes | None = None
+    answer: str = ""
+
+    @property
+    def image(self) -> Image.Image | None:
+        """The decoded RGB image."""
+        return None if self.image_bytes is None else Image.open(io.BytesIO(self.image_bytes)).convert("RGB")
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A calibration set; `source` names it in messages."""
+
+    source: str
+    items: tuple[Example, ...]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of every prompt, image and answer, in order: 16 hex digits."""
+        digest = hashlib.sha256()
+        for item in self.items:
+            for part in (item.prompt.encode(), item.image_bytes or b"", item.answer.encode()):
+                digest.update(len(part).to_bytes(8, "little"))
+                digest.update(part)
+        return digest.hexdigest()[:16]
+
+
+def read_samples(path: str | Path, n: int | None = None, seed: int = 0) -> Examples:
+    """Read `n` samples (all if None) from a file, in its order; if it has more, a random subset by `seed`.
+
+    `image` may hold encoded bytes, `{"bytes": ..}` as `datasets` writes it, or a path relative to the file.
+
+    Raises:
+        SvlError: if the file is missing, of another type, empty, without `prompt` (or `image`) column, or an image
+            cannot be read (the message names the row).
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise SvlError(f"calibration.path: there is no file '{path}'")
+    if path.suffix not in SUFFIXES:
+        raise SvlError(f"calibration.path: '{path.name}' is not one of {', '.join(SUFFIXES)}")
+    rows = _parquet(path) if path.suffix == ".parquet" else _json_lines(path)
+    if not rows:
+        raise SvlError(f"calibration file '{path}' is empty")
+    columns = sorted(set().union(*rows))
+    for column in ("image", "prompt"):
+        if column not in columns:
+            hint = did_you_mean(column, columns)
+            raise SvlError(f"calibration file '{path}' has no column '{column}'{hint}; it has: {', '.join(columns)}")
+    numbers = list(range(len(rows)))
+    if n is not None and n < len(rows):
+        numbers = sorted(random.Random(seed).sample(numbers, n))
+    return Examples(str(path), tuple(_example(rows[i], i, path) for i in numbers))
+
+
+def _parquet(path: Path) -> list[dict[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise SvlError(f"calibration file '{path}' is no readable parquet file: {error}") from error
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines()):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise SvlError(f"calibration file '{path}', line {number + 1}: {error}") from error
+            if not isinstance(rows[-1], dict):
+                raise SvlError(f"calibration file '{path}', line {number + 1}: not an object with image and prompt")
+    return rows
+
+
+def _example(row: dict[str, Any], number: int, path: Path) -> Example:
+    if not isinstance(row.get("prompt"), str):
+        raise SvlError(f"calibration file '{path}', row {number}: prompt is not text")
+    image = row.get("image")
+    if isinstance(image, dict):
+        image = image.get("bytes") or image.get("path")
+    try:
+        if isinstance(image, str):
+            image = (path.parent / image).read_bytes()
+        if image is not None:
+            Image.open(io.BytesIO(image)).load()  # decode once now: a broken file must not end a long run later
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise SvlError(f"calibration file '{path}', row {number}: cannot read the image ({error})") from error
+    return Example(number, row["prompt"], image, str(row.get("answer") or ""))

@@ -1,0 +1,421 @@
+"""The story of a run: calibrate, plan, compensate, evaluate, record. One function per stage, each kept in the store.
+
+A stage's inputs are written out in its call to `store.make`; what is there already is read instead of computed, so
+a run that was interrupted, and one that shares stages with another, needs no special case. The model is loaded only
+when a stage has to compute.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import math
+import platform
+import subprocess
+import time
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+from svl import benchmarks
+from svl.config import PACKAGE, describe, validate
+from svl.core import Patch, Plan, Stats, SvlError, layers_to_remove, one_of
+from svl.data import Examples, read_samples
+from svl.store import Entry, Store, checkpoint_fingerprint
+
+if TYPE_CHECKING:
+    from svl.models import Lvlm
+
+log = logging.getLogger(__name__)
+PACKAGES = ("svl", "torch", "transformers", "lmms_eval", "datasets", "hydra-core", "wandb")
+
+
+class Run:
+    """One configuration on its way through the stages. Raises SvlError on bad input before any heavy work."""
+
+    def __init__(self, cfg: DictConfig, folder: Path):
+        self.cfg, self.folder = cfg, folder
+        parts = validate(cfg)
+        self.selector, self.strategy, self.compensation = parts["selector"], parts["strategy"], parts["compensation"]
+        self.tracker = parts["tracker"]
+        self.store = Store(cfg.paths.store)
+        model = cfg.model
+        one_of("model.dtype", model.dtype, ("auto", "float32", "bfloat16", "float16"))
+        self.fingerprint = checkpoint_fingerprint(model.path, model.revision, self.store.root / "fingerprint")
+        self.model = {"fingerprint": self.fingerprint, "dtype": model.dtype, "layers": model.layers}
+        self.name = model.name or Path(model.path).name
+        self.tasks = {
+            task: {"task": task, "fingerprint": benchmarks.fingerprint(task, cfg.benchmark.include_path)}
+            for task in cfg.benchmark.tasks
+        }
+        self.measures = bool(self.strategy.needs)  # otherwise the selector plays no part in choosing layers
+        self.needs = self.strategy.needs | self.compensation.needs
+        if self.needs:
+            self.needs |= self.selector.needs
+            self.examples  # noqa: B018 (read now, so that bad data is found before the model is loaded)
+
+    @cached_property
+    def examples(self) -> Examples:
+        """The calibration set."""
+        calibration = self.cfg.calibration
+        return read_samples(calibration.path, calibration.samples, calibration.seed)
+
+    @cached_property
+    def dense(self) -> Lvlm:
+        """The model as it comes."""
+        from svl import models
+
+        model = self.cfg.model
+        return models.load(
+            model.path, dtype=model.dtype, device=model.device, revision=model.revision, layers=model.layers,
+            name=self.name, trust_remote_code=model.trust_remote_code,
+        )  # fmt: skip
+
+    def show(self, items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
+        """Progress over batches, with the time left."""
+        return tqdm(items, desc=f"  {what}", total=total, leave=False, dynamic_ncols=True)
+
+    # ------------------------------------------------------------------------------------------ stages
+
+    def calibrate(self) -> Entry | None:
+        """Stage `stats`: per-token measurements; None if nothing asks for data. Independent of method and ratio."""
+        if not self.needs:
+            return None
+        asked = sorted(set(self.cfg.calibration.statistics) | (self.needs - {"hidden"}))
+
+        def build(folder: Path) -> dict[str, Any]:
+            from svl import calibrate
+
+            for name in asked:
+                one_of("calibration.statistics", name, calibrate.STATISTICS)
+            self.n_remove(self.statistics(None))  # asking for too many layers should not cost a calibration
+            size = self.cfg.calibration.batch_size
+            calibrate.calibrate(
+                self.dense, self.examples, statistics=asked, batch_size=size, folder=folder, show=self.show
+            )
+            return {"samples": len(self.examples), "removable": self.dense.anatomy.removable,
+                    "n_layers": self.dense.anatomy.n_layers}  # fmt: skip
+
+        inputs = {"model": self.model, "examples": self.examples.fingerprint, "statistics": asked}
+        return self.done("calibrate", self.store.make("stats", inputs, build))
+
+    def statistics(self, entry: Entry | None) -> Stats:
+        """What a strategy reads: the calibration seen through the selector, or the bare depth of the model."""
+        if entry is None:
+            anatomy = self.dense.anatomy
+            return Stats(anatomy.n_layers, anatomy.removable)
+        from svl.calibrate import TraceFolder
+
+        return Stats(
+            entry.output["n_layers"], tuple(entry.output["removable"]), TraceFolder(entry.path), self.selector
+        )
+
+    def n_remove(self, stats: Stats) -> int:
+        """How many layers go: `n_remove`, or the ratio of the model's depth.
+
+        Raises:
+            SvlError: if that many may not be removed.
+        """
+        n = layers_to_remove(self.cfg.ratio, stats.n_layers) if self.cfg.n_remove is None else self.cfg.n_remove
+        stats.candidates(n)
+        return n
+
+    def plan(self, stats: Entry | None) -> Entry:
+        """Stage `plan`: which layers go."""
+        cfg = self.cfg
+        selector = describe(cfg.selector) if self.measures else None
+
+        def build(folder: Path) -> dict[str, Any]:
+            measured = self.statistics(stats if self.measures else None)
+            n_remove = self.n_remove(measured)
+            plan = self.strategy.plan(measured, n_remove)
+            if self.measures:
+                self.draw_example(measured, folder)
+            provenance = {
+                "ratio": len(plan.removed) / plan.n_layers, "n_remove": n_remove, "strategy": self.choice("strategy"),
+                "selector": self.choice("selector") if self.measures else None, "model": self.name,
+                "model_fingerprint": self.fingerprint, "settings": {"strategy": describe(cfg.strategy),
+                "selector": selector}, "calibration": self.examples.fingerprint if self.measures else None,
+            }  # fmt: skip
+            (folder / "plan.json").write_text(Plan(plan.n_layers, plan.removed, plan.importance, provenance).to_json())
+            return {"removed": plan.removed}
+
+        inputs = {"model": self.model, "stats": stats.key if stats and self.measures else None, "selector": selector,
+                  "strategy": describe(cfg.strategy), "ratio": cfg.ratio if cfg.n_remove is None else None,
+                  "n_remove": cfg.n_remove}  # fmt: skip
+        entry = self.store.make("plan", inputs, build)
+        return self.done("plan", entry, f"removes layers {entry.output['removed']}")
+
+    def compensate(self, stats: Entry | None, plan: Plan) -> Entry | None:
+        """Stage `patch`: updates of kept weights; None if there is nothing to compensate (or to do it with)."""
+        if not self.compensation.needs or not plan.removed or stats is None:
+            return None
+
+        def build(folder: Path) -> dict[str, Any]:
+            from svl import surgery
+            from svl.calibrate import Activations
+
+            size = self.cfg.calibration.batch_size
+            hidden = Activations(self.dense, self.examples, self.statistics(stats), size, self.show)
+            patch: Patch = self.compensation.fit(hidden, plan)
+            if patch:
+                surgery.save_patch(patch, folder / "patch.safetensors")
+            return {"notes": patch.notes, "changed": sorted(f"{layer}.{role}" for layer, role in patch.updates)}
+
+        inputs = {"stats": stats.key, "removed": plan.removed, "selector": describe(self.cfg.selector),
+                  "compensation": describe(self.cfg.compensation)}  # fmt: skip
+        entry = self.store.make("patch", inputs, build)
+        for note in entry.output["notes"]:
+            log.warning("  compensation: %s", note)
+        return self.done("compensate", entry, f"changes {', '.join(entry.output['changed']) or 'nothing'}")
+
+    def prune(self, plan: Plan, patch: Entry | None) -> Lvlm:
+        """The pruned model, sharing the dense one's tensors."""
+        from svl import surgery
+
+        file = patch.path / "patch.safetensors" if patch else None
+        return surgery.apply(self.dense, plan, surgery.load_patch(file) if file and file.exists() else None)
+
+    def score(self, plan: Plan, patch: Entry | None) -> dict[str, Entry]:
+        """Stage `score`, one artifact per task: equal layers and weights are evaluated once, whatever led to them."""
+        weights = patch.manifest["files"].get("patch.safetensors") if patch else None
+        models: list[Lvlm] = []  # the pruned model, made on first use
+        entries = {}
+        what = "dense" if not plan.removed else f"{len(plan.removed)} of {plan.n_layers} layers removed"
+        for task, identity in self.tasks.items():
+            benchmark = self.cfg.benchmark
+
+            def build(folder: Path, task: str = task) -> dict[str, Any]:
+                from svl.evaluate import evaluate
+
+                models.extend([] if models else [self.prune(plan, patch)])
+                scores = evaluate(
+                    models[0], task, include_path=benchmark.include_path, metric=benchmark.tasks[task].metric,
+                    limit=benchmark.limit, batch_size=benchmark.batch_size, max_new_tokens=benchmark.max_new_tokens,
+                    folder=folder, describe=f"  {task}",
+                )  # fmt: skip
+                return {**scores, "params": models[0].parameters()}
+
+            inputs = {
+                "model": self.model, "removed": plan.removed, "weights": weights and weights[1], "task": identity,
+                "metric": benchmark.tasks[task].metric, "limit": benchmark.limit,
+                "max_new_tokens": benchmark.max_new_tokens,
+            }  # fmt: skip
+            entry = self.store.make("score", inputs, build)
+            main = entry.output["metrics"][entry.output["metric"]]
+            entries[task] = self.done("evaluate", entry, f"{what}: {task} {entry.output['metric']} {main['value']:.3f}")
+        return entries
+
+    # ----------------------------------------------------------------------------------------- record
+
+    def execute(self) -> dict[str, Any]:
+        """All stages; the run's result, also written to the output folder as result.json with plan.json."""
+        began = time.perf_counter()
+        stats = self.calibrate()
+        planned = self.plan(stats)
+        plan = Plan.from_json((planned.path / "plan.json").read_text())
+        (self.folder / "plan.json").write_text(plan.to_json())
+        patch = self.compensate(stats, plan)
+        dense = self.score(Plan(plan.n_layers, ()), None)
+        pruned = self.score(plan, patch)
+        identity = {
+            "name": self.cfg.name, "model": self.name, "model_fingerprint": self.fingerprint,
+            **{group: self.choice(group) for group in ("strategy", "compensation")},
+            "selector": self.choice("selector") if self.needs else None,
+            "ratio": self.cfg.ratio if self.cfg.n_remove is None else len(plan.removed) / plan.n_layers,
+            "n_remove": len(plan.removed), "seed": self.cfg.seed, "limit": self.cfg.benchmark.limit,
+        }  # fmt: skip
+        stages = {"calibrate": [stats], "plan": [planned], "compensate": [patch], "evaluate": list(pruned.values())}
+        settings = {g: describe(self.cfg[g]) for g in ("strategy", "selector", "compensation")}
+        keys = {stage: [e.key for e in entries if e] for stage, entries in stages.items()}
+
+        def build(folder: Path) -> dict[str, Any]:
+            for file in planned.path.glob("example.*"):
+                (folder / file.name).write_bytes(file.read_bytes())
+            return {
+                **identity,
+                "plan": json.loads(plan.to_json()),
+                **summarise(pruned, dense, {t: self.cfg.benchmark.tasks[t].scale for t in self.tasks}, plan),
+                "compensated": patch.output["changed"] if patch else [],
+                "seconds": {s: round(sum(e.manifest["seconds"] for e in es if e), 3) for s, es in stages.items()},
+                "settings": settings,
+                "keys": keys,
+                "versions": versions(),
+            }
+
+        run = self.store.make("run", {**identity, "settings": settings, "keys": keys}, build)
+        result = run.output
+        (self.folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+        self.export(plan, patch, result)
+        self.track(run)
+        if result["retained"]:
+            log.info("  retained %.1f %% of dense, %.1f s", 100 * result["retained"]["value"], time.perf_counter() - began)
+        return result
+
+    def export(self, plan: Plan, patch: Entry | None, result: dict[str, Any]) -> None:
+        """The pruned checkpoint, if one is asked for."""
+        if self.cfg.export.path:
+            from svl.export import save
+
+            path = save(self.prune(plan, patch), plan, self.cfg.export.path, result["scores"])
+            log.info("  exported to %s", path)
+
+    def track(self, run: Entry) -> None:
+        """Stage `track`: mirror a finished run to the tracker, once. Failing to do so changes no result."""
+
+        def build(folder: Path) -> dict[str, Any]:
+            config = OmegaConf.to_container(self.cfg, resolve=True)
+            result = run.output
+            label = f"{self.name}-{result['strategy']}-r{result['ratio']:g}-{result['selector'] or 'data-free'}"
+            tags = [f"model:{self.name}", f"strategy:{result['strategy']}", f"benchmark:{self.cfg.benchmark.name}"]
+            self.tracker.start(
+                {**config, "svl": {"versions": result["versions"], "keys": result["keys"]}},
+                name=label, group=self.cfg.name, tags=tags, key=run.key, folder=self.folder,
+            )  # fmt: skip
+            self.tracker.log(result, self.draw(result))
+            self.tracker.finish(ok=True)
+            if describe(self.cfg.tracker).get("_target_") != "svl.track.NullTracker" and not self.tracker.location:
+                raise NotTrackedError
+            return {"run": run.key, "location": self.tracker.location}
+
+        try:
+            self.store.make("track", {"run": run.key, "tracker": describe(self.cfg.tracker)}, build)
+        except NotTrackedError:
+            log.warning("  the run is stored, but not tracked; running it again tracks it")
+
+    def draw(self, result: dict[str, Any]) -> dict[str, Path]:
+        """The run's figures, drawn into the output folder."""
+        from svl import figures
+
+        plan = Plan.from_json(json.dumps(result["plan"]))
+        drawing = figures.importance({result["strategy"]: {result["ratio"]: plan}})
+        return {"importance": figures.save(drawing, self.folder / "importance", formats=("png",))[0]}
+
+    # ---------------------------------------------------------------------------------------- helpers
+
+    def choice(self, group: str) -> str:
+        """The name under which a group's option was chosen."""
+        target = self.cfg[group]["_target_"]
+        from hydra.core.hydra_config import HydraConfig
+
+        return str(HydraConfig.get().runtime.choices[group]) if HydraConfig.initialized() else target.split(".")[-2]
+
+    def done(self, stage: str, entry: Entry, message: str = "") -> Entry:
+        """Log a finished stage."""
+        how = "stored" if entry.reused else f"{entry.manifest['seconds']:.1f} s"
+        log.info("  %-10s %8s  %s", stage, how, message)
+        return entry
+
+    def draw_example(self, stats: Stats, folder: Path) -> None:
+        """Keep the first image of the calibration set with its tokens' scores, for the token importance figure."""
+        example = next((e for e in self.examples.items if e.image_bytes is not None), None)
+        trace = next((t for t in stats.traces if example is not None and t.index == example.row), None)
+        if example is None or trace is None or stats.selector is None or not self.dense.sees:
+            return
+        weights = stats.selector.weights(trace)
+        scores = stats.selector.scores(trace) if hasattr(stats.selector, "scores") else weights
+        weights, scores = (x.mean(0) if x.ndim == 2 else x for x in (weights, scores))
+        side = math.isqrt(int(trace.visual.sum()))
+        if side * side != int(trace.visual.sum()) or side == 0:
+            return  # tiled or cropped images have no plain grid
+        text = self.dense.prompt(example.prompt, image=True)
+        ids = self.dense.encode([text], [example.image])["input_ids"][0]
+        tokens = self.dense.tokenizer.convert_ids_to_tokens(ids[~trace.visual.to(ids.device)].tolist())
+        rows = zip(tokens, scores[~trace.visual].tolist(), weights[~trace.visual].tolist(), strict=True)
+        (folder / "example.json").write_text(json.dumps({
+            "prompt": example.prompt, "grid": [side, side], "visual": scores[trace.visual].tolist(),
+            "visual_selected": weights[trace.visual].tolist(), "text": [list(row) for row in rows],
+        }))  # fmt: skip
+        example.image.save(folder / "example.png")
+
+
+class NotTrackedError(Exception):
+    """The tracker gave up; it has said why."""
+
+
+def summarise(
+    pruned: dict[str, Entry], dense: dict[str, Entry], scales: dict[str, float], plan: Plan
+) -> dict[str, Any]:
+    """Scores with their dense values, their average, the retained share, and what the model costs."""
+    if not pruned:
+        return {"scores": {}, "average": None, "retained": None, "cost": {"layers": len(plan.kept), "layers_dense": plan.n_layers}}
+    scores, deltas = {}, []
+    for task, entry in pruned.items():
+        output, reference = entry.output, dense[task].output
+        scores[task] = {
+            "metric": output["metric"], "n": output["n"],
+            "metrics": {m: {**v, "dense": reference["metrics"][m]["value"]} for m, v in output["metrics"].items()},
+        }  # fmt: skip
+        deltas.append(paired_error(entry, dense[task]))
+    values = {t: s["metrics"][s["metric"]] for t, s in scores.items()}
+
+    def mean(which: str) -> float:
+        return sum(v[which] / scales[t] for t, v in values.items()) / len(values)
+
+    def error(errors: list[float | None]) -> float | None:
+        known = [e / s for e, s in zip(errors, scales.values(), strict=True) if e is not None]
+        return math.sqrt(sum(e * e for e in known)) / len(values) if len(known) == len(values) else None
+
+    average = {"value": mean("value"), "stderr": error([v["stderr"] for v in values.values()]), "dense": mean("dense")}
+    change = error(deltas)
+    retained = {
+        "value": average["value"] / average["dense"],
+        "stderr": None if change is None else change / average["dense"],
+    } if average["dense"] else None  # fmt: skip
+
+    def speed(entries: dict[str, Entry]) -> float:
+        return sum(e.output["n"] for e in entries.values()) / sum(e.output["seconds"] for e in entries.values())
+
+    cost = {
+        "params": next(iter(pruned.values())).output["params"], "params_dense": next(iter(dense.values())).output["params"],
+        "layers": len(plan.kept), "layers_dense": plan.n_layers,
+        "samples_per_second": speed(pruned), "samples_per_second_dense": speed(dense),
+    }  # fmt: skip
+    return {"scores": scores, "average": average, "retained": retained, "cost": cost}
+
+
+def paired_error(pruned: Entry, dense: Entry) -> float | None:
+    """Standard error of the change of the mean score, from the samples that both answered; None without scores."""
+
+    def read(entry: Entry) -> dict[int, float | None]:
+        rows = map(json.loads, (entry.path / "samples.jsonl").read_text().splitlines())
+        return {row["doc_id"]: row["score"] for row in rows}
+
+    ours, theirs = read(pruned), read(dense)
+    changes = [a - b for i, a in ours.items() if a is not None and (b := theirs.get(i)) is not None]
+    if len(changes) < 2 or len(changes) < len(ours):
+        return None
+    mean = sum(changes) / len(changes)
+    return math.sqrt(sum((c - mean) ** 2 for c in changes) / (len(changes) - 1) / len(changes))
+
+
+def versions() -> dict[str, str]:
+    """Versions of what results depend on, and the commit if this is a checkout."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    git = subprocess.run(
+        ["git", "-C", str(PACKAGE.parent), "describe", "--always", "--dirty", "--abbrev=12"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return {**found, "git": git.stdout.strip()} if git.returncode == 0 else found
+
+
+def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    """Run a configuration; files go to `folder`, finished stages to the store.
+
+    Raises:
+        SvlError: on bad input, before any heavy work.
+    """
+    return Run(cfg, folder).execute()
+
+
+__all__ = ["Run", "SvlError", "run"]

@@ -1,0 +1,103 @@
+"""Token Importance Scores (TIS): the vision-language tokens that attention says matter.
+
+Short-LVLM (arXiv 2507.23362), stage (a). With A the attention matrix averaged over heads, V the visual and S the
+textual tokens, the score of
+
+* visual token j: mean of (average of A[v, j] over visual queries v) and (average of A[s, j] over textual queries s);
+* textual token i: mean of (average of A[i, v] over visual keys v) and its textual self-attention.
+
+The paper's figure leaves several choices open; each is a setting here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from svl.core import SvlError, TokenTrace, one_of
+
+
+@dataclass(frozen=True)
+class Tis:
+    """The most important tokens by TIS.
+
+    Attributes:
+        p: how many: a fraction of the tokens (`rule=fraction`) or of the total score (`rule=nucleus`).
+        rule: fraction | nucleus.
+        pool: joint (one ranking of both modalities, as the paper's figure shows) | modality (p of each).
+        layers: mean (attention averaged over layers) | each (every layer by its own attention) | a layer number.
+        text_self: received (average of A[s, i] over textual queries) | emitted (of A[i, s] over textual keys).
+        visible: average over the queries (keys) that can see (be seen by) the token; False averages over all of the
+            modality, which under a causal mask favours early tokens.
+    """
+
+    p: float = 0.5
+    rule: str = "fraction"
+    pool: str = "joint"
+    layers: str = "mean"
+    text_self: str = "received"
+    visible: bool = True
+    needs: ClassVar[frozenset[str]] = frozenset({"attention"})
+
+    def __post_init__(self) -> None:
+        one_of("selector.rule", self.rule, ("fraction", "nucleus"))
+        one_of("selector.pool", self.pool, ("joint", "modality"))
+        one_of("selector.text_self", self.text_self, ("received", "emitted"))
+        if not str(self.layers).isdigit():
+            one_of("selector.layers", self.layers, ("mean", "each", "<layer number>"))
+        if not 0 < self.p <= 1:
+            raise SvlError(f"selector.p is {self.p}, but must lie in (0, 1]")
+
+    def scores(self, trace: TokenTrace) -> Tensor:
+        """Importance of every token: fp64 [T], or [L, T] with `layers=each`.
+
+        Raises:
+            SvlError: if attention was not measured, or the layer does not exist.
+        """
+        if trace.received is None or trace.emitted is None or trace.queries is None or trace.keys is None:
+            raise SvlError("calibration did not measure 'attention', which selector 'tis' needs")
+        visual = trace.visual
+        size = torch.stack([visual.sum(), (~visual).sum()]).double()[None, :, None]
+        queries = trace.queries.double() if self.visible else size
+        keys = trace.keys.double() if self.visible else size
+        # A token that nothing can look at, or that can look at nothing (0 / 0), has no such attention: 0.
+        received = torch.where(queries > 0, trace.received.double() / queries.clamp(min=1), 0)
+        emitted = torch.where(keys > 0, trace.emitted.double() / keys.clamp(min=1), 0)
+        of_visual = (received[:, 0] + received[:, 1]) / 2
+        self_attention = received[:, 1] if self.text_self == "received" else emitted[:, 1]
+        of_text = (emitted[:, 0] + self_attention) / 2
+        scores = torch.where(visual, of_visual, of_text)
+        if self.layers == "each":
+            return scores
+        if self.layers == "mean":
+            return scores.mean(0)
+        if int(self.layers) >= len(scores):
+            raise SvlError(f"selector.layers is {self.layers}, but the model has layers 0..{len(scores) - 1}")
+        return scores[int(self.layers)]
+
+    def weights(self, trace: TokenTrace) -> Tensor:
+        """1 for important tokens: [T], or [L, T] with `layers=each`."""
+        scores = self.scores(trace)
+        if scores.ndim == 2:
+            return torch.stack([self._top(row, trace.visual) for row in scores])
+        return self._top(scores, trace.visual)
+
+    def _top(self, scores: Tensor, visual: Tensor) -> Tensor:
+        """0/1 marks [T] of the top tokens; of equals the earlier one is taken."""
+        marks = torch.zeros(len(scores))
+        pools = [visual, ~visual] if self.pool == "modality" else [torch.ones_like(visual)]
+        for pool in pools:
+            members = pool.nonzero()[:, 0]
+            if len(members) == 0:
+                continue
+            ranked = scores[members].sort(descending=True, stable=True)
+            if self.rule == "fraction":
+                n = max(1, -int(-self.p * len(members) // 1))
+            else:
+                share = ranked.values.cumsum(0) / ranked.values.sum()
+                n = min(len(members), int((share < self.p - 1e-12).sum()) + 1)
+            marks[members[ranked.indices[:n]]] = 1
+        return marks

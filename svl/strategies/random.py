@@ -1,0 +1,23 @@
+"""Random layers: the floor that every method must beat. Needs no data; report several seeds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from svl.core import Plan, Stats
+
+
+@dataclass(frozen=True)
+class Random:
+    """Remove layers in a random order fixed by `seed` (nested over ratios: more removal adds layers)."""
+
+    seed: int = 0
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def plan(self, stats: Stats, n_remove: int) -> Plan:
+        """Importance is a random permutation of 0..L-1."""
+        order = torch.randperm(stats.n_layers, generator=torch.Generator().manual_seed(self.seed))
+        return stats.plan(order.double(), n_remove)

@@ -1,0 +1,147 @@
+"""The one surgeon: builds the model that a plan (and a patch) describe.
+
+The pruned model is a new one, built from a pruned config and sharing every tensor that did not change. The dense
+model is never touched, so undoing is forgetting: nothing to restore, no hook left behind. Building from the config
+(instead of cutting the live list of layers) keeps all that a model derives from its depth right: cache slots, masks
+per layer type, rotary settings. Only what a patch changes takes new memory.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from svl.core import Patch, Plan, SvlError, Update
+from svl.models import Lvlm
+
+DEPTH = ("num_hidden_layers", "n_layer", "num_layers", "layers")  # config fields that count layers
+PER_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types", "intermediate_size", "activation_sparsity_pattern")
+INDEX_SETS = ("cross_attention_layers", "moe_layers", "mlp_only_layers", "full_attn_idxs", "rope_scaling_layers")
+PREFIX = ("max_window_layers", "first_k_dense_replace")  # count layers from the first
+
+
+def pruned_config(config: Any, plan: Plan) -> Any:
+    """A copy of a model config whose text part has the layers of `plan`.
+
+    Raises:
+        SvlError: if a field has one value per layer and is not known to be such, so that it cannot be pruned safely.
+    """
+    config = copy.deepcopy(config)
+    text = config.get_text_config(decoder=True)
+    kept = plan.kept
+    for name, value in list(text.to_dict().items()):
+        new: Any
+        if name in INDEX_SETS and isinstance(value, list):
+            new = [kept.index(i) for i in value if i in kept]
+        elif name in PREFIX and isinstance(value, int):
+            new = sum(i < value for i in kept)
+        elif isinstance(value, list | tuple) and len(value) == plan.n_layers:
+            if name not in PER_LAYER:
+                raise SvlError(
+                    f"config field '{name}' of {text.model_type} may be per-layer, and pruning it is unknown"
+                )
+            new = [value[i] for i in kept]
+        elif name in DEPTH and value == plan.n_layers:
+            new = len(kept)
+        else:
+            continue
+        setattr(text, name, new)
+    return config
+
+
+def multiply(weight: Tensor, update: Update) -> Tensor:
+    """W + left @ (right @ W) in fp32, in W's dtype: `weight` [d, ...] or a bias [d]."""
+    wide = weight.detach().float()
+    left, right = update.left.to(wide), update.right.to(wide)
+    return (wide + left @ (right @ wide)).to(weight.dtype)
+
+
+def apply(lvlm: Lvlm, plan: Plan, patch: Patch | None = None) -> Lvlm:
+    """The pruned model. Shares all unchanged tensors with `lvlm`, which stays as it is.
+
+    Raises:
+        SvlError: if the plan is for another depth, or the patch names a removed layer or an unknown writer.
+    """
+    anatomy, model = lvlm.anatomy, lvlm.model
+    if plan.n_layers != anatomy.n_layers:
+        raise SvlError(f"the plan is for {plan.n_layers} decoder layers, but '{lvlm.name}' has {anatomy.n_layers}")
+    if forbidden := set(plan.removed) & set(anatomy.protected):
+        raise SvlError(f"the plan removes layers {sorted(forbidden)}, which '{lvlm.name}' needs to work")
+    new_index = {old: new for new, old in enumerate(plan.kept)}
+    state = _renamed(model.state_dict(), anatomy.layers, new_index)
+    for (layer, role), update in (patch.updates if patch else {}).items():
+        if layer not in new_index or role not in anatomy.writers:
+            raise SvlError(f"the patch changes '{role}' of layer {layer}, which the pruned model does not have")
+        stem = f"{anatomy.layers}.{new_index[layer]}.{anatomy.writers[role]}"
+        for name in (f"{stem}.weight", f"{stem}.bias"):
+            if name in state:
+                state[name] = multiply(state[name], update)
+
+    with torch.device("meta"):  # no memory, no random numbers: every tensor comes from the dense model
+        pruned = type(model)._from_config(
+            pruned_config(model.config, plan), attn_implementation=_attention(model.config), dtype=model.dtype
+        )
+    missing, unexpected = pruned.load_state_dict(state, strict=False, assign=True)
+    pruned.tie_weights()
+    buffers = _renamed(dict(model.named_buffers()), anatomy.layers, new_index)
+    for name, buffer in list(pruned.named_buffers()):
+        if buffer.is_meta and name in buffers:  # non-persistent ones (rotary tables) are in no state dict
+            module, _, leaf = name.rpartition(".")
+            pruned.get_submodule(module)._buffers[leaf] = buffers[name]
+    hollow = [n for n, t in (*pruned.named_parameters(), *pruned.named_buffers()) if t.is_meta]
+    if hollow or unexpected:
+        raise RuntimeError(f"surgery on {type(model).__name__} left {hollow} empty, {unexpected} unused ({missing=})")
+    pruned.requires_grad_(False)
+    pruned.generation_config = copy.deepcopy(model.generation_config)
+    if hasattr(model, "_weight_conversions"):  # keeps the key layout of the source on disk
+        pruned._weight_conversions = model._weight_conversions
+    return replace(lvlm, model=pruned.eval(), anatomy=replace(anatomy, n_layers=len(new_index), protected=()))
+
+
+def _attention(config: Any) -> Any:
+    """The attention implementations of a config and its parts, as `_from_config` takes them."""
+    parts = {name: getattr(config, name)._attn_implementation for name in config.sub_configs if hasattr(config, name)}
+    return {"": config._attn_implementation, **parts} if parts else config._attn_implementation
+
+
+def _renamed(tensors: dict[str, Tensor], layers: str, new_index: dict[int, int]) -> dict[str, Tensor]:
+    """`tensors` without those of removed layers, the others under their new layer number."""
+    result = {}
+    for name, tensor in tensors.items():
+        if name.startswith(f"{layers}."):
+            index, _, rest = name[len(layers) + 1 :].partition(".")
+            if int(index) not in new_index:
+                continue
+            name = f"{layers}.{new_index[int(index)]}.{rest}"
+        result[name] = tensor
+    return result
+
+
+def save_patch(patch: Patch, file: Path) -> None:
+    """Write a patch as safetensors: `<layer>.<writer>.left` [d, k] and `.right` [k, d]."""
+    save_file(
+        {
+            f"{layer}.{role}.{side}": getattr(update, side).clone().contiguous()
+            for (layer, role), update in patch.updates.items()
+            for side in ("left", "right")
+        },
+        file,
+    )
+
+
+def load_patch(file: Path) -> Patch:
+    """Read what `save_patch` wrote."""
+    tensors = load_file(file)
+    stems = sorted({name.rpartition(".")[0] for name in tensors})
+    return Patch(
+        {
+            (int(stem.split(".")[0]), stem.split(".")[1]): Update(tensors[f"{stem}.left"], tensors[f"{stem}.right"])
+            for stem in stems
+        }
+    )
