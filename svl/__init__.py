@@ -25,7 +25,7 @@ _WHERE = {
     "apply": "surgery",
     "save": "export",
 }
-__all__ = sorted(_WHERE)  # noqa: PLE0605 (names resolved by __getattr__)
+__all__ = sorted(_WHERE)
 
 
 def __getattr__(name: str) -> Any:

@@ -23,6 +23,7 @@ from svl.core import SvlError
 
 NAME = "svl"
 CHUNK = 64  # queries at a time: fast, and temporary memory of B x H x 64 x T
+WAY_OUT = "choose a selector that needs none and set calibration.statistics=[cosine]"
 
 
 @dataclass
@@ -92,14 +93,15 @@ def measured_attention(
         SvlError: for attention with sinks, which has no plain softmax map.
     """
     if s_aux is not None:
-        raise SvlError("attention statistics are not defined for models with attention sinks; use another selector")
+        raise SvlError(f"attention sinks leave no plain softmax map to measure; {WAY_OUT}")
     meter = _meter.get()
     b, h, t, d = query.shape
     h_kv, k = key.shape[1], key.shape[2]
     groups = h // h_kv
     scaling = d**-0.5 if scaling is None else scaling
-    measure = meter is not None and t == k == meter.modality.shape[-1]
-    if measure:
+    if meter is not None and not t == k == meter.modality.shape[-1]:
+        meter = None  # a decoding step, or attention to something else than the sequence itself
+    if meter is not None:
         modality = meter.modality.to(value.dtype)
         queries, keys = meter.visible(attention_mask)
         received = torch.zeros(b, 2, k, device=query.device)
@@ -121,13 +123,13 @@ def measured_attention(
             hidden = torch.ones(stop - start, seen, dtype=torch.bool, device=q.device).triu(1 + start)
         score = score.masked_fill_(hidden, torch.finfo(score.dtype).min)
         p = F.softmax(score, dim=-1, dtype=torch.float32).to(value.dtype)
-        if measure:
+        if meter is not None:
             rows = modality[:, None, :, None, start:stop].expand(b, h_kv, 2, groups, stop - start)
             rows = rows.reshape(b, h_kv, 2, -1) @ p.reshape(b, h_kv, -1, seen)
             received[..., :seen] += rows.float().sum(1) / h
         outputs.append((p.view(b, h_kv, -1, seen) @ value[:, :, :seen]).view(b, h, stop - start, -1))
     out = torch.cat(outputs, 2)
-    if measure:
+    if meter is not None:
         layer = module.layer_idx
         valid = meter.modality.sum(1, keepdim=True)  # rows of padding attend to something, too: not measured
         meter.received[layer] = received

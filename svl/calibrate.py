@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from svl import attention
-from svl.core import Stats, TokenSelector, TokenTrace
+from svl.core import Stats, SvlError, TokenSelector, TokenTrace, no_token
 from svl.data import Example, Examples
 from svl.models import Lvlm
 
@@ -63,6 +63,21 @@ def calibrate(
     return Stats(lvlm.anatomy.n_layers, lvlm.anatomy.removable, traces)
 
 
+def check_selector(lvlm: Lvlm, examples: Examples, selector: TokenSelector) -> None:
+    """Try a selector that needs no measurement on the samples' tokens, without a forward pass.
+
+    Raises:
+        SvlError: if it gives every token of every sample the weight 0.
+    """
+    if selector.needs:
+        return
+    for example in examples.items:
+        _, present, visual = _encode(lvlm, [example])
+        if bool(selector.weights(TokenTrace(example.row, visual[present].cpu())).any()):
+            return
+    raise no_token(selector)
+
+
 @dataclass(frozen=True)
 class TraceFolder:
     """The traces that `calibrate` wrote, in order; one batch in memory at a time."""
@@ -94,6 +109,8 @@ def measure(lvlm: Lvlm, batch: Sequence[Example], statistics: Sequence[str]) -> 
     if cosines:
         whole["cosine"] = torch.stack([cosines[i] for i in layers], 1).cpu()
     if meter is not None:
+        if mapless := [i for i in layers if i not in meter.received]:
+            raise SvlError(f"layers {mapless} have no attention map to measure; {attention.WAY_OUT}")
         for name in ("received", "emitted", "queries", "keys"):
             per_layer = getattr(meter, name)
             same = name in ("queries", "keys") and all(torch.equal(per_layer[0], per_layer[i]) for i in layers)
@@ -151,15 +168,12 @@ class Activations:
             with torch.inference_mode():
                 inputs, present, _ = _encode(self.lvlm, batch)
                 states: dict[int, Tensor] = {}
-                with _state_hooks(self.lvlm, sorted(set(points)), states):
-                    try:
-                        _forward(self.lvlm, inputs)
-                    except _EnoughError:
-                        pass
-                for b in range(len(batch)):
-                    trace = next(traces)
-                    weights = torch.ones(int(present[b].sum())) if selector is None else selector.weights(trace)
-                    yield _Sample(weights.to(present.device), {i: h[b][present[b]] for i, h in states.items()})
+                with _state_hooks(self.lvlm, sorted(set(points)), states), suppress(_EnoughError):
+                    _forward(self.lvlm, inputs)
+            for b in range(len(batch)):
+                trace = next(traces)
+                weights = torch.ones(int(present[b].sum())) if selector is None else selector.weights(trace)
+                yield _Sample(weights.to(present.device), {i: h[b][present[b]] for i, h in states.items()})
 
 
 def select(stats: Stats, selector: TokenSelector) -> Stats:
@@ -169,7 +183,7 @@ def select(stats: Stats, selector: TokenSelector) -> Stats:
 
 def _encode(lvlm: Lvlm, batch: Sequence[Example]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Model inputs, which positions [B, T] hold tokens of the sample, and which hold visual ones."""
-    images = [image for e in batch if lvlm.sees and (image := e.image) is not None]
+    images = [e.image for e in batch if lvlm.sees and e.image_bytes is not None]
     prompts = [lvlm.prompt(e.prompt, image=lvlm.sees and e.image_bytes is not None) for e in batch]
     inputs = lvlm.encode(prompts, images)
     return (
@@ -205,7 +219,7 @@ def _cosine_hooks(lvlm: Lvlm, cosines: dict[int, Tensor]) -> Iterator[None]:
             product = norm(before)
             last[:] = [(after, norm(after))]
             dot = torch.linalg.vecdot(before.float(), after.float())
-            cosines[i] = dot / (product * last[0][1])
+            cosines[i] = dot / (product * last[0][1]).clamp(min=torch.finfo(torch.float32).tiny)  # 0 for zero states
 
         return measure_cosine
 

@@ -6,27 +6,32 @@ import logging
 import os
 import re
 import sys
+import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.utils import get_args
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from svl import config
 from svl.core import SvlError, did_you_mean
+from svl.store import cannot_write
 
 log = logging.getLogger(__name__)
 config.register()
 
 
 class CountJobs(Callback):
-    """Tells the jobs of a sweep how many they are, through the environment variable SVL_JOBS."""
+    """Tells the jobs of a sweep how many they are and since when, in the environment: SVL_JOBS, SVL_BEGAN."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Expand the sweep as the basic sweeper will."""
@@ -35,8 +40,9 @@ class CountJobs(Callback):
 
         params = config.hydra.sweeper.get("params") or {}
         overrides = [f"{k}={v}" for k, v in params.items()] + list(config.hydra.overrides.task)
-        batches = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(overrides), None)
-        os.environ["SVL_JOBS"] = str(sum(map(len, batches)))
+        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+        batches = BasicSweeper.split_arguments(parser.parse_overrides(overrides), None)
+        os.environ["SVL_JOBS"], os.environ["SVL_BEGAN"] = str(sum(map(len, batches))), str(time.time())
 
 
 @hydra.main(version_base="1.3", config_path=str(config.CONF), config_name="config")
@@ -47,19 +53,31 @@ def app(cfg: DictConfig) -> None:
     if not sweeping and (swept := info.sweeper.get("params")):
         log.warning("this experiment is a sweep over %s; add -m to run all of it", ", ".join(swept))
     folder = Path(info.runtime.output_dir)
-    count = f"[{int(info.job.num) + 1}/{os.environ.get('SVL_JOBS', '?')}] " if sweeping else ""
     changed = " ".join(o for o in info.overrides.task if not o.startswith("experiment="))
-    log.info("%s%s", count, changed or f"strategy={info.runtime.choices.strategy} ratio={cfg.ratio}")
+    count = progress(int(info.job.num)) if sweeping else ""
+    log.info("%s%s", count, changed or f"strategy={info.runtime.choices['strategy']} ratio={cfg.ratio}")
     try:
         from svl.pipeline import run
 
         run(cfg, folder)
     except Exception as error:
-        (folder / "failed.txt").write_text("".join(traceback.format_exception(error)))
-        if isinstance(error, SvlError) and not sweeping:  # a sweep goes on with its other jobs and fails at its end
-            sys.exit(f"error: {error}")
+        with suppress(OSError):  # the disk may be full
+            (folder / "failed.txt").write_text("".join(traceback.format_exception(error)))
+        line = mistake(error)
+        if line and not sweeping:
+            sys.exit(f"error: {line}")
+        log.error("  failed: %s", line or repr(error))  # a sweep goes on with its other jobs and fails at its end
         raise
     log.info("  results in %s", folder)
+
+
+def progress(done: int) -> str:
+    """ "[3/12, about 40 s left] ": place of a job in its sweep, the time judged by the jobs before it."""
+    jobs, began = os.environ.get("SVL_JOBS"), os.environ.get("SVL_BEGAN")
+    if not jobs or not began:
+        return f"[{done + 1}] "
+    left = (time.time() - float(began)) / done * (int(jobs) - done) if done else None
+    return f"[{done + 1}/{jobs}" + (f", about {left:.0f} s left] " if left is not None else "] ")
 
 
 def main() -> None:
@@ -70,44 +88,58 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # lets Hydra's exceptions reach us instead of being printed by it
     try:
         app()
-    except SvlError as error:
-        sys.exit(f"error: {error}")
-    except (HydraException, OmegaConfBaseException) as error:
+    except Exception as error:
+        if line := mistake(error):
+            sys.exit(f"error: {line}")
+        raise
+
+
+def mistake(error: Exception) -> str | None:
+    """The one line to show for an error that a person can mend; None for a bug."""
+    if isinstance(error, HydraException | OmegaConfBaseException):
         cause = error.__cause__ or error.__context__
-        sys.exit(f"error: {explain(cause if isinstance(cause, OmegaConfBaseException) else error, error)}")
+        return explain(cause if isinstance(cause, OmegaConfBaseException) else error, error)
+    return str(error) if isinstance(error, SvlError) else cannot_write(error)
 
 
 def explain(error: Exception, outer: Exception) -> str:
     """One line for a composition error, with what was probably meant."""
     text = f"{outer}\n{error}"
-    if found := re.search(r"Could not find '(\w+)/([^']+)'", text):
+    if found := re.search(r"Could not find '(\w+)/([^']*)'", text):
         group, choice = found.groups()
-        options = sorted(p.stem for p in (config.CONF / group).glob("*.yaml"))
+        options = sorted({p.stem for folder in searched() for p in (folder / group).glob("*.yaml")})
         return f"there is no {group} '{choice}'{did_you_mean(choice, options)}; choices: {', '.join(options)}"
-    if found := re.search(r"Key '([^']+)' (?:is )?not in (?:struct|'?(\w+)'?)", text) or re.search(
-        r"Could not override '([^']+)'", text
-    ):
-        path = re.search(r"full_key: (\S+)", text)
-        key = path.group(1) if path else found.group(1)
-        known = neighbours(key)
-        return f"there is no setting '{key}'{did_you_mean(key, known)}; known here: {', '.join(known)}"
-    line = next(s for s in str(error).splitlines() if s.strip())
+    if found := re.search(r"Ambiguous value for argument '([^']+)'", text):
+        return f"{found.group(1)} names several values: add -m to run all of them, or brackets to make it a list"
     path = re.search(r"full_key: (\S+)", text)
+    if found := re.search(r"Key '([^']+)' (?:is )?not in |Could not override '([^']+)'", text):
+        key = path.group(1) if path else found.group(1) or found.group(2)
+        known = neighbours(key)
+        return f"there is no setting '{key}'{did_you_mean(key, known)}; known here: {', '.join(known) or 'none'}"
+    line = next(s for s in str(error).splitlines() if s.strip())
     return f"{path.group(1)}: {line}" if path else line
+
+
+def searched() -> list[Path]:
+    """Folders that configuration is composed from."""
+    own = get_args().config_dir
+    return [config.CONF, *([Path(own).absolute()] if own else [])]
 
 
 def neighbours(key: str) -> list[str]:
     """The settings next to `key` in the composed configuration of this command line without its wrong part."""
-    from omegaconf import OmegaConf
-
+    where = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in searched()[1:])}]"]
     choices = [a for a in sys.argv[1:] if re.fullmatch(r"(model|strategy|selector|compensation|benchmark)=\w+", a)]
     with hydra.initialize_config_dir(str(config.CONF), version_base="1.3"):
-        cfg = hydra.compose("config", overrides=choices)
+        try:
+            cfg = hydra.compose("config", overrides=where + choices)
+        except (HydraException, OmegaConfBaseException):  # the wrong part is in the chosen file itself
+            cfg = hydra.compose("config")
     parent, _, _ = key.rpartition(".")
     node = OmegaConf.select(cfg, parent) if parent else cfg
     if not isinstance(node, DictConfig):
         return list(map(str, cfg))
-    return [f"{parent}.{k}" if parent else str(k) for k in node if k != "_target_"]
+    return [f"{parent}.{k!s}" if parent else str(k) for k in node if k != "_target_"]
 
 
 if __name__ == "__main__":

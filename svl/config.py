@@ -117,7 +117,7 @@ def build(node: DictConfig, group: str) -> Any:
     Targets must lie in `svl.` or in a package named in the environment variable SVL_PLUGINS (comma-separated).
 
     Raises:
-        SvlError: on a target that does not exist or is not allowed, an unknown key, or a value of a wrong type or range.
+        SvlError: on a target that does not exist or is not allowed, an unknown key, or a value of wrong type or range.
     """
     values = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     if not isinstance(values, dict) or "_target_" not in values:
@@ -125,19 +125,25 @@ def build(node: DictConfig, group: str) -> Any:
     target = values.pop("_target_")
     prefixes = ["svl", *filter(None, os.environ.get("SVL_PLUGINS", "").split(","))]
     if not any(target.startswith(f"{p}.") for p in prefixes):
-        raise SvlError(f"{group}._target_ '{target}' is outside {', '.join(prefixes)}; allow its package in SVL_PLUGINS")
+        raise SvlError(
+            f"{group}._target_ '{target}' is outside {', '.join(prefixes)}; allow its package in SVL_PLUGINS"
+        )
     module, _, name = target.rpartition(".")
     try:
         cls = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise SvlError(f"{group}._target_ '{target}' cannot be imported: {error}") from error
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+        raise SvlError(f"{group}._target_ '{target}' is no dataclass")
     known = [f.name for f in dataclasses.fields(cls) if f.init]
-    for key in values:
+    for key in map(str, values):
         if key not in known:
-            raise SvlError(f"{group} has no setting '{key}'{did_you_mean(key, known)}; it has: {', '.join(known) or '-'}")
+            raise SvlError(
+                f"{group} has no setting '{key}'{did_you_mean(key, known)}; it has: {', '.join(known) or '-'}"
+            )
     try:
         typed = OmegaConf.merge(OmegaConf.structured(_schema(cls)), values)
-        plain = OmegaConf.to_container(typed)
+        plain = OmegaConf.to_container(typed, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise SvlError(f"{group}: {str(error).splitlines()[0]} (setting '{error.full_key}')") from error
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in typing.cast(dict, plain).items()})
@@ -148,21 +154,21 @@ def _schema(cls: type) -> type:
     hints = typing.get_type_hints(cls)
     fields: list[Any] = []
     for f in filter(lambda f: f.init, dataclasses.fields(cls)):
-        hint = hints[f.name]
+        hint, default = hints[f.name], f.default
+        if f.default_factory is not dataclasses.MISSING:
+            default = f.default_factory()
+        elif default is dataclasses.MISSING:
+            default = MISSING
         if typing.get_origin(hint) is tuple:
             hint = list[typing.get_args(hint)[0]]  # type: ignore[misc]
-            default = dataclasses.field(default_factory=lambda v=f.default: list(v))  # type: ignore[misc]
-        elif f.default is dataclasses.MISSING:
-            default = dataclasses.field(default=MISSING)
-        else:
-            default = dataclasses.field(default=f.default)
-        fields.append((f.name, hint, default))
+            default = list(default) if default != MISSING else MISSING
+        fields.append((f.name, hint, dataclasses.field(default_factory=lambda value=default: value)))  # type: ignore[misc]
     return dataclasses.make_dataclass(cls.__name__, fields)
 
 
 def describe(node: DictConfig) -> dict[str, Any]:
     """A method group as plain data, for keys and records."""
-    return typing.cast(dict, OmegaConf.to_container(node, resolve=True))
+    return typing.cast(dict[str, Any], OmegaConf.to_container(node, resolve=True))
 
 
 def validate(cfg: DictConfig) -> dict[str, Any]:
@@ -174,16 +180,14 @@ def validate(cfg: DictConfig) -> dict[str, Any]:
     layers_to_remove(cfg.ratio, 1)
     if cfg.n_remove is not None and cfg.n_remove < 0:
         raise SvlError(f"n_remove is {cfg.n_remove}, but must be at least 0")
-    for node in (cfg.model, cfg.calibration, cfg.benchmark):
-        for key in OmegaConf.missing_keys(node):
-            name = next(g for g in ("model", "calibration", "benchmark") if cfg[g] is node)
-            raise SvlError(f"{name}.{key} is not set")
-    for name, value in (("calibration.batch_size", cfg.calibration.batch_size),
-                        ("benchmark.batch_size", cfg.benchmark.batch_size),
-                        ("calibration.samples", cfg.calibration.samples), ("benchmark.limit", cfg.benchmark.limit)):  # fmt: skip
+    for group in ("model", "calibration", "benchmark"):
+        for key in OmegaConf.missing_keys(cfg[group]):
+            raise SvlError(f"{group}.{key} is not set")
+    for name in ("calibration.batch_size", "calibration.samples", "benchmark.batch_size", "benchmark.limit"):
+        value = OmegaConf.select(cfg, name)
         if value is not None and value < 1:
             raise SvlError(f"{name} is {value}, but must be at least 1")
-    if cfg.export.path and Path(cfg.export.path).exists():
+    if cfg.export.path and Path(cfg.export.path).expanduser().exists():
         raise SvlError(f"export.path '{cfg.export.path}' exists already; it is never overwritten")
     if cfg.benchmark.tasks and importlib.util.find_spec("lmms_eval") is None:
         raise SvlError("benchmarks need lmms-eval: pip install 'svl[eval]', or run with benchmark=none")

@@ -157,6 +157,12 @@ class TokenSelector(Protocol):
         ...
 
 
+def no_token(selector: TokenSelector) -> SvlError:
+    """The error for a selector that gives every token of a calibration set the weight 0."""
+    name = type(selector).__name__.lower()
+    return SvlError(f"selector '{name}' leaves no token in the calibration set; choose another selector or data")
+
+
 @dataclass(frozen=True)
 class Stats:
     """Statistics of one calibration pass, seen through a token selector.
@@ -190,8 +196,7 @@ class Stats:
             total = total + (w * trace.cosine).sum(-1)
             weight = weight + w.sum(-1)
         if isinstance(weight, float) or not bool((weight > 0).all()):
-            name = type(self.selector).__name__.lower()
-            raise SvlError(f"selector '{name}' leaves no token in the calibration set; choose another selector or data")
+            raise no_token(self.selector)
         return total / weight
 
     def plan(self, importance: Tensor, n_remove: int) -> Plan:

@@ -28,9 +28,9 @@ class Example:
     answer: str = ""
 
     @property
-    def image(self) -> Image.Image | None:
-        """The decoded RGB image."""
-        return None if self.image_bytes is None else Image.open(io.BytesIO(self.image_bytes)).convert("RGB")
+    def image(self) -> Image.Image:
+        """The decoded RGB image (of an example that has one)."""
+        return Image.open(io.BytesIO(self.image_bytes or b"")).convert("RGB")
 
 
 @dataclass(frozen=True)

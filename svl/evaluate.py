@@ -185,7 +185,7 @@ class Answerer(lmms):
         """Greedy answers to conversations with equally many images each."""
         model, tokenizer = self.lvlm.model, self.lvlm.tokenizer
         images = [_images(c) for c in conversations] if _images(conversations[0]) else None
-        inputs = self.lvlm.encode([self._prompt(c) for c in conversations], images)
+        inputs = self.lvlm.encode([self.lvlm.render(c) for c in conversations], images)
         settings = copy.deepcopy(model.generation_config)
         settings.update(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None)
         settings.update(max_new_tokens=max_new_tokens, max_length=None)
@@ -226,17 +226,6 @@ class Answerer(lmms):
         if _images(conversation) and not self.lvlm.sees:
             raise SvlError(f"task '{task}' asks about images, but model '{self.lvlm.name}' reads text only")
         return conversation
-
-    def _prompt(self, conversation: Conversation) -> str:
-        """The conversation as text, ready for the answer; plain text if the model has no chat template."""
-        processor = self.lvlm.processor
-        if not self.lvlm.sees:  # templates of text models expect strings
-            conversation = [{**m, "content": "\n".join(p["text"] for p in m["content"])} for m in conversation]
-            if getattr(processor, "chat_template", None) is None:
-                return "\n".join(m["content"] for m in conversation)
-        elif getattr(processor, "chat_template", None) is None:
-            raise SvlError(f"model '{self.lvlm.name}' has no chat template to place a question's image in its prompt")
-        return processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
 
     def loglikelihood(self, requests: list[Any]) -> Any:
         """Not supported; `_load` refuses such tasks."""

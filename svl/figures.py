@@ -22,7 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
 
 from svl.core import Plan, SvlError
@@ -37,8 +37,6 @@ HEAT = mpl.colormaps["YlOrRd"]  # lightness falls steadily, so it also reads in 
 STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.linewidth": 0.8,
@@ -113,7 +111,9 @@ def accuracy_vs_ratio(
         ax.set_xlabel("decoder layers removed (%)")
         ax.set_ylabel(ylabel)
         ax.grid(axis="y")
-        ax.set_title(title, loc="left", parse_math=False)
+        if title:
+            heading = figure.suptitle(_short(title), x=0.01, ha="left", fontsize=10, weight="bold")
+            heading.set_parse_math(False)
         legend = figure.legend(handles, names, loc="outside right upper")
         for text in legend.get_texts():
             text.set_parse_math(False)
@@ -155,7 +155,9 @@ def importance(plans: Mapping[str, Mapping[float, Plan]], *, title: str = "") ->
             return ax
 
         if title:
-            figure.text(0.1 / WIDTH, 1 - 0.08 / height, title, va="top", fontsize=10, weight="bold", parse_math=False)
+            figure.text(
+                0.1 / WIDTH, 1 - 0.08 / height, _short(title), va="top", fontsize=10, weight="bold", parse_math=False
+            )
         y = top
         for label, by_ratio in plans.items():
             ordered = blocks[label]
@@ -170,6 +172,7 @@ def importance(plans: Mapping[str, Mapping[float, Plan]], *, title: str = "") ->
                 if len(positive) == n_layers and max(positive) > 30 * min(positive):
                     ax.set_yscale("log")
                     ax.set_ylim(bottom=10 ** math.floor(math.log10(0.7 * min(positive))))  # no bar vanishes
+                    ax.yaxis.set_major_locator(LogLocator(numticks=6))
                     ax.yaxis.set_major_formatter("{x:g}")
                     ax.yaxis.set_minor_formatter(NullFormatter())
                     ax.set_ylabel("importance\n(log)", fontsize=8)
@@ -244,7 +247,7 @@ def token_importance(image: Path | Image.Image, example: Mapping[str, Any], *, t
             figure.text(x / WIDTH, 1 - y / height, words, va="bottom", parse_math=False, **style)
 
         if title:
-            write(margin, 0.3, title, fontsize=10, weight="bold")
+            write(margin, 0.3, _short(title), fontsize=10, weight="bold")
         extent = (0, wide, tall, 0)
         share = 100 * float((weight > 0).mean())
         headings = ("image", f"score of {rows} × {cols} visual tokens", f"visual tokens that count ({share:.0f} %)")
@@ -284,6 +287,11 @@ def token_importance(image: Path | Image.Image, example: Mapping[str, Any], *, t
 
 COLUMNS = 96  # characters in a line of text tokens
 MAX_LINES = 9
+
+
+def _short(title: str) -> str:
+    """A title that fits the width."""
+    return title if len(title) <= 80 else title[:79] + "…"
 
 
 def readable(token: str) -> str:

@@ -87,21 +87,27 @@ class Lvlm:
         """Whether the model takes images."""
         return self.anatomy.image_token_id is not None
 
-    def prompt(self, text: str, image: bool) -> str:
-        """One user turn of the model's own chat template (plain text if it has none), ready for the answer.
+    def render(self, conversation: list[dict[str, Any]]) -> str:
+        """Messages (content: a list of image and text parts) in the model's own chat template, ready for the answer.
+
+        A model without a template gets the plain text.
 
         Raises:
-            SvlError: if there is an image and no chat template says where it goes.
+            SvlError: if there is an image and no template says where it goes.
         """
-        if getattr(self.processor, "chat_template", None) is None:
-            if image:
-                raise SvlError(f"model '{self.name}' has no chat template, so an image cannot be placed in its prompt")
-            return text
+        template = getattr(self.processor, "chat_template", None)
+        if template is None and any(part["type"] == "image" for m in conversation for part in m["content"]):
+            raise SvlError(f"model '{self.name}' has no chat template, so an image cannot be placed in its prompt")
+        if not self.sees:  # templates of text models expect strings
+            conversation = [{**m, "content": "\n".join(part["text"] for part in m["content"])} for m in conversation]
+        if template is None:
+            return "\n".join(text for m in conversation for text in _texts(m["content"]))
+        return self.processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+
+    def prompt(self, text: str, image: bool) -> str:
+        """One user turn of text, after an image if there is one, as `render` gives it."""
         parts = [{"type": "image"}] * image + [{"type": "text", "text": text}]
-        content = parts if self.sees else text
-        return self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
+        return self.render([{"role": "user", "content": parts}])
 
     def encode(self, texts: list[str], images: list[Any] | None = None) -> dict[str, Tensor]:
         """Model inputs for prompts and their images, padded on the left, on the model's device."""
@@ -111,7 +117,8 @@ class Lvlm:
         bos = tokenizer.bos_token
         special = not (bos and all(t.startswith(bos) for t in texts))  # a template may have written it already
         options = {"padding": True, "padding_side": "left", "return_tensors": "pt", "add_special_tokens": special}
-        inputs = self.processor(images=images, text=texts, **options) if images else self.processor(texts, **options)
+        pictures = {"images": images} if images else {}
+        inputs = self.processor(text=texts, **pictures, **options)
         return {
             k: v.to(self.device, self.model.dtype) if v.is_floating_point() else v.to(self.device)
             for k, v in inputs.items()
@@ -120,6 +127,10 @@ class Lvlm:
     def parameters(self) -> int:
         """Number of parameters, tied ones counted once."""
         return sum(p.numel() for p in self.model.parameters())
+
+
+def _texts(content: str | list[dict[str, Any]]) -> list[str]:
+    return [content] if isinstance(content, str) else [part["text"] for part in content]
 
 
 def find_anatomy(model: Any, layers: str | None = None) -> Anatomy:
@@ -159,7 +170,7 @@ def _writers(layers: nn.ModuleList, hidden: int) -> dict[str, str]:
                 modules = [layer.get_submodule(name) for layer in layers]
             except AttributeError:
                 continue
-            if all(getattr(m, "weight", None) is not None and m.weight.shape[0] == hidden for m in modules):
+            if all(isinstance(w := getattr(m, "weight", None), Tensor) and len(w) == hidden for m in modules):
                 found[role] = name
                 break
     return found
@@ -218,7 +229,7 @@ def _load(path: str, dtype: str, device: str, revision: str | None, layers: str 
     if device == "auto":
         device = str(torch.accelerator.current_accelerator() or "cpu") if torch.accelerator.is_available() else "cpu"
     try:
-        model = model.to(device).eval()
+        model = nn.Module.to(model, torch.device(device)).eval()
     except (RuntimeError, AssertionError) as error:
         raise SvlError(f"cannot use model.device='{device}': {str(error).splitlines()[0]}") from error
     lvlm = Lvlm(model, processor, find_anatomy(model, layers), name)

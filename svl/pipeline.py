@@ -15,16 +15,16 @@ import platform
 import subprocess
 import time
 from collections.abc import Iterable
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tqdm import tqdm
 
-from svl import benchmarks
+from svl import benchmarks, results
 from svl.config import PACKAGE, describe, validate
-from svl.core import Patch, Plan, Stats, SvlError, layers_to_remove, one_of
+from svl.core import Patch, Plan, Stats, layers_to_remove, one_of
 from svl.data import Examples, read_samples
 from svl.store import Entry, Store, checkpoint_fingerprint
 
@@ -49,10 +49,7 @@ class Run:
         self.fingerprint = checkpoint_fingerprint(model.path, model.revision, self.store.root / "fingerprint")
         self.model = {"fingerprint": self.fingerprint, "dtype": model.dtype, "layers": model.layers}
         self.name = model.name or Path(model.path).name
-        self.tasks = {
-            task: {"task": task, "fingerprint": benchmarks.fingerprint(task, cfg.benchmark.include_path)}
-            for task in cfg.benchmark.tasks
-        }
+        self.tasks = {t: benchmarks.fingerprint(t, cfg.benchmark.include_path) for t in cfg.benchmark.tasks}
         self.measures = bool(self.strategy.needs)  # otherwise the selector plays no part in choosing layers
         self.needs = self.strategy.needs | self.compensation.needs
         if self.needs:
@@ -78,7 +75,7 @@ class Run:
 
     def show(self, items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
         """Progress over batches, with the time left."""
-        return tqdm(items, desc=f"  {what}", total=total, leave=False, dynamic_ncols=True)
+        return tqdm(items, desc=f"  {what}", total=total, leave=False, dynamic_ncols=True, disable=None)
 
     # ------------------------------------------------------------------------------------------ stages
 
@@ -93,7 +90,8 @@ class Run:
 
             for name in asked:
                 one_of("calibration.statistics", name, calibrate.STATISTICS)
-            self.n_remove(self.statistics(None))  # asking for too many layers should not cost a calibration
+            self.n_remove(self.statistics(None))  # what can be found wrong now should not cost a calibration
+            calibrate.check_selector(self.dense, self.examples, self.selector)
             size = self.cfg.calibration.batch_size
             calibrate.calibrate(
                 self.dense, self.examples, statistics=asked, batch_size=size, folder=folder, show=self.show
@@ -111,9 +109,7 @@ class Run:
             return Stats(anatomy.n_layers, anatomy.removable)
         from svl.calibrate import TraceFolder
 
-        return Stats(
-            entry.output["n_layers"], tuple(entry.output["removable"]), TraceFolder(entry.path), self.selector
-        )
+        return Stats(entry.output["n_layers"], tuple(entry.output["removable"]), TraceFolder(entry.path), self.selector)
 
     def n_remove(self, stats: Stats) -> int:
         """How many layers go: `n_remove`, or the ratio of the model's depth.
@@ -183,33 +179,31 @@ class Run:
 
     def score(self, plan: Plan, patch: Entry | None) -> dict[str, Entry]:
         """Stage `score`, one artifact per task: equal layers and weights are evaluated once, whatever led to them."""
-        weights = patch.manifest["files"].get("patch.safetensors") if patch else None
-        models: list[Lvlm] = []  # the pruned model, made on first use
-        entries = {}
-        what = "dense" if not plan.removed else f"{len(plan.removed)} of {plan.n_layers} layers removed"
-        for task, identity in self.tasks.items():
-            benchmark = self.cfg.benchmark
+        benchmark = self.cfg.benchmark
+        file = patch.manifest["files"].get("patch.safetensors") if patch else None
+        weights = file[1] if file else None
+        pruned = cache(lambda: self.prune(plan, patch))
+        what = f"{len(plan.removed)} of {plan.n_layers} layers removed" if plan.removed else "dense"
 
-            def build(folder: Path, task: str = task) -> dict[str, Any]:
+        def evaluate(task: str) -> Entry:
+            metric = benchmark.tasks[task].metric
+            settings = {"metric": metric, "limit": benchmark.limit, "max_new_tokens": benchmark.max_new_tokens}
+
+            def build(folder: Path) -> dict[str, Any]:
                 from svl.evaluate import evaluate
 
-                models.extend([] if models else [self.prune(plan, patch)])
-                scores = evaluate(
-                    models[0], task, include_path=benchmark.include_path, metric=benchmark.tasks[task].metric,
-                    limit=benchmark.limit, batch_size=benchmark.batch_size, max_new_tokens=benchmark.max_new_tokens,
-                    folder=folder, describe=f"  {task}",
-                )  # fmt: skip
-                return {**scores, "params": models[0].parameters()}
+                where = {"include_path": benchmark.include_path, "folder": folder, "describe": f"  {task}"}
+                scores = evaluate(pruned(), task, batch_size=benchmark.batch_size, **settings, **where)
+                return {**scores, "params": pruned().parameters()}
 
-            inputs = {
-                "model": self.model, "removed": plan.removed, "weights": weights and weights[1], "task": identity,
-                "metric": benchmark.tasks[task].metric, "limit": benchmark.limit,
-                "max_new_tokens": benchmark.max_new_tokens,
-            }  # fmt: skip
+            inputs = {"model": self.model, "removed": plan.removed, "weights": weights, "task": task}
+            inputs |= {"benchmark": self.tasks[task], **settings}
             entry = self.store.make("score", inputs, build)
-            main = entry.output["metrics"][entry.output["metric"]]
-            entries[task] = self.done("evaluate", entry, f"{what}: {task} {entry.output['metric']} {main['value']:.3f}")
-        return entries
+            value = entry.output["metrics"][metric]["value"]
+            shown = "undefined" if value is None else f"{value:.3f}"
+            return self.done("evaluate", entry, f"{what}: {task} {metric} {shown}")
+
+        return {task: evaluate(task) for task in self.tasks}
 
     # ----------------------------------------------------------------------------------------- record
 
@@ -230,7 +224,8 @@ class Run:
             "ratio": self.cfg.ratio if self.cfg.n_remove is None else len(plan.removed) / plan.n_layers,
             "n_remove": len(plan.removed), "seed": self.cfg.seed, "limit": self.cfg.benchmark.limit,
         }  # fmt: skip
-        stages = {"calibrate": [stats], "plan": [planned], "compensate": [patch], "evaluate": list(pruned.values())}
+        stages: dict[str, list[Entry | None]]
+        stages = {"calibrate": [stats], "plan": [planned], "compensate": [patch], "evaluate": [*pruned.values()]}
         settings = {g: describe(self.cfg[g]) for g in ("strategy", "selector", "compensation")}
         keys = {stage: [e.key for e in entries if e] for stage, entries in stages.items()}
 
@@ -240,7 +235,8 @@ class Run:
             return {
                 **identity,
                 "plan": json.loads(plan.to_json()),
-                **summarise(pruned, dense, {t: self.cfg.benchmark.tasks[t].scale for t in self.tasks}, plan),
+                "cost": results.cost(pruned, dense, plan),
+                **results.summarise(pruned, dense, {t: self.cfg.benchmark.tasks[t].scale for t in self.tasks}),
                 "compensated": patch.output["changed"] if patch else [],
                 "seconds": {s: round(sum(e.manifest["seconds"] for e in es if e), 3) for s, es in stages.items()},
                 "settings": settings,
@@ -254,7 +250,9 @@ class Run:
         self.export(plan, patch, result)
         self.track(run)
         if result["retained"]:
-            log.info("  retained %.1f %% of dense, %.1f s", 100 * result["retained"]["value"], time.perf_counter() - began)
+            log.info(
+                "  retained %.1f %% of dense, %.1f s", 100 * result["retained"]["value"], time.perf_counter() - began
+            )
         return result
 
     def export(self, plan: Plan, patch: Entry | None, result: dict[str, Any]) -> None:
@@ -269,12 +267,11 @@ class Run:
         """Stage `track`: mirror a finished run to the tracker, once. Failing to do so changes no result."""
 
         def build(folder: Path) -> dict[str, Any]:
-            config = OmegaConf.to_container(self.cfg, resolve=True)
             result = run.output
             label = f"{self.name}-{result['strategy']}-r{result['ratio']:g}-{result['selector'] or 'data-free'}"
             tags = [f"model:{self.name}", f"strategy:{result['strategy']}", f"benchmark:{self.cfg.benchmark.name}"]
             self.tracker.start(
-                {**config, "svl": {"versions": result["versions"], "keys": result["keys"]}},
+                {**describe(self.cfg), "svl": {"versions": result["versions"], "keys": result["keys"]}},
                 name=label, group=self.cfg.name, tags=tags, key=run.key, folder=self.folder,
             )  # fmt: skip
             self.tracker.log(result, self.draw(result))
@@ -294,7 +291,7 @@ class Run:
 
         plan = Plan.from_json(json.dumps(result["plan"]))
         drawing = figures.importance({result["strategy"]: {result["ratio"]: plan}})
-        return {"importance": figures.save(drawing, self.folder / "importance", formats=("png",))[0]}
+        return {"importance": figures.save(drawing, self.folder / "importance.png")}
 
     # ---------------------------------------------------------------------------------------- helpers
 
@@ -314,9 +311,9 @@ class Run:
     def draw_example(self, stats: Stats, folder: Path) -> None:
         """Keep the first image of the calibration set with its tokens' scores, for the token importance figure."""
         example = next((e for e in self.examples.items if e.image_bytes is not None), None)
-        trace = next((t for t in stats.traces if example is not None and t.index == example.row), None)
-        if example is None or trace is None or stats.selector is None or not self.dense.sees:
+        if example is None or stats.selector is None or not self.dense.sees:
             return
+        image, trace = example.image, next(t for t in stats.traces if t.index == example.row)
         weights = stats.selector.weights(trace)
         scores = stats.selector.scores(trace) if hasattr(stats.selector, "scores") else weights
         weights, scores = (x.mean(0) if x.ndim == 2 else x for x in (weights, scores))
@@ -324,74 +321,18 @@ class Run:
         if side * side != int(trace.visual.sum()) or side == 0:
             return  # tiled or cropped images have no plain grid
         text = self.dense.prompt(example.prompt, image=True)
-        ids = self.dense.encode([text], [example.image])["input_ids"][0]
+        ids = self.dense.encode([text], [image])["input_ids"][0]
         tokens = self.dense.tokenizer.convert_ids_to_tokens(ids[~trace.visual.to(ids.device)].tolist())
         rows = zip(tokens, scores[~trace.visual].tolist(), weights[~trace.visual].tolist(), strict=True)
         (folder / "example.json").write_text(json.dumps({
             "prompt": example.prompt, "grid": [side, side], "visual": scores[trace.visual].tolist(),
             "visual_selected": weights[trace.visual].tolist(), "text": [list(row) for row in rows],
         }))  # fmt: skip
-        example.image.save(folder / "example.png")
+        image.save(folder / "example.png")
 
 
 class NotTrackedError(Exception):
     """The tracker gave up; it has said why."""
-
-
-def summarise(
-    pruned: dict[str, Entry], dense: dict[str, Entry], scales: dict[str, float], plan: Plan
-) -> dict[str, Any]:
-    """Scores with their dense values, their average, the retained share, and what the model costs."""
-    if not pruned:
-        return {"scores": {}, "average": None, "retained": None, "cost": {"layers": len(plan.kept), "layers_dense": plan.n_layers}}
-    scores, deltas = {}, []
-    for task, entry in pruned.items():
-        output, reference = entry.output, dense[task].output
-        scores[task] = {
-            "metric": output["metric"], "n": output["n"],
-            "metrics": {m: {**v, "dense": reference["metrics"][m]["value"]} for m, v in output["metrics"].items()},
-        }  # fmt: skip
-        deltas.append(paired_error(entry, dense[task]))
-    values = {t: s["metrics"][s["metric"]] for t, s in scores.items()}
-
-    def mean(which: str) -> float:
-        return sum(v[which] / scales[t] for t, v in values.items()) / len(values)
-
-    def error(errors: list[float | None]) -> float | None:
-        known = [e / s for e, s in zip(errors, scales.values(), strict=True) if e is not None]
-        return math.sqrt(sum(e * e for e in known)) / len(values) if len(known) == len(values) else None
-
-    average = {"value": mean("value"), "stderr": error([v["stderr"] for v in values.values()]), "dense": mean("dense")}
-    change = error(deltas)
-    retained = {
-        "value": average["value"] / average["dense"],
-        "stderr": None if change is None else change / average["dense"],
-    } if average["dense"] else None  # fmt: skip
-
-    def speed(entries: dict[str, Entry]) -> float:
-        return sum(e.output["n"] for e in entries.values()) / sum(e.output["seconds"] for e in entries.values())
-
-    cost = {
-        "params": next(iter(pruned.values())).output["params"], "params_dense": next(iter(dense.values())).output["params"],
-        "layers": len(plan.kept), "layers_dense": plan.n_layers,
-        "samples_per_second": speed(pruned), "samples_per_second_dense": speed(dense),
-    }  # fmt: skip
-    return {"scores": scores, "average": average, "retained": retained, "cost": cost}
-
-
-def paired_error(pruned: Entry, dense: Entry) -> float | None:
-    """Standard error of the change of the mean score, from the samples that both answered; None without scores."""
-
-    def read(entry: Entry) -> dict[int, float | None]:
-        rows = map(json.loads, (entry.path / "samples.jsonl").read_text().splitlines())
-        return {row["doc_id"]: row["score"] for row in rows}
-
-    ours, theirs = read(pruned), read(dense)
-    changes = [a - b for i, a in ours.items() if a is not None and (b := theirs.get(i)) is not None]
-    if len(changes) < 2 or len(changes) < len(ours):
-        return None
-    mean = sum(changes) / len(changes)
-    return math.sqrt(sum((c - mean) ** 2 for c in changes) / (len(changes) - 1) / len(changes))
 
 
 def versions() -> dict[str, str]:
@@ -416,6 +357,3 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         SvlError: on bad input, before any heavy work.
     """
     return Run(cfg, folder).execute()
-
-
-__all__ = ["Run", "SvlError", "run"]

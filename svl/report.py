@@ -123,28 +123,62 @@ class Row:
     @property
     def retained(self) -> Estimate:
         """The average as a fraction of the dense one."""
-        return merge([_estimate(run["retained"]) for run in self.runs])
+        return merge([_estimate(run["retained"] or {}) for run in self.runs])
 
     @property
     def speed(self) -> Estimate:
         """Samples per second as a multiple of the dense model's in the same run."""
-        pairs = [(run["cost"]["samples_per_second"], run["cost"]["samples_per_second_dense"]) for run in self.runs]
+        names = ("samples_per_second", "samples_per_second_dense")
+        pairs = [[run["cost"].get(name) for name in names] for run in self.runs]
         return merge([Estimate(value / dense if value is not None and dense else None) for value, dense in pairs])
 
 
 def _main(run: Run, task: str | None) -> dict[str, Any]:
-    """Value, stderr and dense value of a benchmark's main metric, or of the average (None)."""
-    return run["average"] if task is None else run["scores"][task]["metrics"][run["scores"][task]["metric"]]
+    """Value, stderr and dense value of a benchmark's main metric, or of the average (None); empty where undefined."""
+    if task is None:
+        return run["average"] or {}
+    return run["scores"][task]["metrics"][run["scores"][task]["metric"]]
 
 
 def _estimate(body: dict[str, Any]) -> Estimate:
-    return Estimate(body["value"], body.get("stderr"))
+    return Estimate(body.get("value"), body.get("stderr"))
 
 
-def _method(run: Run) -> tuple[str, ...]:
-    """What identifies a method: its names, and its settings where the run states them."""
-    settings = ", ".join(f"{name}={value}" for name, value in sorted((run.get("settings") or {}).items()))
-    return run["strategy"], run["selector"] or "none", run["compensation"] or "none", settings
+class Method(NamedTuple):
+    """What a row is about; equal for runs that differ in a seed only."""
+
+    strategy: str
+    selector: str
+    compensation: str
+    settings: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def of(cls, run: Run) -> Method:
+        """The method of a run."""
+        settings = tuple((name, value) for name, value in _settings_of(run) if not name.endswith(".seed"))
+        return cls(run["strategy"], run["selector"] or "none", run["compensation"] or "none", settings)
+
+    def label(self, methods: Iterable[Method]) -> str:
+        """The strategy's name; where `methods` use it in several ways, what tells them apart in brackets."""
+        same = [other for other in methods if other.strategy == self.strategy]
+        differs = [self[i] for i in (1, 2) if len({other[i] for other in same}) > 1]
+        alike = [dict(other.settings) for other in same if other[:3] == self[:3]]
+        differs += [f"{k}={v}" for k, v in self.settings if any(other.get(k) != v for other in alike)]
+        return self.strategy + (f" ({', '.join(map(str, differs))})" if differs else "")
+
+
+def _seeds(run: Run) -> list[Any]:
+    """The run's seed, and those of its parts."""
+    return [run["seed"], *(value for name, value in _settings_of(run) if name.endswith(".seed"))]
+
+
+def _settings_of(run: Run) -> Iterator[tuple[str, str]]:
+    """Settings of a run's strategy, selector (if it used one) and compensation as ("selector.p", "0.5")."""
+    for group, settings in sorted(run.get("settings", {}).items()):
+        if run[group] is not None:
+            for name, value in sorted(settings.items()):
+                if name != "_target_":
+                    yield f"{group}.{name}", value if isinstance(value, str) else json.dumps(value)
 
 
 # ----------------------------------------------------------------------------------------------- tables
@@ -166,29 +200,25 @@ class Section:
     def title(self) -> str:
         """Experiment, model and, where there is one, the limit."""
         limit = self.runs[-1]["limit"]
-        note = "" if limit is None else f" (limit={limit:g}: a part of every benchmark, a smoke test and no result)"
-        return f"{self.experiment}: {self.runs[-1]['model']}{note}"
+        return f"{self.experiment}: {self.runs[-1]['model']}" + ("" if limit is None else f" (limit={limit:g})")
 
     @cached_property
     def rows(self) -> list[Row]:
         """Ascending by ratio, then by label; of runs with equal seeds, the newest."""
-        groups: dict[tuple[Any, ...], dict[int, Run]] = {}
+        groups: dict[tuple[Any, ...], dict[str, Run]] = {}
         for run in self.runs:
-            groups.setdefault((run["ratio"], run["n_remove"], *_method(run)), {})[run["seed"]] = run
+            seeds = groups.setdefault((run["ratio"], run["n_remove"], Method.of(run)), {})
+            seeds[json.dumps(_seeds(run))] = run
+        methods = {method for _, _, method in groups}
         rows = [
-            Row(self._label(key[2:]), tuple(run for _, run in sorted(seeds.items()))) for key, seeds in groups.items()
+            Row(method.label(methods), tuple(sorted(seeds.values(), key=lambda run: run["seed"])))
+            for (_, _, method), seeds in groups.items()
         ]
         return sorted(rows, key=lambda row: (row.ratio, row.runs[0]["n_remove"], row.label))
 
-    def _label(self, method: tuple[str, ...]) -> str:
-        """The strategy's name; where it is used in several ways, what tells them apart in brackets."""
-        same = {other for other in map(_method, self.runs) if other[0] == method[0]}
-        differs = [part for i, part in enumerate(method) if part and len({other[i] for other in same}) > 1]
-        return method[0] + (f" ({', '.join(differs)})" if differs else "")
-
     def scale(self, task: str | None) -> int:
         """100 where all values of a benchmark (None: the averages) are fractions, to be shown in %; else 1."""
-        values = [value for run in self.runs for key in ("value", "dense") if (value := _main(run, task)[key])]
+        values = [value for run in self.runs for key in ("value", "dense") if (value := _main(run, task).get(key))]
         return 100 if all(abs(value) <= 1 for value in values) else 1
 
     def cells(self) -> tuple[list[str], list[list[str]], set[int]]:
@@ -201,9 +231,9 @@ class Section:
         units = [" %" if size == 100 else "" for size in scale.values()]
         header = ["strategy", "ratio", "removed", *map(str.__add__, heads, units), "retained %", "params", "speed"]
 
-        dense = [_number(Estimate(_main(run, task)["dense"]), size) for task, size in scale.items()]
+        dense = [_number(Estimate(_main(run, task).get("dense")), size) for task, size in scale.items()]
         table = [
-            ["dense", "0 %", f"0 / {cost['layers_dense']}", *dense, "100.0", _count(cost["params_dense"]), "×1.00"]
+            ["dense", "0 %", f"0 / {cost['layers_dense']}", *dense, "100.0", _count(cost.get("params_dense")), "×1.00"]
         ]
         for row in self.rows:
             first, seeds = row.runs[0], len(row.runs)
@@ -215,7 +245,7 @@ class Section:
                     *(_number(Estimate(row.score(task).value), scale[task]) for task in tasks),
                     _number(row.score(None), scale[None]),
                     _number(Estimate(row.retained.value), 100),
-                    _count(first["cost"]["params"]),
+                    _count(first["cost"].get("params")),
                     "–" if row.speed.value is None else f"×{row.speed.value:.2f}",
                 ]
             )
@@ -232,14 +262,17 @@ class Section:
     def notes(self) -> list[str]:
         """What a reader must know to read the table."""
         run = self.runs[-1]
-        rate = run["cost"]["samples_per_second_dense"]
+        rate = run["cost"].get("samples_per_second_dense")
+        tasks = ", ".join(f"{t} ({s['metric']}, n = {s['n']})" for t, s in run["scores"].items())
         notes = [
-            "Benchmarks: " + ", ".join(f"{t} ({s['metric']}, n = {s['n']})" for t, s in run["scores"].items()) + ".",
+            f"Benchmarks: {tasks or 'none'}.",
             "±: standard error over the samples; in rows of several seeds, standard deviation over the seeds.",
             "Retained: average relative to the dense average. Bold: the best average at that ratio.",
             "Speed: samples per second relative to the dense model" + (f" ({rate:.3g} per second)." if rate else "."),
         ]
-        if len({run["average"]["dense"] for run in self.runs}) > 1:
+        if run["limit"] is not None:
+            notes.insert(0, f"Caution: limit={run['limit']:g}, so only a part of every benchmark was used.")
+        if len({_main(run, None).get("dense") for run in self.runs}) > 1:
             notes.append("Caution: the dense average differs between runs (versions? device?); the newest is shown.")
         if older := len(self.runs) - sum(len(row.runs) for row in self.rows):
             notes.append(f"Left out: {older} older run(s) with the same method, ratio and seed as a newer one.")
@@ -275,8 +308,10 @@ def _number(estimate: Estimate, scale: float) -> str:
     return f"{scale * estimate.value:.1f}" + (f" ± {scale * estimate.error:.1f}" if estimate.error is not None else "")
 
 
-def _count(n: int) -> str:
+def _count(n: int | None) -> str:
     """1234567 -> "1.23 M"."""
+    if n is None:
+        return "–"
     size, unit = next(((s, u) for s, u in ((1e9, " B"), (1e6, " M"), (1e3, " k")) if n >= s), (1, ""))
     return f"{n / size:.3g}{unit}" if n < 999.5 * size else f"{n / size:.0f}{unit}"
 
@@ -291,10 +326,12 @@ class Report:
     Attributes:
         name: of the experiment.
         entries: its runs in the store, oldest first.
+        mirrors: folders or addresses where a tracker put them.
     """
 
     name: str
     entries: tuple[Entry, ...]
+    mirrors: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, store: Store, name: str | None) -> Report:
@@ -311,11 +348,14 @@ class Report:
         if name is None or name not in names:
             problem = f"no finished run of experiment '{name}'" if name else "which experiment? Say experiment=NAME"
             raise SvlError(f"{problem}{did_you_mean(name or '', names)}; {store.root} has: {', '.join(names)}")
-        report = cls(name, tuple(entry for entry in found if entry.output.get("name") == name))
+        entries = tuple(entry for entry in found if entry.output.get("name") == name)
+        keys = {entry.key for entry in entries}
+        tracked = [entry.output for entry in store.entries("track") if entry.output.get("run") in keys]
+        report = cls(name, entries, tuple(output["location"] for output in tracked if output.get("location")))
         try:
             report._check_checkpoints()
-            for section in report.sections:
-                section.markdown()
+            report._markdown([{} for _ in report.sections])  # reads all that a report needs, before anything is shown
+            report._csv()
         except (KeyError, TypeError) as error:
             raise SvlError(
                 f"runs of '{name}' in {store.root} are of another version of svl (problem: {error})"
@@ -384,28 +424,29 @@ class Report:
             if value is not None:
                 points.append((row.ratio, scale * value, None if error is None else scale * error))
             plan = row.runs[0]["plan"]  # of the first seed
-            made = Plan(plan["n_layers"], tuple(plan["removed"]), tuple(plan["importance"]))
+            made = Plan(plan["n_layers"], tuple(plan["removed"]), tuple(plan["importance"] or ()))
             plans.setdefault(row.label, {})[row.ratio] = made
-        dense = section.runs[-1]["average"]["dense"]
-        drawn = {
-            "accuracy_vs_ratio": (
-                figures.accuracy_vs_ratio(
-                    curves,
-                    None if dense is None else scale * dense,
-                    title=section.title,
-                    ylabel="average over the benchmarks" + (" (%)" if scale == 100 else ""),
-                ),
-                "Average over the benchmarks against the layers removed",
-            ),
-            "importance": (figures.importance(plans, title=section.title), "Importance of layers, and layers removed"),
-        }
+        drawn = {}
+        if any(curves.values()):
+            dense = _main(section.runs[-1], None).get("dense")
+            unit = " (%)" if scale == 100 else ""
+            figure = figures.accuracy_vs_ratio(
+                curves,
+                None if dense is None else scale * dense,
+                title=section.title,
+                ylabel=f"average over the benchmarks{unit}",
+            )
+            drawn["accuracy_vs_ratio"] = (figure, "Average over the benchmarks against the layers removed")
+        figure = figures.importance(plans, title=section.title)
+        drawn["importance"] = (figure, "Importance of layers, and layers removed")
         for entry in self.entries:
-            selector, image = entry.output["selector"], entry.path / "example.png"
-            if image.is_file() and selector and any(entry.output is run for run in section.runs):
-                example = json.loads((entry.path / "example.json").read_text())
-                figure = figures.token_importance(image, example, title=f"{section.title}: {selector}")
-                name = re.sub(r"[^A-Za-z0-9]+", "_", selector)
-                drawn.setdefault(f"token_importance-{name}", (figure, f"Tokens that selector '{selector}' prefers"))
+            selector, image, numbers = entry.output["selector"], entry.path / "example.png", entry.path / "example.json"
+            name = "token_importance-" + re.sub(r"[^A-Za-z0-9]+", "_", selector or "none")
+            here = any(entry.output is run for run in section.runs)
+            if here and name not in drawn and image.is_file() and numbers.is_file():
+                title = f"{section.title}, selector {selector}"
+                figure = figures.token_importance(image, json.loads(numbers.read_text()), title=title)
+                drawn[name] = (figure, f"Tokens that selector '{selector}' prefers")
         captions = {}
         for name, (figure, caption) in drawn.items():
             target = out / (name + (f"-{number}" if len(self.sections) > 1 else "") + ".png")
@@ -454,8 +495,7 @@ class Report:
 
     def wandb_sync(self) -> str | None:
         """The command that uploads the runs' offline W&B folders, or None if there are none."""
-        places = {entry.output.get("wandb") for entry in self.entries}
-        folders = sorted(os.path.relpath(place) for place in places if place and Path(place).is_dir())
+        folders = sorted({os.path.relpath(place) for place in self.mirrors if Path(place).is_dir()})
         if not folders:
             return None
         return "wandb sync " + (_pattern(folders) or " ".join(map(shlex.quote, folders)))
@@ -468,8 +508,8 @@ def _numbers(run: Run) -> Iterator[tuple[Any, ...]]:
             main = int(metric == score["metric"])
             yield "eval", task, metric, main, score["n"], body["value"], body.get("stderr"), body.get("dense")
     for name in ("average", "retained"):
-        body = run[name]
-        yield "eval", "", name, 0, "", body["value"], body.get("stderr"), body.get("dense")
+        body = run[name] or {}
+        yield "eval", "", name, 0, "", body.get("value"), body.get("stderr"), body.get("dense")
     for group in ("cost", "seconds"):
         for name, value in run[group].items():
             if not name.endswith("_dense"):

@@ -7,7 +7,7 @@
 * An artifact is built in `<root>/tmp`, together with its manifest, and renamed into place: it is there whole or not
   at all. A killed writer leaves only a temporary folder, swept by the next writer of that key.
 * One lock per key (released by the kernel when its owner dies): of several processes, one computes, the rest wait.
-* The manifest holds every file's size and SHA-256; a damaged artifact is named, dropped and computed again.
+* The manifest holds every file's size and SHA-256, and its own; a damaged artifact is named and computed again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from svl.core import SvlError
 
 log = logging.getLogger(__name__)
 
-SCHEMA = {"stats": 1, "plan": 1, "patch": 1, "score": 1, "run": 1, "track": 1}  # raise a number when a stage's meaning changes
+# Raise a stage's number when its meaning changes: older artifacts are then no longer found.
+SCHEMA = {"stats": 1, "plan": 1, "patch": 1, "score": 1, "run": 1, "track": 1}
 MINIMUM_FREE = 16 * 2**20  # bytes that must be free before a stage starts
 
 
@@ -44,6 +45,14 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes, hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _seal(manifest: dict[str, Any]) -> str:
+    return digest([manifest[part] for part in ("inputs", "output", "files")])
+
+
+def _is(path: Path, size: int, sha: str) -> bool:
+    return path.is_file() and path.stat().st_size == size and file_digest(path) == sha
 
 
 @dataclass(frozen=True)
@@ -65,11 +74,12 @@ class Entry:
         return self.manifest["output"]
 
 
-def _cannot_write(error: Exception) -> str | None:
+def cannot_write(error: BaseException) -> str | None:
     """Why `error` means that the disk cannot be written, or None. (safetensors hides the number in its text.)"""
     for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR):
         if getattr(error, "errno", None) == code or f"(os error {code})" in str(error):
-            return os.strerror(code)
+            file = getattr(error, "filename", None)
+            return os.strerror(code) + (f" ('{file}')" if file else "")
     return None
 
 
@@ -88,7 +98,7 @@ class Store:
             SvlError: if the disk is full or the store cannot be written; nothing half-written stays.
         """
         folder = self.root / stage / digest([stage, SCHEMA[stage], inputs])
-        if (entry := self.read(folder)) is not None:
+        if (entry := self.read(folder, warn=False)) is not None:
             return entry
         temporary = self.root / "tmp" / f"{stage}-{folder.name}"
         try:
@@ -97,56 +107,58 @@ class Store:
             with FileLock(self.root / "lock" / f"{stage}-{folder.name}"):
                 if (entry := self.read(folder)) is not None:
                     return entry
+                for remains in (folder, temporary):  # a damaged artifact, a killed writer's
+                    shutil.rmtree(remains, ignore_errors=True)
                 if shutil.disk_usage(self.root).free < MINIMUM_FREE:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir()
-                began = time.perf_counter()
-                output = build(temporary) or {}
-                manifest = {
-                    "stage": stage,
-                    "key": folder.name,
-                    "inputs": inputs,
-                    "output": output,
-                    "seconds": round(time.perf_counter() - began, 3),
-                    "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-                    "files": {
-                        str(p.relative_to(temporary)): [p.stat().st_size, file_digest(p)]
-                        for p in sorted(temporary.rglob("*"))
-                        if p.is_file()
-                    },
-                }
-                (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-                os.replace(temporary, folder)
+                try:
+                    began = time.perf_counter()
+                    output = build(temporary) or {}
+                    body = {
+                        "stage": stage,
+                        "key": folder.name,
+                        "inputs": inputs,
+                        "output": output,
+                        "seconds": round(time.perf_counter() - began, 3),
+                        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                        "files": {
+                            str(p.relative_to(temporary)): [p.stat().st_size, file_digest(p)]
+                            for p in sorted(temporary.rglob("*"))
+                            if p.is_file()
+                        },
+                    }
+                    manifest = json.loads(json.dumps(body))  # as any later reader gets it
+                    manifest["digest"] = _seal(manifest)
+                    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+                    os.replace(temporary, folder)
+                except BaseException:
+                    shutil.rmtree(temporary, ignore_errors=True)
+                    raise
                 return Entry(folder, manifest, reused=False)
         except Exception as error:
-            if reason := _cannot_write(error):
-                shutil.rmtree(temporary, ignore_errors=True)
+            if reason := cannot_write(error):
                 raise SvlError(
                     f"cannot write stage '{stage}' to the store {self.root}: {reason}; finished stages are kept, so "
                     "free some space (or set paths.store) and run again"
                 ) from error
             raise
 
-    def read(self, folder: Path) -> Entry | None:
-        """The artifact in `folder`, or None; a damaged one is reported, removed and None."""
+    def read(self, folder: Path, warn: bool = True) -> Entry | None:
+        """The artifact in `folder`, or None if there is none or it is damaged (named in a warning)."""
         try:
             manifest = json.loads((folder / "manifest.json").read_text())
-            bad = [
-                name
-                for name, (size, sha) in manifest["files"].items()
-                if not (folder / name).is_file()
-                or (folder / name).stat().st_size != size
-                or file_digest(folder / name) != sha
-            ]
-        except FileNotFoundError:
+            intact = manifest["digest"] == _seal(manifest)
+            bad = [name for name, (size, sha) in manifest["files"].items() if not _is(folder / name, size, sha)]
+        except (FileNotFoundError, NotADirectoryError):
             return None
-        except (ValueError, KeyError, TypeError):
-            bad = ["manifest.json"]
-        if not bad:
+        except (ValueError, KeyError, TypeError, AttributeError):
+            intact, bad = False, []
+        if intact and not bad:
             return Entry(folder, manifest)
-        log.warning("artifact %s is damaged (%s): it is dropped and computed again", folder, ", ".join(bad))
-        shutil.rmtree(folder)
+        if warn:
+            names = ", ".join(bad or ["manifest.json"])
+            log.warning("artifact %s is damaged (%s): it counts as missing and is computed again", folder, names)
         return None
 
     def entries(self, stage: str) -> Iterator[Entry]:
@@ -158,8 +170,8 @@ class Store:
 def checkpoint_fingerprint(path: str, revision: str | None, cache: Path) -> str:
     """Identity of a checkpoint: of its files' content for a folder, `owner/name@commit` for a hub id.
 
-    A folder's hash covers every file but readme files; hashes of large files are remembered in `cache` by path, size
-    and modification time.
+    A folder's hash covers every file but readme and hidden ones (downloads keep their time stamps in `.cache`); hashes
+    of large files are remembered in `cache` by path, size and modification time.
 
     Raises:
         SvlError: if the folder has no config.json, or the hub (or its local cache) does not know the id.
@@ -173,9 +185,11 @@ def checkpoint_fingerprint(path: str, revision: str | None, cache: Path) -> str:
         raise SvlError(f"model.path: '{path}' has no config.json, so it is no checkpoint")
     hashes = {}
     for file in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix.lower() != ".md"):
-        info = file.stat()
+        name, info = file.relative_to(folder).as_posix(), file.stat()
+        if name.startswith(".") or "/." in name:
+            continue
         if info.st_size < 64 * 2**20:
-            hashes[str(file.relative_to(folder))] = file_digest(file)
+            hashes[name] = file_digest(file)
             continue
         note = cache / digest([str(file.absolute()), info.st_size, info.st_mtime_ns])
         if not note.is_file():
@@ -183,19 +197,19 @@ def checkpoint_fingerprint(path: str, revision: str | None, cache: Path) -> str:
             scratch = note.with_suffix(f".{os.getpid()}")
             scratch.write_text(file_digest(file))
             os.replace(scratch, note)
-        hashes[str(file.relative_to(folder))] = note.read_text()
+        hashes[name] = note.read_text()
     return digest(hashes)
 
 
 def _hub_commit(repo: str, revision: str | None) -> str:
     from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
 
     try:
         return f"{repo}@{HfApi().model_info(repo, revision=revision).sha}"
     except HFValidationError as error:
         raise SvlError(f"model.path: {error}") from error
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+    except (HTTPError, OfflineModeIsEnabled, OSError) as error:
         cached = try_to_load_from_cache(repo, "config.json", revision=revision)
         if isinstance(cached, str):
             return f"{repo}@{Path(cached).parent.name}"

@@ -29,7 +29,7 @@ class Tracker(Protocol):
 
     @property
     def location(self) -> str | None:
-        """Where the mirror of this run is (folder or URL); None before `start` and where there is none."""
+        """Where the mirror of this run is (folder or URL); None before `start`, and if there is none or it failed."""
         ...
 
     def start(
@@ -85,7 +85,7 @@ def summary(result: Mapping[str, Any]) -> dict[str, float]:
         for task, score in result["scores"].items()
         for metric, estimate in score["metrics"].items()
     }
-    numbers |= {f"eval/{name}": result[name]["value"] for name in ("average", "retained")}
+    numbers |= {f"eval/{name}": result[name]["value"] for name in ("average", "retained") if result[name]}
     numbers |= {f"prune/{name}": result[name] for name in ("ratio", "n_remove")}
     numbers |= {f"{group}/{name}": value for group in ("cost", "seconds") for name, value in result[group].items()}
     return {name: value for name, value in numbers.items() if value is not None}
@@ -118,12 +118,13 @@ class WandbTracker:
         """Open the run `key` of `group`; see `Tracker.start`."""
         self._run = self.location = None
         with self._never_fail("start"):
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # or W&B reports its crashes to a server of its own
             import wandb
 
             mode = os.environ.get("WANDB_MODE") or self.mode
             folder.mkdir(parents=True, exist_ok=True)  # or W&B would write to the temporary directory
             wandb.setup(wandb.Settings(silent=True))  # process-wide, so that a batch job is never asked to log in
-            self._run = wandb.init(
+            run = wandb.init(
                 project=self.project,
                 entity=self.entity,
                 mode=mode,  # type: ignore[arg-type]  # WANDB_MODE is W&B's to check
@@ -145,8 +146,8 @@ class WandbTracker:
                     init_timeout=INIT_TIMEOUT,
                 ),
             )
-            if not self._run.disabled:
-                self.location = self._run.url or self._run.settings.sync_dir
+            if not run.disabled:
+                self._run, self.location = run, run.url or run.settings.sync_dir
 
     def log(self, result: dict[str, Any], figures: Mapping[str, Path] | None = None) -> None:
         """Mirror a result, the numbers first: whatever fails after them, they are in the run."""
@@ -195,6 +196,6 @@ class WandbTracker:
         # Deliberately broad: a mirror that breaks (no disk, no server, no login, an interface that changed) must not
         # take hours of computed results with it.
         except Exception as error:  # noqa: BLE001
-            self._run = None
+            self._run = self.location = None
             reason = " ".join(str(error).split()) or type(error).__name__
             log.warning("W&B failed to %s, so this run is not tracked any further; results are kept: %s", doing, reason)

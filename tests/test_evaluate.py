@@ -279,13 +279,16 @@ def test_endless_answers_are_capped(run, lvlm, monkeypatch):
     generate = lvlm.model.generate
 
     def measure(**inputs):
+        prompts = inputs["input_ids"]
+        assert (prompts == lvlm.tokenizer.bos_token_id).sum(1).tolist() == [1] * len(prompts)
+        assert (prompts[:, -1] != lvlm.tokenizer.pad_token_id).all()
         tokens = generate(**inputs)
-        lengths.append(tokens.shape[1] - inputs["input_ids"].shape[1])
+        lengths.append(tokens.shape[1] - prompts.shape[1])
         return tokens
 
     monkeypatch.setattr(lvlm.model, "generate", measure)
-    assert run("svl_demo_choice", limit=2)[0]["max_new_tokens"] == 4
-    assert run("svl_demo_choice", limit=2, max_new_tokens=7)[0]["max_new_tokens"] == 7
+    assert run("svl_demo_choice", limit=8)[0]["max_new_tokens"] == 4
+    assert run("svl_demo_choice", limit=8, max_new_tokens=7)[0]["max_new_tokens"] == 7
     assert lengths == [4, 7]
 
 
@@ -333,6 +336,18 @@ def test_stop_strings_only_where_the_task_names_them(run, tmp_path, monkeypatch)
     assert result["max_new_tokens"] == evaluation.NEW_TOKENS
     assert samples[0]["prediction"] == "red;\n\nblue"
     assert run("custom", include_path=named)[0]["metrics"]["accuracy"]["value"] == 1
+
+
+def test_documents_with_different_numbers_of_images(run, tmp_path):
+    documents = [{"prompt": f"What color is it? {n}", "answer": "red", "kind": "x", "n": n} for n in (1, 0, 2, 0, 1)]
+    visual = "process_results: !function utils.short_answer\ndoc_to_visual: !function visual.images\n"
+    folder = task_folder(tmp_path / "d", visual, documents)
+    Path(folder, "visual.py").write_text(
+        "from PIL import Image\ndef images(doc):\n    return [Image.new('L', (64, 64), 80)] * doc['n']\n"
+    )
+    _, alone = run("custom", include_path=folder, batch_size=1, max_new_tokens=3)
+    _, together = run("custom", include_path=folder, batch_size=8, max_new_tokens=3)
+    assert alone == together
 
 
 def test_text_model(run, lvlm, tmp_path):

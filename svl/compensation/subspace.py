@@ -85,13 +85,13 @@ class Subspace:
                         if w.sum() == 0:
                             continue
                         gap = (w * gap).sum(0, keepdim=True) / w.sum()
-                        weighted, n = gap, 1.0
+                        weighted, n = gap, torch.ones(())
                     else:
                         weighted, n = w * gap, w.sum()
                     gram[anchor] = gram[anchor] + gap.mT @ weighted
                     total[anchor] = total[anchor] + weighted.sum(0)
                     count[anchor] = count[anchor] + n
-        updates = {}
+        updates: dict[tuple[int, str], Update] = {}
         for anchor, matrix in gram.items():
             if count[anchor] == 0:
                 raise SvlError("the selector leaves no token for compensation; choose another selector or rows=all")

@@ -101,6 +101,11 @@ class Question:
 # ---------------------------------------------------------------------------------------------- scenes
 
 
+def _shade(tone: int, rng: random.Random) -> tuple[int, int, int]:
+    red, green, blue = (min(255, max(0, tone + rng.randint(-18, 18))) for _ in range(3))
+    return red, green, blue
+
+
 def draw_scene(rng: random.Random, split: str) -> Scene:
     """A random scene of `split` with 4 to 8 shapes, no two of the same colour and shape."""
     while True:
@@ -112,7 +117,7 @@ def draw_scene(rng: random.Random, split: str) -> Scene:
             slack = (CELL - SIZES[size]) // 2
             things.append(Thing(color, shape, size, x, y, rng.randint(-slack, slack), rng.randint(-slack, slack)))
         tone = rng.choice((20, 45, 70, 175, 205, 235))
-        first, second = (tuple(min(255, max(0, tone + rng.randint(-18, 18))) for _ in range(3)) for _ in range(2))
+        first, second = (_shade(tone, rng), _shade(tone, rng))
         scene = Scene(tuple(things), (first, second, rng.choice(("plain", "gradient", "stripes", "checks"))))
         if scene.split == split:
             return scene
@@ -195,7 +200,7 @@ def _existence(scene: Scene, rng: random.Random) -> Question:
         names = {t.name for t in scene.things}
         pool = list(COLORS) if rng.random() < 0.3 else [t.color for t in scene.things]
         absent = sorted({f"{c} {t.shape}" for c in pool for t in scene.things} - names)
-        if sized and rng.random() < 0.5 or not absent:
+        if (sized and rng.random() < 0.5) or not absent:
             thing = rng.choice(scene.things)
             sized, name = True, thing.name
             size = next(s for s in SIZES if s != thing.size)
@@ -240,7 +245,7 @@ def _group(rng: random.Random) -> tuple[str, Callable[[Thing], bool]]:
 def _count(scene: Scene, rng: random.Random) -> Question | None:
     phrase, test = _group(rng)
     number = sum(map(test, scene.things))
-    if number == 0 and rng.random() < 0.7:  # otherwise "0" would be the answer to every second question
+    if number > 7 or (number == 0 and rng.random() < 0.7):  # "0" would be the answer to every second question
         return None
     return Question("count", f"How many {phrase} are there?", str(number))
 
@@ -258,11 +263,11 @@ def _walk(scene: Scene, rng: random.Random, steps: int) -> tuple[str, Thing] | N
     start = thing = rng.choice(scene.things)
     path: list[str] = []
     for _ in range(steps):
-        ways = [d for d in DIRECTIONS if scene.step(thing, d) and not (path and d == OPPOSITE[path[-1]])]
-        if not ways:
+        reached = {d: t for d in DIRECTIONS if (t := scene.step(thing, d)) and not (path and d == OPPOSITE[path[-1]])}
+        if not reached:
             return None
-        path.append(rng.choice(ways))
-        thing = scene.step(thing, path[-1])
+        path.append(rng.choice(list(reached)))
+        thing = reached[path[-1]]
     return f"Start at the {start.name}, go {', '.join(path)}", thing
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -74,5 +75,5 @@ class Random:
         n = len(trace.visual)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + trace.index)
         weights = torch.zeros(n)
-        weights[torch.randperm(n, generator=generator)[: max(1, -int(-self.p * n // 1))]] = 1
+        weights[torch.randperm(n, generator=generator)[: max(1, math.ceil(round(self.p * n, 6)))]] = 1
         return weights

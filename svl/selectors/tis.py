@@ -11,6 +11,7 @@ The paper's figure leaves several choices open; each is a setting here.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -86,16 +87,16 @@ class Tis:
         return self._top(scores, trace.visual)
 
     def _top(self, scores: Tensor, visual: Tensor) -> Tensor:
-        """0/1 marks [T] of the top tokens; of equals the earlier one is taken."""
+        """0/1 marks [T] of the top tokens; of equals (to 8 decimals) the earlier one is taken."""
         marks = torch.zeros(len(scores))
         pools = [visual, ~visual] if self.pool == "modality" else [torch.ones_like(visual)]
         for pool in pools:
             members = pool.nonzero()[:, 0]
             if len(members) == 0:
                 continue
-            ranked = scores[members].sort(descending=True, stable=True)
+            ranked = scores[members].round(decimals=8).sort(descending=True, stable=True)
             if self.rule == "fraction":
-                n = max(1, -int(-self.p * len(members) // 1))
+                n = max(1, math.ceil(round(self.p * len(members), 6)))
             else:
                 share = ranked.values.cumsum(0) / ranked.values.sum()
                 n = min(len(members), int((share < self.p - 1e-12).sum()) + 1)

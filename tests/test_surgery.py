@@ -1,0 +1,303 @@
+"""The pruned model is the full model without the removed layers, in memory and as an exported checkpoint."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+
+from svl import export, surgery
+from svl.core import Patch, Plan, SvlError, Update
+from svl.surgery import apply, load_patch, pruned_config, save_patch
+
+REMOVED = [(1,), (0, 3), (1, 2), (0, 1, 2), (1, 2, 3)]
+UPDATE = Update(torch.randn(32, 2, generator=torch.Generator().manual_seed(1)) / 6,
+                torch.randn(2, 32, generator=torch.Generator().manual_seed(2)) / 6)  # fmt: skip
+
+
+@contextmanager
+def skipped(lvlm, removed):
+    """The full model whose `removed` layers run (and fill their cache), but pass on their input."""
+    handles = [
+        lvlm.layers[i].register_forward_hook(lambda _, args, out: (args[0], *out[1:]) if type(out) is tuple else args[0])
+        for i in removed
+    ]
+    yield lvlm.model
+    for handle in handles:
+        handle.remove()
+
+
+def forward(model, inputs) -> torch.Tensor:
+    """Logits of the positions that are not padding."""
+    with torch.inference_mode():
+        return model(**inputs).logits[inputs["attention_mask"].bool()]
+
+
+def assert_same_generation(a, b, exactly: bool = False) -> None:
+    assert torch.equal(a.sequences, b.sequences)
+    for x, y in zip(a.logits, b.logits, strict=True):
+        torch.testing.assert_close(x, y, atol=0 if exactly else 1e-5, rtol=0)
+
+
+# ----------------------------------------------------------------------------------------- equivalence
+
+
+@pytest.mark.parametrize("removed", REMOVED, ids=str)
+def test_pruned_model_equals_the_full_model_with_layers_skipped(removed, lm, samples, encode, generate):
+    inputs = encode(lm, samples.items[:3])
+    pruned = apply(lm, Plan(4, removed))
+    with skipped(lm, removed) as reference:
+        expected, generated = forward(reference, inputs), generate(reference, inputs)
+    torch.testing.assert_close(forward(pruned.model, inputs), expected, atol=1e-6, rtol=0)
+    assert (forward(lm.model, inputs) - expected).abs().max() > 0.1  # removing them means something
+    ours = generate(pruned.model, inputs)
+    assert_same_generation(ours, generated)
+    assert len(ours.past_key_values.layers) == 4 - len(removed) == len(pruned.layers)
+
+
+def test_cached_generation_equals_generation_without_cache(lm, samples, encode, generate):
+    pruned, inputs = apply(lm, Plan(4, (0, 2))), encode(lm, samples.items[:3])
+    assert_same_generation(generate(pruned.model, inputs), generate(pruned.model, inputs, use_cache=False))
+
+
+def test_removing_nothing_gives_the_dense_logits_bit_for_bit(lm, samples, encode, generate):
+    inputs = encode(lm, samples.items)
+    same = apply(lm, Plan(4, ()), Patch())
+    assert torch.equal(forward(same.model, inputs), forward(lm.model, inputs))
+    assert_same_generation(generate(same.model, inputs), generate(lm.model, inputs), exactly=True)
+
+
+def test_pruned_models_can_be_calibrated_and_pruned_again(vlm, samples, encode):
+    from svl.calibrate import calibrate
+
+    once = apply(vlm, Plan(4, (1,)))
+    twice = apply(once, Plan(3, (1,)))
+    assert [t.cosine.shape[0] for t in calibrate(twice, samples).traces] == [2] * 5
+    inputs = encode(vlm, samples.items)
+    assert torch.equal(forward(twice.model, inputs), forward(apply(vlm, Plan(4, (1, 2))).model, inputs))
+
+
+# --------------------------------------------------------------------------------- the dense model stays
+
+
+def test_the_dense_model_is_never_touched(lm, samples, encode):
+    before = {n: (id(p), p._version, p.data_ptr(), p.requires_grad, p.clone()) for n, p in lm.model.named_parameters()}
+    config, modules = lm.model.config.to_json_string(), [id(m) for m in lm.model.modules()]
+    pruned = apply(lm, Plan(4, (0, 2)), Patch({(1, "mlp"): UPDATE, (3, "attn"): UPDATE}))
+    forward(pruned.model, encode(lm, samples.items))
+    del pruned
+    for name, p in lm.model.named_parameters():
+        assert (id(p), p._version, p.data_ptr(), p.requires_grad) == before[name][:4]
+        assert torch.equal(p, before[name][4])
+    assert [id(m) for m in lm.model.modules()] == modules
+    assert lm.model.config.to_json_string() == config
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in lm.model.modules())
+
+
+def test_unchanged_weights_are_shared_not_copied(lm):
+    dense = lm.model.state_dict()
+    pruned = apply(lm, Plan(4, (1,)), Patch({(2, "mlp"): UPDATE}))
+    path, changed = lm.anatomy.layers, []
+    for name, tensor in pruned.model.state_dict().items():
+        old = name.replace(f"{path}.1.", f"{path}.2.") if f"{path}.1." in name else name.replace(f"{path}.2.", f"{path}.3.")
+        if dense[old].data_ptr() != tensor.data_ptr():
+            changed.append(old)
+    assert changed == [n for n in (f"{path}.2.mlp.down_proj.weight", f"{path}.2.mlp.down_proj.bias") if n in dense]
+
+
+# ------------------------------------------------------------------------------------------------ patch
+
+
+@pytest.mark.parametrize("role", ["attn", "mlp"])
+def test_a_patch_multiplies_what_the_named_projection_writes(role, lm, samples, encode):
+    """With its bias: (I + left right) (W x + b), seen where the projection adds to the residual stream."""
+    pruned = apply(lm, Plan(4, (2,)), Patch({(1, role): UPDATE}))
+    reference = apply(lm, Plan(4, (2,)))
+    writer = reference.layers[1].get_submodule(lm.anatomy.writers[role])
+    writer.register_forward_hook(lambda _, __, out: out + out @ (UPDATE.left @ UPDATE.right).T)
+    inputs = encode(lm, samples.items)
+    assert (writer.bias is not None) == (lm.name == "llama")
+    torch.testing.assert_close(forward(pruned.model, inputs), forward(reference.model, inputs), atol=1e-4, rtol=1e-4)
+    assert (forward(pruned.model, inputs) - forward(apply(lm, Plan(4, (2,))).model, inputs)).abs().max() > 1e-2
+
+
+def test_a_patch_computes_in_fp32_and_keeps_the_dtype():
+    weight = torch.randn(32, 48, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = weight.double() + UPDATE.left.double() @ (UPDATE.right.double() @ weight.double())
+    assert torch.equal(surgery.multiply(weight, UPDATE), exact.float().bfloat16())
+
+
+def test_patches_survive_their_file(tmp_path):
+    patch = Patch({(11, "mlp"): UPDATE, (2, "attn"): Update(2 * UPDATE.left, UPDATE.right)})
+    save_patch(patch, tmp_path / "patch.safetensors")
+    again = load_patch(tmp_path / "patch.safetensors")
+    assert sorted(again.updates) == sorted(patch.updates)
+    for key, update in patch.updates.items():
+        assert torch.equal(again.updates[key].left, update.left)
+        assert torch.equal(again.updates[key].right, update.right)
+
+
+# ----------------------------------------------------------------------------------------------- errors
+
+
+def test_plans_that_do_not_fit_are_refused(llava):
+    with pytest.raises(SvlError, match="plan is for 5 decoder layers, but 'llava' has 4"):
+        apply(llava, Plan(5, (1,)))
+    protected = replace(llava, anatomy=replace(llava.anatomy, protected=(0, 1)))
+    with pytest.raises(SvlError, match=r"removes layers \[1\], which 'llava' needs"):
+        apply(protected, Plan(4, (1, 2)))
+
+
+@pytest.mark.parametrize("key", [(1, "mlp"), (0, "router")])
+def test_patches_of_absent_weights_are_refused(key, llava):
+    with pytest.raises(SvlError, match="the pruned model does not have"):
+        apply(llava, Plan(4, (1,)), Patch({key: UPDATE}))
+
+
+# ----------------------------------------------------------------------------------------------- config
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "pruned"),
+    [
+        ("layer_types", list("abcd"), ["a", "d"]),
+        ("cross_attention_layers", [1, 3], [1]),
+        ("moe_layers", [0, 1, 2, 3], [0, 1]),  # an index set, though as long as the model is deep
+        ("max_window_layers", 2, 1),
+        ("first_k_dense_replace", 4, 2),
+        ("other", [1, 2, 3], [1, 2, 3]),  # not per layer
+    ],
+)
+def test_depth_dependent_config_fields_follow_the_plan(field, value, pruned, llama):
+    config = copy.deepcopy(llama.model.config)
+    setattr(config, field, value)
+    new = pruned_config(config, Plan(4, (1, 2)))
+    assert getattr(new, field) == pruned
+    assert new.num_hidden_layers == 2
+    assert (config.num_hidden_layers, getattr(config, field)) == (4, value)
+
+
+def test_the_text_part_of_a_config_is_pruned_and_no_other(vlm):
+    """Vision towers here are as deep as the decoder."""
+    new = pruned_config(vlm.model.config, Plan(4, (1, 2)))
+    assert new.text_config.num_hidden_layers == 2
+    assert new.vision_config.num_hidden_layers == 4
+    if vlm.name == "qwen":
+        assert new.text_config.layer_types == ["full_attention"] * 2
+
+
+def test_unknown_fields_that_may_be_per_layer_are_refused(llama):
+    config = copy.deepcopy(llama.model.config)
+    config.layer_magic = [1, 2, 3, 4]
+    with pytest.raises(SvlError, match="'layer_magic' of llama may be per-layer"):
+        pruned_config(config, Plan(4, (1,)))
+    assert pruned_config(config, Plan(4, ())).layer_magic == [1, 2, 3, 4]  # nothing to prune, nothing to refuse
+
+
+# ----------------------------------------------------------------------------------------------- export
+
+READER = """
+import io, json, sys
+sys.modules["svl"] = None  # not installed
+import torch
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
+torch.set_num_threads(1)
+results = {}
+for name, case in torch.load(sys.argv[1], weights_only=False).items():
+    auto, pre = (AutoModelForImageTextToText, AutoProcessor) if case["images"] else (AutoModelForCausalLM, AutoTokenizer)
+    model, info = auto.from_pretrained(case["path"], output_loading_info=True)
+    images = {"images": [Image.open(io.BytesIO(b)).convert("RGB") for b in case["images"]]} if case["images"] else {}
+    processor = pre.from_pretrained(case["path"])
+    inputs = processor(text=case["texts"], **images, padding=True, padding_side="left", return_tensors="pt",
+                       add_special_tokens=False)
+    with torch.inference_mode():
+        results[name] = {
+            "info": {k: sorted(map(str, v)) for k, v in info.items() if v}, "config": model.config.to_dict(),
+            "ids": inputs["input_ids"], "logits": model.eval()(**inputs).logits,
+            **{cache: model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False, use_cache=cache)
+               for cache in (True, False)},
+        }
+torch.save(results, sys.argv[2])
+"""
+
+
+@pytest.fixture(scope="module")
+def reloaded(request, samples, tmp_path_factory):
+    """Exports of all three models, compensated, and what a fresh process without svl makes of them."""
+    folder = tmp_path_factory.mktemp("export")
+    plan = Plan(4, (0, 2), (0.1, 0.4, 0.2, 0.3), {"strategy": "test", "ratio": 0.5})
+    cases, pruned = {}, {}
+    for kind in ("llava", "qwen", "llama"):
+        lvlm = request.getfixturevalue(kind)
+        pruned[kind] = apply(lvlm, plan, Patch({(1, "mlp"): UPDATE, (3, "attn"): UPDATE}))
+        cases[kind] = {
+            "path": str(export.save(pruned[kind], plan, folder / kind, {"task": {"accuracy": 0.5}})),
+            "texts": [lvlm.prompt(e.prompt, image=lvlm.sees) for e in samples.items[:3]],
+            "images": [e.image_bytes for e in samples.items[:3]] if lvlm.sees else [],
+        }
+    torch.save(cases, folder / "cases.pt")
+    command = [sys.executable, "-I", "-c", READER, str(folder / "cases.pt"), str(folder / "results.pt")]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder, plan, pruned, torch.load(folder / "results.pt", weights_only=False)
+
+
+def test_exports_load_without_svl_and_compute_the_same(lm, reloaded, samples, encode, generate):
+    _, plan, pruned, results = reloaded
+    result, inputs = results[lm.name], encode(lm, samples.items[:3])
+    assert result["info"] == {}  # no missing, unexpected or mismatched key
+    assert torch.equal(result["ids"], inputs["input_ids"])
+    present = inputs["attention_mask"].bool()
+    torch.testing.assert_close(result["logits"][present], forward(pruned[lm.name].model, inputs), atol=1e-5, rtol=0)
+    ours = generate(pruned[lm.name].model, inputs).sequences
+    assert torch.equal(result[True], ours)
+    assert torch.equal(result[False], ours)
+    assert result["config"]["layer_pruning"] == json.loads(plan.to_json())
+
+
+def test_exported_weights_are_bitwise_those_in_memory(lm, reloaded):
+    import svl
+
+    folder, _, pruned, _ = reloaded
+    again, memory = svl.load(folder / lm.name, device="cpu").model.state_dict(), pruned[lm.name].model.state_dict()
+    assert again.keys() == memory.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in memory.items())
+
+
+def test_the_model_card_states_plan_results_and_how_to_load(lm, reloaded):
+    card = (reloaded[0] / lm.name / "README.md").read_text()
+    assert f"Layers [0, 2] (0-based) of `{lm.name}`" in card
+    assert f"# {lm.name}, 2 of 4 decoder layers" in card
+    assert ("AutoModelForImageTextToText" if lm.sees else "AutoModelForCausalLM") in card
+    assert '"strategy": "test"' in card
+    assert '"accuracy": 0.5' in card
+
+
+def test_exports_never_overwrite(llama, tmp_path):
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "mine.txt").write_text("precious")
+    with pytest.raises(SvlError, match="exists already"):
+        export.save(apply(llama, Plan(4, (1,))), Plan(4, (1,)), target)
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "mine.txt"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interrupted_export_leaves_nothing(error, llama, tmp_path):
+    class Failing:
+        def save_pretrained(self, folder):
+            assert (folder / "model.safetensors").exists()  # it was well under way
+            raise error
+
+    pruned = replace(apply(llama, Plan(4, (1,))), processor=Failing())
+    with pytest.raises(error):
+        export.save(pruned, Plan(4, (1,)), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
