@@ -16,7 +16,7 @@ demo: .venv/.ready  ## prune the bundled LVLM at three ratios with four strategi
 	$(BIN)/svl-report experiment=demo
 
 test: .venv/.ready lint  ## lint, type check and the whole test suite
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: .venv/.ready  ## ruff and mypy
 	$(BIN)/ruff check .

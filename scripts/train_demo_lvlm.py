@@ -41,11 +41,16 @@ from transformers import (
 from svl.demo import scenes
 
 PATCH = 8
-# Questions per scene: first what ties words to image places, then everything. `list`, `cell` and `place` are asked in
-# training only: their answers speak of the whole image, which is what gets a decoder off chance.
+# Questions per scene. `list`, `cell` and `place` are asked in training only: their answers speak of the whole image.
 GROUND = {"list": 1, "cell": 4, "place": 2, "existence": 1, "attribute": 3}
+FIND = {"place": 3, "attribute": 5, "existence": 4}
+STEP = {"existence": 1, "attribute": 2, "relation1": 6, "relation2": 1}
+CHOOSE = {"existence": 1, "attribute": 3, "relation1": 2, "choice": 6}
 MIX = {"cell": 1, "existence": 1, "attribute": 1, "count": 2, "compare": 1, "relation1": 2, "relation2": 3,
        "relation3": 2, "choice": 2}  # fmt: skip
+# What is asked until which step. Reading words off places comes first, then finding places by words, then going on from
+# there, then naming an option; in one mix with questions that need all of it, each of these takes many times longer.
+CURRICULUM = ((700, GROUND), (1200, MIX), (1600, FIND), (2000, STEP), (2400, MIX), (2700, CHOOSE), (10**9, MIX))
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>", "<image>", "<|user|>", "<|assistant|>"]
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}<|user|>"
@@ -190,13 +195,14 @@ def answers(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.
 class Batches(torch.utils.data.IterableDataset):
     """Training batches of steps `first`.. `last`, each a function of (seed, step) alone."""
 
-    def __init__(self, tokenizer, seed: int, first: int, last: int, size: int, ground: int):
+    def __init__(self, tokenizer, seed: int, first: int, last: int, size: int):
         self.tokenizer, self.seed, self.first, self.last, self.size = tokenizer, seed, first, last, size
-        self.ground = ground
 
     def __iter__(self):
         for step in range(self.first, self.last):
-            stream = scenes.stream(f"{self.seed}/{step}", "train", GROUND if step < self.ground else MIX)
+            stream = scenes.stream(
+                f"{self.seed}/{step}", "train", next(mix for until, mix in CURRICULUM if step < until)
+            )
             yield pack(self.tokenizer, [sample for _, sample in zip(range(self.size), stream, strict=False)])
 
 
@@ -260,7 +266,6 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--vision-steps", type=int, default=1500)
-    parser.add_argument("--ground-steps", type=int, default=600)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--every", type=int, default=200, help="steps between validations and checkpoints")
     args = parser.parse_args()
@@ -299,7 +304,7 @@ def main() -> None:
         for i in range(4)
     ]
     batches = torch.utils.data.DataLoader(
-        Batches(processor.tokenizer, args.seed, start, args.steps, args.batch, args.ground_steps),
+        Batches(processor.tokenizer, args.seed, start, args.steps, args.batch),
         batch_size=None, num_workers=1, prefetch_factor=4, persistent_workers=False,
     )  # fmt: skip
     began, losses = time.time(), []

@@ -134,7 +134,7 @@ def neighbours(key: str) -> list[str]:
         try:
             cfg = hydra.compose("config", overrides=where + choices)
         except (HydraException, OmegaConfBaseException):  # the wrong part is in the chosen file itself
-            cfg = hydra.compose("config")
+            cfg = OmegaConf.structured(config.Svl)
     parent, _, _ = key.rpartition(".")
     node = OmegaConf.select(cfg, parent) if parent else cfg
     if not isinstance(node, DictConfig):

@@ -88,13 +88,17 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
 
     try:
         return pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise SvlError(f"calibration file '{path}' is no readable parquet file: {error}") from error
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() would also split at U+2028 within a text
+    except UnicodeDecodeError as error:
+        raise SvlError(f"calibration file '{path}' is not UTF-8 text: {error}") from error
     rows = []
-    for number, line in enumerate(path.read_text().splitlines()):
+    for number, line in enumerate(lines):
         if line.strip():
             try:
                 rows.append(json.loads(line))
@@ -116,6 +120,7 @@ def _example(row: dict[str, Any], number: int, path: Path) -> Example:
             image = (path.parent / image).read_bytes()
         if image is not None:
             Image.open(io.BytesIO(image)).load()  # decode once now: a broken file must not end a long run later
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
         raise SvlError(f"calibration file '{path}', row {number}: cannot read the image ({error})") from error
-    return Example(number, row["prompt"], image, str(row.get("answer") or ""))
+    answer = row.get("answer")
+    return Example(number, row["prompt"], image, "" if answer is None else str(answer))

@@ -7,14 +7,15 @@ tower sooner or later.
 
 from __future__ import annotations
 
-import json
 import logging
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from svl.core import SvlError, one_of
@@ -153,12 +154,15 @@ def find_anatomy(model: Any, layers: str | None = None) -> Anatomy:
         found = [n for n in outside if _writers(lists[n], hidden)]
     if len(found) != 1:
         what = "several lists of decoder layers" if found else "no decoder layers"
+        candidates = ", ".join(found or outside)
         raise SvlError(
             f"found {what} in {type(model).__name__} ({n_layers} layers of width {hidden} expected)"
-            + (f": {', '.join(found)}; choose one with model.layers=" if found else "")
+            + (f"; if it is one of {candidates}, choose it with model.layers=" if candidates else "")
         )
     image = next((v for f in IMAGE_TOKEN_FIELDS if isinstance(v := getattr(model.config, f, None), int)), None)
-    return Anatomy(found[0], n_layers, hidden, image, _writers(lists[found[0]], hidden))
+    # DeepStack models add the i-th of these visual features after decoder layer i, by its position alone.
+    injected = getattr(getattr(model.config, "vision_config", None), "deepstack_visual_indexes", None) or ()
+    return Anatomy(found[0], n_layers, hidden, image, _writers(lists[found[0]], hidden), tuple(range(len(injected))))
 
 
 def _writers(layers: nn.ModuleList, hidden: int) -> dict[str, str]:
@@ -198,10 +202,12 @@ def load(
         trust_remote_code: run model code from the checkpoint.
 
     Raises:
-        SvlError: if the path is missing, holds no model, or a model without decoder layers.
+        SvlError: if the path is missing, holds no model, an incomplete one, or one without decoder layers.
     """
     one_of("model.dtype", dtype, tuple(DTYPES))
-    path = str(path)
+    path = os.path.expanduser(path)
+    if path.startswith((".", "/")) and not os.path.isdir(path):
+        raise SvlError(f"model.path: there is no folder '{path}'")
     return _load(path, dtype, device, revision, layers, name or Path(path).name, trust_remote_code)
 
 
@@ -219,19 +225,22 @@ def _load(path: str, dtype: str, device: str, revision: str | None, layers: str 
     try:
         config = AutoConfig.from_pretrained(path, **source)
         sees = type(config) in AutoModelForImageTextToText._model_mapping
-        if not sees and type(config) not in AutoModelForCausalLM._model_mapping:
+        if not sees and (type(config) not in AutoModelForCausalLM._model_mapping or config.is_encoder_decoder):
             raise SvlError(f"'{path}' is a {config.model_type} model, which has no decoder layers to prune")
-        auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-        model = auto.from_pretrained(path, dtype=DTYPES[dtype], **source)
+        auto: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+        model, info = auto.from_pretrained(path, dtype=DTYPES[dtype], output_loading_info=True, **source)
         processor = (AutoProcessor if sees else AutoTokenizer).from_pretrained(path, **source)
-    except (OSError, ValueError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise SvlError(f"cannot load a model from '{path}': {str(error).splitlines()[0]}") from error
+    anatomy = find_anatomy(model, layers)
+    if missing := sorted(info["missing_keys"]):  # transformers would go on with random numbers in their place
+        raise SvlError(f"the checkpoint '{path}' lacks {len(missing)} weights, {missing[0]} for one")
     if device == "auto":
         device = str(torch.accelerator.current_accelerator() or "cpu") if torch.accelerator.is_available() else "cpu"
     try:
         model = nn.Module.to(model, torch.device(device)).eval()
     except (RuntimeError, AssertionError) as error:
         raise SvlError(f"cannot use model.device='{device}': {str(error).splitlines()[0]}") from error
-    lvlm = Lvlm(model, processor, find_anatomy(model, layers), name)
-    log.info("loaded %s: %d decoder layers, %.1f M parameters", name, lvlm.anatomy.n_layers, lvlm.parameters() / 1e6)
+    lvlm = Lvlm(model, processor, anatomy, name)
+    log.info("loaded %s: %d decoder layers, %.1f M parameters", name, anatomy.n_layers, lvlm.parameters() / 1e6)
     return lvlm

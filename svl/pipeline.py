@@ -15,6 +15,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,8 +134,7 @@ class Run:
             if self.measures:
                 self.draw_example(measured, folder)
             provenance = {
-                "ratio": len(plan.removed) / plan.n_layers, "n_remove": n_remove, "strategy": self.choice("strategy"),
-                "selector": self.choice("selector") if self.measures else None, "model": self.name,
+                "ratio": len(plan.removed) / plan.n_layers, "n_remove": n_remove,
                 "model_fingerprint": self.fingerprint, "settings": {"strategy": describe(cfg.strategy),
                 "selector": selector}, "calibration": self.examples.fingerprint if self.measures else None,
             }  # fmt: skip
@@ -213,6 +213,9 @@ class Run:
         stats = self.calibrate()
         planned = self.plan(stats)
         plan = Plan.from_json((planned.path / "plan.json").read_text())
+        # Names are of this run: another one, with the same settings under other names, may have stored the plan.
+        names = {"strategy": self.choice("strategy"), "selector": self.choice("selector") if self.measures else None}
+        plan = replace(plan, provenance={**names, "model": self.name, **plan.provenance})
         (self.folder / "plan.json").write_text(plan.to_json())
         patch = self.compensate(stats, plan)
         dense = self.score(Plan(plan.n_layers, ()), None)
@@ -304,6 +307,8 @@ class Run:
 
     def done(self, stage: str, entry: Entry, message: str = "") -> Entry:
         """Log a finished stage."""
+        if entry.reused and message.startswith("dense"):
+            return entry  # one line per sweep is enough
         how = "stored" if entry.reused else f"{entry.manifest['seconds']:.1f} s"
         log.info("  %-10s %8s  %s", stage, how, message)
         return entry

@@ -33,6 +33,8 @@ def pruned_config(config: Any, plan: Plan) -> Any:
         SvlError: if a field has one value per layer and is not known to be such, so that it cannot be pruned safely.
     """
     config = copy.deepcopy(config)
+    if not plan.removed:
+        return config
     text = config.get_text_config(decoder=True)
     kept = plan.kept
     for name, value in list(text.to_dict().items()):

@@ -15,6 +15,17 @@ import pytest
 
 WORDS = "what which where how many is are there the a of in on left right above below red green blue gray round square"
 MARKS = {"llava": "<image>", "qwen": "<|vision_start|><|image_pad|><|vision_end|>", "llama": ""}
+SPECIAL = [
+    "<pad>",
+    "<unk>",
+    "<s>",
+    "</s>",
+    "<image>",
+    "<|vision_start|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<|vision_end|>",
+]
 TEMPLATE = (
     "{{ bos_token or '' }}{% for message in messages %}user {% if message['content'] is string %}"
     "{{ message['content'] }}{% else %}{% for item in message['content'] %}"
@@ -28,25 +39,23 @@ def _tokenizer(kind: str):
     from transformers import PreTrainedTokenizerFast
 
     bos = "<s>" if kind != "qwen" else None  # Qwen has none
-    marks = ["<image>", "<|vision_start|>", "<|image_pad|>", "<|video_pad|>", "<|vision_end|>"]
-    special = ["<pad>", "<unk>", "<s>", "</s>", *marks]
-    vocabulary = {word: i for i, word in enumerate([*special, "user", "assistant", *WORDS.split()])}
+    vocabulary = {word: i for i, word in enumerate([*SPECIAL, "user", "assistant", *WORDS.split()])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token=bos, eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
-        additional_special_tokens=marks, chat_template=TEMPLATE.replace("MARK", MARKS[kind]),
+        additional_special_tokens=SPECIAL[4:], chat_template=TEMPLATE.replace("MARK", MARKS[kind]),
     )  # fmt: skip
 
 
 def _llava(tokenizer):
-    """16 pixels in patches of 4: 16 visual tokens; multi-head attention."""
+    """16 pixels in patches of 4: 16 visual tokens; a vision tower as deep and wide as the decoder."""
     from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaProcessor
     from transformers import LlavaForConditionalGeneration as Model
 
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
-            hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2, image_size=16,
+            hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2, image_size=16,
             patch_size=4, projection_dim=16,
         ),
         text_config=LlamaConfig(
@@ -153,7 +162,7 @@ def llava(checkpoint):
 
 @pytest.fixture(scope="session")
 def qwen(checkpoint):
-    """Qwen2.5-VL: 4 decoder layers of width 32, 4 to 16 visual tokens."""
+    """Qwen2.5-VL: 4 decoder layers of width 32, 4 to 12 visual tokens."""
     import svl
 
     return svl.load(checkpoint("qwen"), device="cpu")
@@ -231,14 +240,14 @@ def encode():
 
 @pytest.fixture(scope="session")
 def generate():
-    """Greedy generation of exactly `n` tokens: the output with its cache and the logits of every step."""
+    """Greedy generation of exactly `n` words: the output with its cache and the logits of every step."""
     import torch
 
     def run(model, inputs, n: int = 6, use_cache: bool = True):
         with torch.inference_mode():
             return model.generate(
-                **inputs, max_new_tokens=n, min_new_tokens=n, do_sample=False, use_cache=use_cache, output_logits=True,
-                return_dict_in_generate=True,
+                **inputs, max_new_tokens=n, do_sample=False, use_cache=use_cache, output_logits=True,
+                return_dict_in_generate=True, suppress_tokens=[*range(len(SPECIAL))],
             )  # fmt: skip
 
     return run

@@ -25,7 +25,9 @@ UPDATE = Update(torch.randn(32, 2, generator=torch.Generator().manual_seed(1)) /
 def skipped(lvlm, removed):
     """The full model whose `removed` layers run (and fill their cache), but pass on their input."""
     handles = [
-        lvlm.layers[i].register_forward_hook(lambda _, args, out: (args[0], *out[1:]) if type(out) is tuple else args[0])
+        lvlm.layers[i].register_forward_hook(
+            lambda _, args, out: (args[0], *out[1:]) if type(out) is tuple else args[0]
+        )
         for i in removed
     ]
     yield lvlm.model
@@ -87,17 +89,20 @@ def test_pruned_models_can_be_calibrated_and_pruned_again(vlm, samples, encode):
 
 
 def test_the_dense_model_is_never_touched(lm, samples, encode):
+    inputs = encode(lm, samples.items)
+    forward(lm.model, inputs)  # transformers installs hooks of its own on first use
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in lm.model.modules()]
     before = {n: (id(p), p._version, p.data_ptr(), p.requires_grad, p.clone()) for n, p in lm.model.named_parameters()}
     config, modules = lm.model.config.to_json_string(), [id(m) for m in lm.model.modules()]
     pruned = apply(lm, Plan(4, (0, 2)), Patch({(1, "mlp"): UPDATE, (3, "attn"): UPDATE}))
-    forward(pruned.model, encode(lm, samples.items))
+    forward(pruned.model, inputs)
     del pruned
     for name, p in lm.model.named_parameters():
         assert (id(p), p._version, p.data_ptr(), p.requires_grad) == before[name][:4]
         assert torch.equal(p, before[name][4])
     assert [id(m) for m in lm.model.modules()] == modules
     assert lm.model.config.to_json_string() == config
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in lm.model.modules())
+    assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in lm.model.modules()] == hooks
 
 
 def test_unchanged_weights_are_shared_not_copied(lm):
@@ -105,7 +110,11 @@ def test_unchanged_weights_are_shared_not_copied(lm):
     pruned = apply(lm, Plan(4, (1,)), Patch({(2, "mlp"): UPDATE}))
     path, changed = lm.anatomy.layers, []
     for name, tensor in pruned.model.state_dict().items():
-        old = name.replace(f"{path}.1.", f"{path}.2.") if f"{path}.1." in name else name.replace(f"{path}.2.", f"{path}.3.")
+        old = (
+            name.replace(f"{path}.1.", f"{path}.2.")
+            if f"{path}.1." in name
+            else name.replace(f"{path}.2.", f"{path}.3.")
+        )
         if dense[old].data_ptr() != tensor.data_ptr():
             changed.append(old)
     assert changed == [n for n in (f"{path}.2.mlp.down_proj.weight", f"{path}.2.mlp.down_proj.bias") if n in dense]
@@ -212,18 +221,18 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 torch.set_num_threads(1)
 results = {}
 for name, case in torch.load(sys.argv[1], weights_only=False).items():
-    auto, pre = (AutoModelForImageTextToText, AutoProcessor) if case["images"] else (AutoModelForCausalLM, AutoTokenizer)
+    auto = AutoModelForImageTextToText if case["images"] else AutoModelForCausalLM
     model, info = auto.from_pretrained(case["path"], output_loading_info=True)
     images = {"images": [Image.open(io.BytesIO(b)).convert("RGB") for b in case["images"]]} if case["images"] else {}
-    processor = pre.from_pretrained(case["path"])
+    processor = (AutoProcessor if case["images"] else AutoTokenizer).from_pretrained(case["path"])
     inputs = processor(text=case["texts"], **images, padding=True, padding_side="left", return_tensors="pt",
                        add_special_tokens=False)
     with torch.inference_mode():
         results[name] = {
             "info": {k: sorted(map(str, v)) for k, v in info.items() if v}, "config": model.config.to_dict(),
             "ids": inputs["input_ids"], "logits": model.eval()(**inputs).logits,
-            **{cache: model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False, use_cache=cache)
-               for cache in (True, False)},
+            **{cache: model.generate(**inputs, max_new_tokens=6, do_sample=False, suppress_tokens=[*range(9)],
+                                     use_cache=cache) for cache in (True, False)},
         }
 torch.save(results, sys.argv[2])
 """

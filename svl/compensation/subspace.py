@@ -97,9 +97,16 @@ class Subspace:
                 raise SvlError("the selector leaves no token for compensation; choose another selector or rows=all")
             if self.rank > len(matrix):
                 raise SvlError(f"compensation.rank is {self.rank}, but the model is only {len(matrix)} wide")
+            if not bool(matrix.isfinite().all()):
+                raise SvlError("hidden states are not finite, so they span nothing; choose another model.dtype")
+            noise = len(matrix) * torch.finfo(matrix.dtype).eps * matrix.trace()
             if self.centered:
                 matrix = matrix - torch.outer(total[anchor], total[anchor]) / count[anchor]
-            v = torch.linalg.eigh(matrix).eigenvectors.flip(1)[:, : self.rank].float().cpu()
+            values, vectors = torch.linalg.eigh(matrix)
+            k = min(self.rank, int((values > noise).sum()))  # beyond the rank of H, vectors are arbitrary
+            if k < self.rank:
+                notes.append(f"the gap beside layer {anchor} spans only {k} of the {self.rank} directions asked for")
+            v = vectors.flip(1)[:, :k].float().cpu()
             update = Update(left=self.gain * v, right=v.mT.contiguous())
             updates |= {(anchor, target): update for target in self.targets}
         return Patch(updates, tuple(notes))

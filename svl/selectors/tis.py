@@ -87,18 +87,18 @@ class Tis:
         return self._top(scores, trace.visual)
 
     def _top(self, scores: Tensor, visual: Tensor) -> Tensor:
-        """0/1 marks [T] of the top tokens; of equals (to 8 decimals) the earlier one is taken."""
+        """0/1 marks [T] of the top tokens; of equals (to five digits) the earlier one is taken."""
         marks = torch.zeros(len(scores))
         pools = [visual, ~visual] if self.pool == "modality" else [torch.ones_like(visual)]
         for pool in pools:
             members = pool.nonzero()[:, 0]
             if len(members) == 0:
                 continue
-            ranked = scores[members].round(decimals=8).sort(descending=True, stable=True)
+            members = members[scores[members].log().round(decimals=5).sort(descending=True, stable=True).indices]
             if self.rule == "fraction":
                 n = max(1, math.ceil(round(self.p * len(members), 6)))
             else:
-                share = ranked.values.cumsum(0) / ranked.values.sum()
+                share = scores[members].cumsum(0) / scores[members].sum()
                 n = min(len(members), int((share < self.p - 1e-12).sum()) + 1)
-            marks[members[ranked.indices[:n]]] = 1
+            marks[members[:n]] = 1
         return marks

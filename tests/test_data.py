@@ -1,0 +1,209 @@
+"""Calibration files: what they may hold, and how their mistakes are reported."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from svl.core import SvlError
+from svl.data import Examples, read_samples
+
+COLORS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (9, 9, 9)]
+
+
+def picture(color, mode: str = "RGB", kind: str = "png") -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4), color).convert(mode).save(file, kind)
+    return file.getvalue()
+
+
+PICTURES = [picture(color) for color in COLORS]
+
+
+def write_parquet(file, **columns):
+    pyarrow.parquet.write_table(pyarrow.table(columns), file)
+    return file
+
+
+def write_lines(file, *rows):
+    file.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def lines(tmp_path):
+    """A file of four samples whose images lie beside it."""
+    (tmp_path / "images").mkdir()
+    for i, content in enumerate(PICTURES):
+        (tmp_path / "images" / f"{i}.png").write_bytes(content)
+    return write_lines(tmp_path / "data.jsonl", *[{"image": f"images/{i}.png", "prompt": f"p{i}"} for i in range(4)])
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+def test_every_form_of_image_gives_the_same_examples(tmp_path, lines, monkeypatch):
+    prompts = [f"p{i}" for i in range(4)]
+    plain = write_parquet(tmp_path / "bytes.parquet", image=PICTURES, prompt=prompts)
+    wrapped = write_parquet(
+        tmp_path / "hf.parquet", image=[{"bytes": b, "path": None} for b in PICTURES], prompt=prompts
+    )
+    paths = write_parquet(tmp_path / "paths.parquet", image=[f"images/{i}.png" for i in range(4)], prompt=prompts)
+    monkeypatch.chdir("/")  # paths are relative to the file, not to where one happens to be
+    copied = shutil.copy(lines, tmp_path / "data.json")
+    for file in (plain, wrapped, paths, lines, copied):
+        examples = read_samples(file)
+        assert [(e.row, e.prompt, e.answer) for e in examples.items] == [(i, f"p{i}", "") for i in range(4)]
+        assert [e.image.getpixel((0, 0)) for e in examples.items] == COLORS
+        assert (len(examples), examples.source) == (4, str(file))
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"), [("L", "png"), ("P", "png"), ("RGBA", "png"), ("CMYK", "jpeg"), ("1", "bmp")]
+)
+def test_images_are_decoded_to_rgb(mode, kind, tmp_path):
+    file = write_parquet(tmp_path / "x.parquet", image=[picture((255, 255, 255), mode, kind)], prompt=["x"])
+    image = read_samples(file).items[0].image
+    assert image.mode == "RGB"
+    assert np.asarray(image).min() > 250
+
+
+def test_answers_and_images_are_optional(tmp_path):
+    file = write_lines(
+        tmp_path / "x.jsonl", {"image": None, "prompt": "how many", "answer": 0}, {"prompt": "", "answer": None}
+    )
+    assert [(e.image_bytes, e.prompt, e.answer) for e in read_samples(file).items] == [
+        (None, "how many", "0"),
+        (None, "", ""),
+    ]
+
+
+def test_texts_in_any_language_stay_whole(tmp_path):
+    texts = ["où est\u2028le carré\u0085?", "тест", "図形\nは", "𝔘🟥"]
+    file = write_lines(tmp_path / "x.jsonl", *[{"image": None, "prompt": text} for text in texts])
+    assert [e.prompt for e in read_samples(file).items] == texts
+
+
+# ---------------------------------------------------------------------------------------------- subsets
+
+
+def test_a_subset_is_fixed_by_its_seed_and_keeps_the_order(lines):
+    def rows(n, seed=0):
+        return [e.row for e in read_samples(lines, n, seed).items]
+
+    assert rows(2, 1) == rows(2, 1) == sorted(rows(2, 1))
+    assert len({tuple(rows(2, seed)) for seed in range(9)}) > 2
+    assert rows(4) == rows(99) == rows(None) == [0, 1, 2, 3]
+
+
+def test_images_outside_the_subset_are_not_read(lines):
+    chosen = {e.row for e in read_samples(lines, 2).items}
+    for row in set(range(4)) - chosen:
+        (lines.parent / "images" / f"{row}.png").unlink()
+    assert {e.row for e in read_samples(lines, 2).items} == chosen
+
+
+# ------------------------------------------------------------------------------------------ fingerprint
+
+
+def test_the_fingerprint_is_of_content_alone(tmp_path, lines):
+    same = write_parquet(tmp_path / "other.parquet", image=PICTURES, prompt=[f"p{i}" for i in range(4)])
+    examples = read_samples(lines)
+    assert read_samples(same).fingerprint == examples.fingerprint
+    assert len(examples.fingerprint) == 16
+    first, second, *_ = examples.items
+    others = [
+        [replace(first, prompt="p"), second],
+        [replace(first, image_bytes=PICTURES[3]), second],
+        [replace(first, image_bytes=None), second],
+        [replace(first, answer="a"), second],
+        [replace(first, prompt="p0p", answer=""), second],
+        [second, first],
+        [first],
+        [first, second, second],
+    ]
+    prints = {Examples("", tuple(items)).fingerprint for items in [[first, second], *others]}
+    assert len(prints) == 1 + len(others)
+
+
+# ----------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"image": "none.png", "prompt": "x"}, r"row 1: cannot read the image \(.*none.png"),
+        ({"image": "data.jsonl", "prompt": "x"}, r"row 1: cannot read the image \(cannot identify"),
+        ({"image": "", "prompt": "x"}, "row 1: cannot read the image"),
+        ({"image": 5, "prompt": "x"}, "row 1: cannot read the image"),
+        ({"image": ["a.png"], "prompt": "x"}, "row 1: cannot read the image"),
+        ({"image": None, "prompt": 5}, "row 1: prompt is not text"),
+        ({"image": None}, "row 1: prompt is not text"),
+    ],
+)
+def test_a_wrong_row_is_named(row, message, tmp_path):
+    file = write_lines(tmp_path / "data.jsonl", {"image": None, "prompt": "good"}, row)
+    with pytest.raises(SvlError, match=message):
+        read_samples(file)
+
+
+def test_a_truncated_image_is_found_at_once(tmp_path):
+    noise = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(noise, "png")
+    file = write_parquet(tmp_path / "x.parquet", image=[PICTURES[0], noise.getvalue()[:-4000]], prompt=["a", "b"])
+    with pytest.raises(SvlError, match="row 1: cannot read the image"):
+        read_samples(file)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"img": 1, "prompt": "x"}, r"no column 'image' \(did you mean 'img'\?\); it has: img, prompt"),
+        ({"image": None, "prmpt": "x"}, r"no column 'prompt' \(did you mean 'prmpt'\?\)"),
+        ({"image": None, "zzz": "x"}, "no column 'prompt'; it has: image, zzz"),
+    ],
+)
+def test_missing_columns_come_with_a_suggestion(columns, message, tmp_path):
+    with pytest.raises(SvlError, match=message):
+        read_samples(write_lines(tmp_path / "x.jsonl", columns))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.csv", b"a", r"'x.csv' is not one of .parquet, .jsonl, .json"),
+        ("x.jsonl", b"", "is empty"),
+        ("x.jsonl", b"\n\n", "is empty"),
+        ("x.jsonl", b'{"image": null, "prompt": "a"}\n{"image"', "line 2: "),
+        ("x.json", b"[1]", "line 1: not an object"),
+        ("x.jsonl", b"\xff\xfe", "not UTF-8"),
+        ("x.parquet", b"PAR1", "no readable parquet file"),
+    ],
+)
+def test_unreadable_files_are_plain_errors(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SvlError, match=message):
+        read_samples(tmp_path / name)
+
+
+def test_a_corrupt_parquet_file_is_a_plain_error(tmp_path):
+    file = write_parquet(tmp_path / "x.parquet", image=PICTURES, prompt=list("abcd"))
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2] + content[len(content) // 2 + 20 :])
+    with pytest.raises(SvlError, match="no readable parquet file"):
+        read_samples(file)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(SvlError, match=r"calibration.path: there is no file '.*nope.parquet'"):
+        read_samples(tmp_path / "nope.parquet")
+    with pytest.raises(SvlError, match="there is no file"):
+        read_samples(tmp_path)
