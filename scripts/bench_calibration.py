@@ -4,7 +4,7 @@
 
 (a) the plain forward pass over the calibration set; (b) svl with cosines only; (c) svl with cosines and attention
 statistics for TIS; (d) what one would write without svl: eager attention with `output_hidden_states` and
-`output_attentions`, reduced to the same numbers. The variants take turns, so that a noisy machine disturbs all alike.
+`output_attentions`, reduced likewise. The variants take turns, so that a noisy machine disturbs all alike.
 Peak memory is the resident set's high-water mark above what was resident before (Linux).
 """
 
@@ -26,7 +26,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from transformers.utils import logging
 
 import svl
-from svl.calibrate import _encode, _forward
+from svl.calibrate import _encode, _forward, calibrate
 from svl.config import PACKAGE
 from svl.data import Examples
 from svl.models import Lvlm, find_anatomy
@@ -76,7 +76,7 @@ def measured(*statistics: str) -> Callable[[Lvlm, Examples, int], None]:
 
     def run(lvlm: Lvlm, data: Examples, size: int) -> None:
         folder = Path(tempfile.mkdtemp())
-        svl.calibrate(lvlm, data, statistics=statistics, batch_size=size, folder=folder)
+        calibrate(lvlm, data, statistics=statistics, batch_size=size, folder=folder)
         shutil.rmtree(folder)
 
     return run
@@ -151,7 +151,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     print(f"torch {torch.__version__}, {args.threads} threads, fp32")
 
-    demo = svl.load(PACKAGE / "demo" / "lvlm", name="demo LVLM, width 128, 16 layers, T about 80")
+    demo = svl.load(PACKAGE / "demo" / "demo_lvlm", name="demo LVLM, width 128, 16 layers, T about 80")
     data = svl.read_samples(PACKAGE / "demo" / "data" / "calibration.parquet")
     bench(demo, data, 8, 3 * args.repeats)
 

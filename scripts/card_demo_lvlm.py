@@ -26,7 +26,7 @@ from svl.config import PACKAGE
 from svl.core import Plan
 from svl.models import Lvlm
 
-FOLDER = PACKAGE / "demo" / "lvlm"
+FOLDER = PACKAGE / "demo" / "demo_lvlm"
 BLANK = Image.new("RGB", (64, 64), (128, 128, 128))
 
 CARD = """---
@@ -37,8 +37,8 @@ tags: [short-lvlm, synthetic]
 ---
 # The bundled LVLM
 
-A genuine `LlavaForConditionalGeneration` small enough to ship in a package: {parameters:.1f} M parameters, {layers} Llama
-layers of width {width}, a 3-layer CLIP ViT (64 px, patch 8: 64 visual tokens for 4 to 8 shapes, so most of them are
+A genuine `LlavaForConditionalGeneration` small enough to ship in a package: {parameters:.1f} M parameters, {layers}
+Llama layers of width {width}, a 3-layer CLIP ViT (64 px, patch 8: 64 visual tokens for 4 to 8 shapes, so most of them are
 background), its own word-level tokenizer and chat template. It answers questions about scenes of coloured shapes and
 exists to try layer pruning on; it knows nothing else.
 
@@ -50,13 +50,13 @@ Made from nothing by one command, from seed 0, in {steps} steps of 16 images:
 
 ## Accuracy
 
-{questions} held-out questions on scenes disjoint from training. *Blank*: the same questions with a grey image, i.e. what
-can be had from the question alone. All numbers in %, with the standard error.
+{questions} held-out questions on scenes disjoint from training. *Blank*: the same questions with a grey image, i.e.
+what can be had from the question alone. All numbers in %, with the standard error.
 
 {table}
 
-`relation1` .. `relation3` follow one to three steps ("Start at the red circle, go left, down: what color is it?"); every
-step leads to the next shape in that direction, however far, so the steps cannot be added up.
+`relation1` .. `relation3` follow one to three steps ("Start at the red circle, go left, down: what color is it?");
+every step leads to the next shape in that direction, however far, so the steps cannot be added up.
 
 ![training curve](training.png)
 

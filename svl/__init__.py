@@ -2,10 +2,11 @@
 
 The Python API is the pipeline's own stages; they are imported on first use, so that `import svl` is cheap:
 
+    from svl.calibrate import calibrate
+
     lvlm = svl.load("path-or-hub-id")
-    data = svl.read_samples("calibration.parquet")
-    stats = svl.calibrate(lvlm, data)
-    ...
+    stats = calibrate(lvlm, svl.read_samples("calibration.parquet"))
+    ...  # the README has the rest
 """
 
 from importlib import import_module
@@ -20,8 +21,6 @@ _WHERE = {
     "load": "models",
     "Lvlm": "models",
     "read_samples": "data",
-    "calibrate": "calibrate",
-    "Activations": "calibrate",
     "apply": "surgery",
     "save": "export",
 }

@@ -102,11 +102,8 @@ def measured_attention(
     if meter is not None and not t == k == meter.modality.shape[-1]:
         meter = None  # a decoding step, or attention to something else than the sequence itself
     if meter is not None:
-        modality = meter.modality.to(value.dtype)
-        queries, keys = meter.visible(attention_mask)
         received = torch.zeros(b, 2, k, device=query.device)
-        # Two more value columns hold the keys' modalities: what a query pays each comes out of the same product.
-        value = torch.cat([value, modality.mT[:, None].expand(b, h_kv, k, 2)], -1)
+        emitted = torch.zeros(b, 2, t, device=query.device)
     causal = attention_mask is None or not bool(attention_mask.triu(1).any())
     grouped = query.reshape(b, h_kv, groups, t, d) * scaling
     outputs = []
@@ -122,21 +119,20 @@ def measured_attention(
         else:
             hidden = torch.ones(stop - start, seen, dtype=torch.bool, device=q.device).triu(1 + start)
         score = score.masked_fill_(hidden, torch.finfo(score.dtype).min)
-        p = F.softmax(score, dim=-1, dtype=torch.float32).to(value.dtype)
+        p = F.softmax(score, dim=-1, dtype=torch.float32)
         if meter is not None:
-            rows = modality[:, None, :, None, start:stop].expand(b, h_kv, 2, groups, stop - start)
-            rows = rows.reshape(b, h_kv, 2, -1) @ p.reshape(b, h_kv, -1, seen)
-            received[..., :seen] += rows.float().sum(1) / h
-        outputs.append((p.view(b, h_kv, -1, seen) @ value[:, :, :seen]).view(b, h, stop - start, -1))
-    out = torch.cat(outputs, 2)
+            mean = p.sum((1, 2)) / h
+            received[..., :seen] += meter.modality[..., start:stop] @ mean
+            emitted[..., start:stop] = meter.modality[..., :seen] @ mean.mT
+        p = p.to(value.dtype).view(b, h_kv, -1, seen)
+        outputs.append((p @ value[:, :, :seen]).view(b, h, stop - start, -1))
     if meter is not None:
-        layer = module.layer_idx
         valid = meter.modality.sum(1, keepdim=True)  # rows of padding attend to something, too: not measured
-        meter.received[layer] = received
-        meter.emitted[layer] = out[..., d:].float().mean(1).mT * valid
+        queries, keys = meter.visible(attention_mask)
+        layer = module.layer_idx
+        meter.received[layer], meter.emitted[layer] = received, emitted * valid
         meter.queries[layer], meter.keys[layer] = queries * valid, keys * valid
-        out = out[..., :d]
-    return out.transpose(1, 2).contiguous(), None
+    return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(NAME, measured_attention)

@@ -8,6 +8,8 @@ model does not depend on the number of samples; selectors, ratios and strategies
 from __future__ import annotations
 
 import inspect
+import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -76,6 +78,25 @@ def check_selector(lvlm: Lvlm, examples: Examples, selector: TokenSelector) -> N
         if bool(selector.weights(TokenTrace(example.row, visual[present].cpu())).any()):
             return
     raise no_token(selector)
+
+
+def keep_example(lvlm: Lvlm, examples: Examples, folder: Path) -> None:
+    """Write the first image whose visual tokens form one grid (example.png) with its tokens (example.json)."""
+    example = next((e for e in examples.items if e.image_bytes is not None), None)
+    if example is None or not lvlm.sees:
+        return
+    inputs, _, visual = _encode(lvlm, [example])
+    n = int(visual.sum())
+    grid = [math.isqrt(n)] * 2
+    if (thw := inputs.get("image_grid_thw")) is not None:  # frames, rows, columns of patches, merged into tokens
+        merge = math.isqrt(int(thw[0].prod()) // n) if n else 1
+        grid = [int(thw[0, 1]) // merge, int(thw[0, 2]) // merge]
+    if n == 0 or grid[0] * grid[1] != n:
+        return  # tiles and thumbnails have no plain grid
+    tokens = lvlm.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0][~visual[0]].tolist())
+    record = {"row": example.row, "prompt": example.prompt, "grid": grid, "tokens": tokens}
+    (folder / "example.json").write_text(json.dumps(record))
+    example.image.save(folder / "example.png")
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,8 @@ def explain(error: Exception, outer: Exception) -> str:
     if found := re.search(r"Key '([^']+)' (?:is )?not in |Could not override '([^']+)'", text):
         key = path.group(1) if path else found.group(1) or found.group(2)
         known = neighbours(key)
-        return f"there is no setting '{key}'{did_you_mean(key, known)}; known here: {', '.join(known) or 'none'}"
+        listing = f"; known here: {', '.join(known)}" if known else ""
+        return f"there is no setting '{key}'{did_you_mean(key, known)}{listing}"
     line = next(s for s in str(error).splitlines() if s.strip())
     return f"{path.group(1)}: {line}" if path else line
 
@@ -138,7 +139,7 @@ def neighbours(key: str) -> list[str]:
     parent, _, _ = key.rpartition(".")
     node = OmegaConf.select(cfg, parent) if parent else cfg
     if not isinstance(node, DictConfig):
-        return list(map(str, cfg))
+        return []
     return [f"{parent}.{k!s}" if parent else str(k) for k in node if k != "_target_"]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import inspect
 import os
 import typing
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from svl.core import SvlError, did_you_mean, layers_to_remove
+from svl.store import file_digest
 
 PACKAGE = Path(__file__).parent
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # installed, or a checkout
@@ -44,9 +46,8 @@ class Calibration:
     """Samples that statistics are measured on."""
 
     path: str = MISSING  # parquet or JSON lines with `image` and `prompt`
-    name: str | None = None
     samples: int | None = None  # null: all; else a subset drawn by `seed`
-    seed: int = 0
+    seed: int = 0  # of the subset; independent of the root seed, so that random strategies share a calibration
     batch_size: int = 8
     statistics: list[str] = field(default_factory=lambda: ["cosine", "attention"])  # measured in the one pass
 
@@ -167,8 +168,16 @@ def _schema(cls: type) -> type:
 
 
 def describe(node: DictConfig) -> dict[str, Any]:
-    """A method group as plain data, for keys and records."""
+    """A configuration node as plain data, for records."""
     return typing.cast(dict[str, Any], OmegaConf.to_container(node, resolve=True))
+
+
+def identity(method: Any) -> dict[str, Any]:
+    """What a method's results depend on, for keys: its class, settings (defaults included) and source code."""
+    cls = type(method)
+    source = file_digest(Path(inspect.getfile(cls)))[:16]
+    settings = {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.init}
+    return {"class": f"{cls.__module__}.{cls.__qualname__}", "source": source, **settings}
 
 
 def validate(cfg: DictConfig) -> dict[str, Any]:
@@ -183,12 +192,19 @@ def validate(cfg: DictConfig) -> dict[str, Any]:
     for group in ("model", "calibration", "benchmark"):
         for key in OmegaConf.missing_keys(cfg[group]):
             raise SvlError(f"{group}.{key} is not set")
-    for name in ("calibration.batch_size", "calibration.samples", "benchmark.batch_size", "benchmark.limit"):
+    for name in (
+        "calibration.batch_size",
+        "calibration.samples",
+        "benchmark.batch_size",
+        "benchmark.limit",
+        "benchmark.max_new_tokens",
+    ):
         value = OmegaConf.select(cfg, name)
         if value is not None and value < 1:
             raise SvlError(f"{name} is {value}, but must be at least 1")
-    if cfg.export.path and Path(cfg.export.path).expanduser().exists():
-        raise SvlError(f"export.path '{cfg.export.path}' exists already; it is never overwritten")
+    for task, settings in cfg.benchmark.tasks.items():
+        if settings.scale <= 0:
+            raise SvlError(f"benchmark.tasks.{task}.scale is {settings.scale:g}, but must be above 0")
     if cfg.benchmark.tasks and importlib.util.find_spec("lmms_eval") is None:
         raise SvlError("benchmarks need lmms-eval: pip install 'svl[eval]', or run with benchmark=none")
     return {group: build(cfg[group], group) for group in METHODS}

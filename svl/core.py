@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -287,6 +287,3 @@ class Compensation(Protocol):
     def fit(self, hidden: Hidden, plan: Plan) -> Patch:
         """The updates of kept weights that make up for the layers that `plan` removes."""
         ...
-
-
-Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]  # (items, what, total) -> the same items, shown

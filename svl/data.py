@@ -45,10 +45,10 @@ class Examples:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of every prompt, image and answer, in order: 16 hex digits."""
+        """Hash of every row number, prompt and image, in order: 16 hex digits."""
         digest = hashlib.sha256()
         for item in self.items:
-            for part in (item.prompt.encode(), item.image_bytes or b"", item.answer.encode()):
+            for part in (str(item.row).encode(), item.prompt.encode(), item.image_bytes or b""):
                 digest.update(len(part).to_bytes(8, "little"))
                 digest.update(part)
         return digest.hexdigest()[:16]

@@ -25,6 +25,7 @@ import logging
 import math
 import numbers
 import os
+import platform
 import random
 import statistics
 import sys
@@ -92,7 +93,7 @@ def evaluate(
 
     Returns:
         JSON values: `task`, `metric`, `n`, `metrics` ({name: {"value", "stderr"}}), `seconds` (spent answering),
-        `samples_per_second`, `limit`, `max_new_tokens`, `versions`.
+        `samples_per_second`, `device`, `limit`, `max_new_tokens`, `versions`.
 
     Raises:
         SvlError: if there is no such task, metric or data, the model cannot take the task's documents, or memory ran
@@ -138,10 +139,20 @@ def evaluate(
         "metrics": metrics,
         "seconds": round(answerer.seconds, 3),
         "samples_per_second": round(len(samples) / answerer.seconds, 3),
+        "device": _device(lvlm, batch_size),
         "limit": limit,
         "max_new_tokens": benchmark.config.generation_kwargs["max_new_tokens"],
         "versions": {"lmms_eval": importlib.metadata.version("lmms_eval")},
     }
+
+
+def _device(lvlm: Lvlm, batch_size: int) -> dict[str, Any]:
+    """What a speed depends on besides the model."""
+    cuda = lvlm.device.type == "cuda"
+    name = (
+        torch.cuda.get_device_name(lvlm.device) if cuda else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    )
+    return {"type": lvlm.device.type, "name": name, "batch_size": batch_size}
 
 
 # --------------------------------------------------------------------------------------------- answering
@@ -166,6 +177,7 @@ class Answerer(lmms):
 
     def generate_until(self, requests: list[Any]) -> list[str]:
         """An answer to each request, in their order."""
+        self._batch(requests[: self.batch_size], 2)  # kernels and caches warm up outside the measured time
         began = time.perf_counter()
         answers = [""] * len(requests)
         with tqdm(total=len(requests), desc=self.describe, unit="question", disable=None) as bar:

@@ -233,6 +233,8 @@ def _load(path: str, dtype: str, device: str, revision: str | None, layers: str 
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise SvlError(f"cannot load a model from '{path}': {str(error).splitlines()[0]}") from error
     anatomy = find_anatomy(model, layers)
+    if sees and anatomy.image_token_id is None:  # going on would treat it as a text model
+        raise SvlError(f"{config.model_type} models take images, but where in their prompts is not known")
     if missing := sorted(info["missing_keys"]):  # transformers would go on with random numbers in their place
         raise SvlError(f"the checkpoint '{path}' lacks {len(missing)} weights, {missing[0]} for one")
     if device == "auto":

@@ -10,11 +10,10 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
-import math
 import platform
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -23,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from svl import benchmarks, results
-from svl.config import PACKAGE, describe, validate
+from svl import benchmarks, export, results
+from svl.config import PACKAGE, describe, identity, validate
 from svl.core import Patch, Plan, Stats, layers_to_remove, one_of
 from svl.data import Examples, read_samples
 from svl.store import Entry, Store, checkpoint_fingerprint
@@ -44,12 +43,15 @@ class Run:
         parts = validate(cfg)
         self.selector, self.strategy, self.compensation = parts["selector"], parts["strategy"], parts["compensation"]
         self.tracker = parts["tracker"]
-        self.store = Store(cfg.paths.store)
+        self.store = Store(cfg.paths.store, versions())
+        self.loading = 0.0  # seconds spent on loading the model, which are no stage's own
         model = cfg.model
         one_of("model.dtype", model.dtype, ("auto", "float32", "bfloat16", "float16"))
         self.fingerprint = checkpoint_fingerprint(model.path, model.revision, self.store.root / "fingerprint")
         self.model = {"fingerprint": self.fingerprint, "dtype": model.dtype, "layers": model.layers}
         self.name = model.name or Path(model.path).name
+        if cfg.export.path:
+            export.check(cfg.export.path)
         self.tasks = {t: benchmarks.fingerprint(t, cfg.benchmark.include_path) for t in cfg.benchmark.tasks}
         self.measures = bool(self.strategy.needs)  # otherwise the selector plays no part in choosing layers
         self.needs = self.strategy.needs | self.compensation.needs
@@ -68,11 +70,24 @@ class Run:
         """The model as it comes."""
         from svl import models
 
-        model = self.cfg.model
-        return models.load(
-            model.path, dtype=model.dtype, device=model.device, revision=model.revision, layers=model.layers,
+        model, began = self.cfg.model, time.perf_counter()
+        commit = self.fingerprint.partition("@")[2] or model.revision  # the very one that keys are made of
+        lvlm = models.load(
+            model.path, dtype=model.dtype, device=model.device, revision=commit, layers=model.layers,
             name=self.name, trust_remote_code=model.trust_remote_code,
         )  # fmt: skip
+        self.loading += time.perf_counter() - began
+        return lvlm
+
+    def make(self, stage: str, inputs: dict[str, Any], build: Callable[[Path], dict[str, Any]]) -> Entry:
+        """`store.make`, with the seconds that the stage itself took as its output `work`."""
+
+        def timed(folder: Path) -> dict[str, Any]:
+            began, loading = time.perf_counter(), self.loading
+            output = build(folder)
+            return {**output, "work": round(time.perf_counter() - began - (self.loading - loading), 3)}
+
+        return self.store.make(stage, inputs, timed)
 
     def show(self, items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
         """Progress over batches, with the time left."""
@@ -97,11 +112,12 @@ class Run:
             calibrate.calibrate(
                 self.dense, self.examples, statistics=asked, batch_size=size, folder=folder, show=self.show
             )
-            return {"samples": len(self.examples), "removable": self.dense.anatomy.removable,
-                    "n_layers": self.dense.anatomy.n_layers}  # fmt: skip
+            calibrate.keep_example(self.dense, self.examples, folder)
+            anatomy = self.dense.anatomy
+            return {"samples": len(self.examples), "removable": anatomy.removable, "n_layers": anatomy.n_layers}
 
         inputs = {"model": self.model, "examples": self.examples.fingerprint, "statistics": asked}
-        return self.done("calibrate", self.store.make("stats", inputs, build))
+        return self.done("calibrate", self.make("stats", inputs, build))
 
     def statistics(self, entry: Entry | None) -> Stats:
         """What a strategy reads: the calibration seen through the selector, or the bare depth of the model."""
@@ -124,48 +140,55 @@ class Run:
 
     def plan(self, stats: Entry | None) -> Entry:
         """Stage `plan`: which layers go."""
-        cfg = self.cfg
-        selector = describe(cfg.selector) if self.measures else None
+        cfg, source = self.cfg, stats if self.measures else None
 
         def build(folder: Path) -> dict[str, Any]:
-            measured = self.statistics(stats if self.measures else None)
+            measured = self.statistics(source)
             n_remove = self.n_remove(measured)
             plan = self.strategy.plan(measured, n_remove)
-            if self.measures:
-                self.draw_example(measured, folder)
+            if source:
+                score_example(measured, source.path, folder)
+            honoured = cfg.n_remove is None and len(plan.removed) == n_remove
             provenance = {
-                "ratio": len(plan.removed) / plan.n_layers, "n_remove": n_remove,
-                "model_fingerprint": self.fingerprint, "settings": {"strategy": describe(cfg.strategy),
-                "selector": selector}, "calibration": self.examples.fingerprint if self.measures else None,
+                "ratio": cfg.ratio if honoured else len(plan.removed) / plan.n_layers, "n_remove": len(plan.removed),
+                "model_fingerprint": self.fingerprint, "calibration": self.examples.fingerprint if source else None,
             }  # fmt: skip
-            (folder / "plan.json").write_text(Plan(plan.n_layers, plan.removed, plan.importance, provenance).to_json())
+            (folder / "plan.json").write_text(replace(plan, provenance=provenance).to_json())
             return {"removed": plan.removed}
 
-        inputs = {"model": self.model, "stats": stats.key if stats and self.measures else None, "selector": selector,
-                  "strategy": describe(cfg.strategy), "ratio": cfg.ratio if cfg.n_remove is None else None,
-                  "n_remove": cfg.n_remove}  # fmt: skip
-        entry = self.store.make("plan", inputs, build)
+        inputs = {
+            "model": self.model, "stats": source and source.key, "selector": source and identity(self.selector),
+            "strategy": identity(self.strategy), "ratio": cfg.ratio if cfg.n_remove is None else None,
+            "n_remove": cfg.n_remove,
+        }  # fmt: skip
+        entry = self.make("plan", inputs, build)
         return self.done("plan", entry, f"removes layers {entry.output['removed']}")
 
     def compensate(self, stats: Entry | None, plan: Plan) -> Entry | None:
-        """Stage `patch`: updates of kept weights; None if there is nothing to compensate (or to do it with)."""
-        if not self.compensation.needs or not plan.removed or stats is None:
+        """Stage `patch`: updates of kept weights; None if no layer is removed."""
+        if not plan.removed:
             return None
 
         def build(folder: Path) -> dict[str, Any]:
             from svl import surgery
             from svl.calibrate import Activations
 
-            size = self.cfg.calibration.batch_size
-            hidden = Activations(self.dense, self.examples, self.statistics(stats), size, self.show)
+            hidden = None
+            if self.compensation.needs:
+                surgery.check_foldable(self.dense)
+                size = self.cfg.calibration.batch_size
+                hidden = Activations(self.dense, self.examples, self.statistics(stats), size, self.show)
             patch: Patch = self.compensation.fit(hidden, plan)
             if patch:
                 surgery.save_patch(patch, folder / "patch.safetensors")
             return {"notes": patch.notes, "changed": sorted(f"{layer}.{role}" for layer, role in patch.updates)}
 
-        inputs = {"stats": stats.key, "removed": plan.removed, "selector": describe(self.cfg.selector),
-                  "compensation": describe(self.cfg.compensation)}  # fmt: skip
-        entry = self.store.make("patch", inputs, build)
+        source = stats if self.compensation.needs else None
+        inputs = {
+            "model": self.model, "stats": source and source.key, "selector": source and identity(self.selector),
+            "removed": plan.removed, "compensation": identity(self.compensation),
+        }  # fmt: skip
+        entry = self.make("patch", inputs, build)
         for note in entry.output["notes"]:
             log.warning("  compensation: %s", note)
         return self.done("compensate", entry, f"changes {', '.join(entry.output['changed']) or 'nothing'}")
@@ -198,7 +221,7 @@ class Run:
 
             inputs = {"model": self.model, "removed": plan.removed, "weights": weights, "task": task}
             inputs |= {"benchmark": self.tasks[task], **settings}
-            entry = self.store.make("score", inputs, build)
+            entry = self.make("score", inputs, build)
             value = entry.output["metrics"][metric]["value"]
             shown = "undefined" if value is None else f"{value:.3f}"
             return self.done("evaluate", entry, f"{what}: {task} {metric} {shown}")
@@ -215,42 +238,46 @@ class Run:
         plan = Plan.from_json((planned.path / "plan.json").read_text())
         # Names are of this run: another one, with the same settings under other names, may have stored the plan.
         names = {"strategy": self.choice("strategy"), "selector": self.choice("selector") if self.measures else None}
-        plan = replace(plan, provenance={**names, "model": self.name, **plan.provenance})
+        made = {**names, "model": self.name, **plan.provenance}
+        plan = replace(plan, provenance=made)
         (self.folder / "plan.json").write_text(plan.to_json())
         patch = self.compensate(stats, plan)
         dense = self.score(Plan(plan.n_layers, ()), None)
         pruned = self.score(plan, patch)
-        identity = {
+        identification = {
             "name": self.cfg.name, "model": self.name, "model_fingerprint": self.fingerprint,
             **{group: self.choice(group) for group in ("strategy", "compensation")},
             "selector": self.choice("selector") if self.needs else None,
-            "ratio": self.cfg.ratio if self.cfg.n_remove is None else len(plan.removed) / plan.n_layers,
-            "n_remove": len(plan.removed), "seed": self.cfg.seed, "limit": self.cfg.benchmark.limit,
+            "ratio": made["ratio"], "n_remove": made["n_remove"], "seed": self.cfg.seed,
+            "limit": self.cfg.benchmark.limit,
         }  # fmt: skip
         stages: dict[str, list[Entry | None]]
         stages = {"calibrate": [stats], "plan": [planned], "compensate": [patch], "evaluate": [*pruned.values()]}
-        settings = {g: describe(self.cfg[g]) for g in ("strategy", "selector", "compensation")}
+        settings = self.settings()
         keys = {stage: [e.key for e in entries if e] for stage, entries in stages.items()}
+        keys["dense"] = [e.key for e in dense.values()]
+        scales = {task: self.cfg.benchmark.tasks[task].scale for task in self.tasks}
 
         def build(folder: Path) -> dict[str, Any]:
-            for file in planned.path.glob("example.*"):
-                (folder / file.name).write_bytes(file.read_bytes())
+            if stats and (planned.path / "example.json").exists():
+                for file in (planned.path / "example.json", stats.path / "example.png"):
+                    (folder / file.name).write_bytes(file.read_bytes())
             return {
-                **identity,
+                **identification,
                 "plan": json.loads(plan.to_json()),
                 "cost": results.cost(pruned, dense, plan),
-                **results.summarise(pruned, dense, {t: self.cfg.benchmark.tasks[t].scale for t in self.tasks}),
+                **results.summarise(pruned, dense, scales),
                 "compensated": patch.output["changed"] if patch else [],
-                "seconds": {s: round(sum(e.manifest["seconds"] for e in es if e), 3) for s, es in stages.items()},
+                "seconds": {s: round(sum(e.output["work"] for e in es if e), 3) for s, es in stages.items()},
                 "settings": settings,
                 "keys": keys,
-                "versions": versions(),
+                "versions": next(iter(pruned.values()), planned).manifest["versions"],
             }
 
-        run = self.store.make("run", {**identity, "settings": settings, "keys": keys}, build)
+        run = self.store.make("run", {**identification, "settings": settings, "keys": keys, "scales": scales}, build)
         result = run.output
         (self.folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-        self.export(plan, patch, result)
+        self.export(plan, patch, run)
         self.track(run)
         if result["retained"]:
             log.info(
@@ -258,12 +285,13 @@ class Run:
             )
         return result
 
-    def export(self, plan: Plan, patch: Entry | None, result: dict[str, Any]) -> None:
-        """The pruned checkpoint, if one is asked for."""
-        if self.cfg.export.path:
-            from svl.export import save
-
-            path = save(self.prune(plan, patch), plan, self.cfg.export.path, result["scores"])
+    def export(self, plan: Plan, patch: Entry | None, run: Entry) -> None:
+        """The pruned checkpoint, if one is asked for and this run has not written it before."""
+        path = self.cfg.export.path
+        if path and export.key(path) != run.key:
+            changed = run.output["compensated"]
+            export.save(self.prune(plan, patch), plan, path, run.output["scores"], compensated=changed, key=run.key)
+        if path:
             log.info("  exported to %s", path)
 
     def track(self, run: Entry) -> None:
@@ -279,12 +307,12 @@ class Run:
             )  # fmt: skip
             self.tracker.log(result, self.draw(result))
             self.tracker.finish(ok=True)
-            if describe(self.cfg.tracker).get("_target_") != "svl.track.NullTracker" and not self.tracker.location:
+            if self.tracker.failed:
                 raise NotTrackedError
             return {"run": run.key, "location": self.tracker.location}
 
         try:
-            self.store.make("track", {"run": run.key, "tracker": describe(self.cfg.tracker)}, build)
+            self.store.make("track", {"run": run.key, "tracker": identity(self.tracker)}, build)
         except NotTrackedError:
             log.warning("  the run is stored, but not tracked; running it again tracks it")
 
@@ -309,31 +337,33 @@ class Run:
         """Log a finished stage."""
         if entry.reused and message.startswith("dense"):
             return entry  # one line per sweep is enough
-        how = "stored" if entry.reused else f"{entry.manifest['seconds']:.1f} s"
+        how = "stored" if entry.reused else f"{entry.output['work']:.1f} s"
         log.info("  %-10s %8s  %s", stage, how, message)
         return entry
 
-    def draw_example(self, stats: Stats, folder: Path) -> None:
-        """Keep the first image of the calibration set with its tokens' scores, for the token importance figure."""
-        example = next((e for e in self.examples.items if e.image_bytes is not None), None)
-        if example is None or stats.selector is None or not self.dense.sees:
-            return
-        image, trace = example.image, next(t for t in stats.traces if t.index == example.row)
-        weights = stats.selector.weights(trace)
-        scores = stats.selector.scores(trace) if hasattr(stats.selector, "scores") else weights
-        weights, scores = (x.mean(0) if x.ndim == 2 else x for x in (weights, scores))
-        side = math.isqrt(int(trace.visual.sum()))
-        if side * side != int(trace.visual.sum()) or side == 0:
-            return  # tiled or cropped images have no plain grid
-        text = self.dense.prompt(example.prompt, image=True)
-        ids = self.dense.encode([text], [image])["input_ids"][0]
-        tokens = self.dense.tokenizer.convert_ids_to_tokens(ids[~trace.visual.to(ids.device)].tolist())
-        rows = zip(tokens, scores[~trace.visual].tolist(), weights[~trace.visual].tolist(), strict=True)
-        (folder / "example.json").write_text(json.dumps({
-            "prompt": example.prompt, "grid": [side, side], "visual": scores[trace.visual].tolist(),
-            "visual_selected": weights[trace.visual].tolist(), "text": [list(row) for row in rows],
-        }))  # fmt: skip
-        image.save(folder / "example.png")
+    def settings(self) -> dict[str, Any]:
+        """What tells runs of one experiment apart, besides names: settings by group."""
+        settings = {group: describe(self.cfg[group]) for group in ("strategy", "selector", "compensation")}
+        calibration, model = self.cfg.calibration, self.cfg.model
+        if self.needs:
+            file = Path(calibration.path).name
+            settings["calibration"] = {"file": file, "samples": calibration.samples, "seed": calibration.seed}
+        return {**settings, "model": {"dtype": model.dtype}}
+
+
+def score_example(stats: Stats, calibrated: Path, folder: Path) -> None:
+    """Add the selector's scores to the example that calibration kept, for the token importance figure."""
+    file = calibrated / "example.json"
+    if stats.selector is None or not file.exists():
+        return
+    example = json.loads(file.read_text())
+    trace = next(t for t in stats.traces if t.index == example["row"])
+    weights = stats.selector.weights(trace)
+    scores = stats.selector.scores(trace) if hasattr(stats.selector, "scores") else weights
+    weights, scores = (x.mean(0) if x.ndim == 2 else x for x in (weights, scores))
+    text = zip(example.pop("tokens"), scores[~trace.visual].tolist(), weights[~trace.visual].tolist(), strict=True)
+    visual = {"visual": scores[trace.visual].tolist(), "visual_selected": weights[trace.visual].tolist()}
+    (folder / "example.json").write_text(json.dumps({**example, **visual, "text": [list(row) for row in text]}))
 
 
 class NotTrackedError(Exception):

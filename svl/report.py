@@ -175,7 +175,7 @@ def _seeds(run: Run) -> list[Any]:
 def _settings_of(run: Run) -> Iterator[tuple[str, str]]:
     """Settings of a run's strategy, selector (if it used one) and compensation as ("selector.p", "0.5")."""
     for group, settings in sorted(run.get("settings", {}).items()):
-        if run[group] is not None:
+        if run.get(group, "") is not None:
             for name, value in sorted(settings.items()):
                 if name != "_target_":
                     yield f"{group}.{name}", value if isinstance(value, str) else json.dumps(value)

@@ -33,8 +33,9 @@ def summarise(pruned: Mapping[str, Entry], dense: Mapping[str, Entry], scales: M
     average = {"value": value, "stderr": _error([m["stderr"] for m in main.values()], scales), "dense": reference}
     if reference == 0:
         return {"scores": scores, "average": average, "retained": None}
-    change = _error([change_error(pruned[task], dense[task]) for task in pruned], scales)
-    retained = {"value": value / reference, "stderr": None if change is None else change / reference}
+    share = value / reference
+    change = _error([change_error(pruned[task], dense[task], share) for task in pruned], scales)
+    retained = {"value": share, "stderr": None if change is None else change / reference}
     return {"scores": scores, "average": average, "retained": retained}
 
 
@@ -49,10 +50,13 @@ def _error(errors: list[float | None], scales: Mapping[str, float]) -> float | N
     return math.sqrt(sum(e * e for e in known)) / len(known) if known and len(known) == len(errors) else None
 
 
-def change_error(pruned: Entry, dense: Entry) -> float | None:
-    """Standard error of the mean change of the per-sample scores; None where samples have no score."""
+def change_error(pruned: Entry, dense: Entry, share: float = 1.0) -> float | None:
+    """Standard error of the mean of `pruned - share * dense` over samples; None where samples have no score.
+
+    Divided by the dense mean it is that of the ratio of the means (delta method), if `share` is that ratio.
+    """
     ours, theirs = _sample_scores(pruned), _sample_scores(dense)
-    changes = [a - b for i, a in ours.items() if a is not None and (b := theirs.get(i)) is not None]
+    changes = [a - share * b for i, a in ours.items() if a is not None and (b := theirs.get(i)) is not None]
     if len(changes) < 2 or len(changes) < len(ours):
         return None
     mean = sum(changes) / len(changes)
@@ -69,14 +73,17 @@ def cost(pruned: Mapping[str, Entry], dense: Mapping[str, Entry], plan: Plan) ->
     layers = {"layers": len(plan.kept), "layers_dense": plan.n_layers}
     if not pruned:
         return layers
+    speeds = [_speed(pruned), _speed(dense)]
+    if len({json.dumps(e.output["device"]) for e in (*pruned.values(), *dense.values())}) > 1:
+        speeds[1] = None  # answered on another device or in other batches: no ratio
     return {
         **layers,
         "params": next(iter(pruned.values())).output["params"],
         "params_dense": next(iter(dense.values())).output["params"],
-        "samples_per_second": _speed(pruned),
-        "samples_per_second_dense": _speed(dense),
+        "samples_per_second": speeds[0],
+        "samples_per_second_dense": speeds[1],
     }
 
 
-def _speed(entries: Mapping[str, Entry]) -> float:
+def _speed(entries: Mapping[str, Entry]) -> float | None:
     return sum(e.output["n"] for e in entries.values()) / sum(e.output["seconds"] for e in entries.values())

@@ -20,11 +20,12 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from svl.core import SvlError
 
@@ -86,8 +87,8 @@ def cannot_write(error: BaseException) -> str | None:
 class Store:
     """See the module. `root` is made on first write."""
 
-    def __init__(self, root: Path | str):
-        self.root = Path(root).expanduser().absolute()
+    def __init__(self, root: Path | str, versions: dict[str, str] | None = None):
+        self.root, self.versions = Path(root).expanduser().absolute(), versions or {}
 
     def make(self, stage: str, inputs: dict[str, Any], build: Callable[[Path], dict[str, Any] | None]) -> Entry:
         """The artifact of (stage, inputs), built by `build(folder)` if it is not there.
@@ -104,7 +105,7 @@ class Store:
         try:
             for place in (folder.parent, temporary.parent, self.root / "lock"):
                 place.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.root / "lock" / f"{stage}-{folder.name}"):
+            with self._lock(f"{stage}-{folder.name}"):
                 if (entry := self.read(folder)) is not None:
                     return entry
                 for remains in (folder, temporary):  # a damaged artifact, a killed writer's
@@ -121,6 +122,7 @@ class Store:
                         "inputs": inputs,
                         "output": output,
                         "seconds": round(time.perf_counter() - began, 3),
+                        "versions": self.versions,
                         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                         "files": {
                             str(p.relative_to(temporary)): [p.stat().st_size, file_digest(p)]
@@ -143,6 +145,20 @@ class Store:
                     "free some space (or set paths.store) and run again"
                 ) from error
             raise
+
+    @contextmanager
+    def _lock(self, name: str) -> Iterator[None]:
+        """Hold the lock `name`; says so if another process has it."""
+        lock = FileLock(self.root / "lock" / name)
+        try:
+            lock.acquire(timeout=1)
+        except Timeout:
+            log.info("  waiting for another process, which works on %s", name)
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
 
     def read(self, folder: Path, warn: bool = True) -> Entry | None:
         """The artifact in `folder`, or None if there is none or it is damaged (named in a warning)."""

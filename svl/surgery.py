@@ -24,13 +24,22 @@ DEPTH = ("num_hidden_layers", "n_layer", "num_layers", "layers")  # config field
 PER_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types", "intermediate_size", "activation_sparsity_pattern")
 INDEX_SETS = ("cross_attention_layers", "moe_layers", "mlp_only_layers", "full_attn_idxs", "rope_scaling_layers")
 PREFIX = ("max_window_layers", "first_k_dense_replace")  # count layers from the first
+# Tie layers to one another in ways that removal would change silently.
+REFUSED = (
+    "num_kv_shared_layers",
+    "per_layer_config",
+    "kv_source_layers",
+    "cross_layer_interval",
+    "deepstack_layer_map",
+)
+POST_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm", "post_self_attn_layernorm")
 
 
 def pruned_config(config: Any, plan: Plan) -> Any:
     """A copy of a model config whose text part has the layers of `plan`.
 
     Raises:
-        SvlError: if a field has one value per layer and is not known to be such, so that it cannot be pruned safely.
+        SvlError: if a field ties layers together, or may have one value per layer and is not known to be such.
     """
     config = copy.deepcopy(config)
     if not plan.removed:
@@ -39,6 +48,10 @@ def pruned_config(config: Any, plan: Plan) -> Any:
     kept = plan.kept
     for name, value in list(text.to_dict().items()):
         new: Any
+        if value and (name in REFUSED or (name == "decoder_sparse_step" and value > 1)):
+            raise SvlError(
+                f"layers of {text.model_type} depend on one another ('{name}'): removing some is not supported"
+            )
         if name in INDEX_SETS and isinstance(value, list):
             new = [kept.index(i) for i in value if i in kept]
         elif name in PREFIX and isinstance(value, int):
@@ -55,6 +68,16 @@ def pruned_config(config: Any, plan: Plan) -> Any:
             continue
         setattr(text, name, new)
     return config
+
+
+def check_foldable(lvlm: Lvlm) -> None:
+    """Raise SvlError if a norm stands between projections and residual stream: it would undo updates."""
+    norms = {name for layer in lvlm.layers for name, _ in layer.named_children() if name in POST_NORMS}
+    if norms:
+        raise SvlError(
+            f"'{lvlm.name}' normalises after its projections ({', '.join(sorted(norms))}), which renormalises what a "
+            "compensation folds into them; use compensation=none"
+        )
 
 
 def multiply(weight: Tensor, update: Update) -> Tensor:
@@ -100,10 +123,11 @@ def apply(lvlm: Lvlm, plan: Plan, patch: Patch | None = None) -> Lvlm:
     if hollow or unexpected:
         raise RuntimeError(f"surgery on {type(model).__name__} left {hollow} empty, {unexpected} unused ({missing=})")
     pruned.requires_grad_(False)
+    protected = tuple(new_index[i] for i in anatomy.protected)
     pruned.generation_config = copy.deepcopy(model.generation_config)
     if hasattr(model, "_weight_conversions"):  # keeps the key layout of the source on disk
         pruned._weight_conversions = model._weight_conversions
-    return replace(lvlm, model=pruned.eval(), anatomy=replace(anatomy, n_layers=len(new_index), protected=()))
+    return replace(lvlm, model=pruned.eval(), anatomy=replace(anatomy, n_layers=len(new_index), protected=protected))
 
 
 def _attention(config: Any) -> Any:

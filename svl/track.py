@@ -32,6 +32,11 @@ class Tracker(Protocol):
         """Where the mirror of this run is (folder or URL); None before `start`, and if there is none or it failed."""
         ...
 
+    @property
+    def failed(self) -> bool:
+        """Whether the mirror of this run broke: tracking it is worth another try."""
+        ...
+
     def start(
         self, config: dict[str, Any], *, name: str, group: str, tags: Sequence[str], key: str, folder: Path
     ) -> None:
@@ -61,6 +66,7 @@ class NullTracker:
     """No tracking."""
 
     location: str | None = field(default=None, init=False)
+    failed: bool = field(default=False, init=False)
 
     def start(
         self, config: dict[str, Any], *, name: str, group: str, tags: Sequence[str], key: str, folder: Path
@@ -107,6 +113,7 @@ class WandbTracker:
     entity: str | None = None
     mode: str = "offline"
     location: str | None = field(default=None, init=False)
+    failed: bool = field(default=False, init=False)
     _run: Any = field(default=None, init=False, repr=False, compare=False)  # None: not started, failed or finished
 
     def __post_init__(self) -> None:
@@ -116,7 +123,7 @@ class WandbTracker:
         self, config: dict[str, Any], *, name: str, group: str, tags: Sequence[str], key: str, folder: Path
     ) -> None:
         """Open the run `key` of `group`; see `Tracker.start`."""
-        self._run = self.location = None
+        self._run, self.location, self.failed = None, None, False
         with self._never_fail("start"):
             os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # or W&B reports its crashes to a server of its own
             import wandb
@@ -197,5 +204,6 @@ class WandbTracker:
         # take hours of computed results with it.
         except Exception as error:  # noqa: BLE001
             self._run = self.location = None
+            self.failed = True
             reason = " ".join(str(error).split()) or type(error).__name__
             log.warning("W&B failed to %s, so this run is not tracked any further; results are kept: %s", doing, reason)

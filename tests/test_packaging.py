@@ -53,8 +53,8 @@ def test_wheel_holds_package_configuration_and_demo_and_nothing_else(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert names == sources("svl") | {f"svl/{name}" for name in sources("conf")}
     assert names >= {
-        "svl/conf/config.yaml", "svl/conf/strategy/short_lvlm.yaml", "svl/demo/lvlm/model.safetensors",
-        "svl/demo/lvlm/chat_template.jinja", "svl/demo/data/calibration.parquet", "svl/demo/tasks/svl_demo_open.yaml",
+        "svl/conf/config.yaml", "svl/conf/strategy/short_lvlm.yaml", "svl/demo/demo_lvlm/model.safetensors",
+        "svl/demo/demo_lvlm/chat_template.jinja", "svl/demo/data/calibration.parquet", "svl/demo/tasks/svl_demo_open.yaml",
         "svl/demo/tasks/utils.py",
     }  # fmt: skip
     assert len([name for name in names if name.endswith(".yaml")]) >= 28
@@ -90,7 +90,7 @@ def test_installed_wheel_works_from_another_folder(wheel, tmp_path):
     assert package == str(site / "svl" / "__init__.py")
     assert "strategy: " in run(script, "--help", cwd=elsewhere)
     shown = run(script, "--cfg", "job", "--resolve", cwd=elsewhere)
-    for path in (site / "svl" / "demo" / "lvlm", site / "svl" / "demo" / "tasks"):
+    for path in (site / "svl" / "demo" / "demo_lvlm", site / "svl" / "demo" / "tasks"):
         assert str(path) in shown
         assert path.is_dir()
     assert not list(elsewhere.iterdir())
