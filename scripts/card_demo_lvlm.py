@@ -38,9 +38,9 @@ tags: [short-lvlm, synthetic]
 # The bundled LVLM
 
 A genuine `LlavaForConditionalGeneration` small enough to ship in a package: {parameters:.1f} M parameters, {layers}
-Llama layers of width {width}, a 3-layer CLIP ViT (64 px, patch 8: 64 visual tokens for 4 to 8 shapes, so most of them are
-background), its own word-level tokenizer and chat template. It answers questions about scenes of coloured shapes and
-exists to try layer pruning on; it knows nothing else.
+Llama layers of width {width}, a 3-layer CLIP ViT (64 px, patch 8: 64 visual tokens for 4 to 8 shapes, so most of them
+are background), its own word-level tokenizer and chat template. It answers questions about scenes of coloured shapes
+and exists to try layer pruning on; it knows nothing else.
 
 Made from nothing by one command, from seed 0, in {steps} steps of 16 images:
 
@@ -144,7 +144,7 @@ def main() -> None:
     table.append(f"| **all** | {len(rows)} | {cell(everything[0])} | {cell(everything[1])} |")
     print("\n".join(table))
     overall = [100 * (np.concatenate([one[k] for k in kinds]).mean() - everything[0].mean()) for one in single]
-    print("single layer removed, change of all (points):", [round(x, 1) for x in overall])
+    print("single layer removed, change of all (points):", [round(float(x), 1) for x in overall])
 
     steps = max(json.loads(line).get("step", 0) for line in args.log.read_text().splitlines())
     curve(args.log).savefig(FOLDER / "training.png", dpi=110)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
-import inspect
 import os
 import typing
 from dataclasses import dataclass, field
@@ -21,7 +20,6 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from svl.core import SvlError, did_you_mean, layers_to_remove
-from svl.store import file_digest
 
 PACKAGE = Path(__file__).parent
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # installed, or a checkout
@@ -170,14 +168,6 @@ def _schema(cls: type) -> type:
 def describe(node: DictConfig) -> dict[str, Any]:
     """A configuration node as plain data, for records."""
     return typing.cast(dict[str, Any], OmegaConf.to_container(node, resolve=True))
-
-
-def identity(method: Any) -> dict[str, Any]:
-    """What a method's results depend on, for keys: its class, settings (defaults included) and source code."""
-    cls = type(method)
-    source = file_digest(Path(inspect.getfile(cls)))[:16]
-    settings = {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.init}
-    return {"class": f"{cls.__module__}.{cls.__qualname__}", "source": source, **settings}
 
 
 def validate(cfg: DictConfig) -> dict[str, Any]:

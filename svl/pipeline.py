@@ -7,14 +7,15 @@ when a stage has to compute.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
+import inspect
 import json
 import logging
 import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +24,10 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from svl import benchmarks, export, results
-from svl.config import PACKAGE, describe, identity, validate
+from svl.config import PACKAGE, describe, validate
 from svl.core import Patch, Plan, Stats, layers_to_remove, one_of
 from svl.data import Examples, read_samples
-from svl.store import Entry, Store, checkpoint_fingerprint
+from svl.store import Entry, Store, checkpoint_fingerprint, file_digest
 
 if TYPE_CHECKING:
     from svl.models import Lvlm
@@ -153,7 +154,7 @@ class Run:
                 "ratio": cfg.ratio if honoured else len(plan.removed) / plan.n_layers, "n_remove": len(plan.removed),
                 "model_fingerprint": self.fingerprint, "calibration": self.examples.fingerprint if source else None,
             }  # fmt: skip
-            (folder / "plan.json").write_text(replace(plan, provenance=provenance).to_json())
+            (folder / "plan.json").write_text(dataclasses.replace(plan, provenance=provenance).to_json())
             return {"removed": plan.removed}
 
         inputs = {
@@ -239,7 +240,7 @@ class Run:
         # Names are of this run: another one, with the same settings under other names, may have stored the plan.
         names = {"strategy": self.choice("strategy"), "selector": self.choice("selector") if self.measures else None}
         made = {**names, "model": self.name, **plan.provenance}
-        plan = replace(plan, provenance=made)
+        plan = dataclasses.replace(plan, provenance=made)
         (self.folder / "plan.json").write_text(plan.to_json())
         patch = self.compensate(stats, plan)
         dense = self.score(Plan(plan.n_layers, ()), None)
@@ -364,6 +365,14 @@ def score_example(stats: Stats, calibrated: Path, folder: Path) -> None:
     text = zip(example.pop("tokens"), scores[~trace.visual].tolist(), weights[~trace.visual].tolist(), strict=True)
     visual = {"visual": scores[trace.visual].tolist(), "visual_selected": weights[trace.visual].tolist()}
     (folder / "example.json").write_text(json.dumps({**example, **visual, "text": [list(row) for row in text]}))
+
+
+def identity(method: Any) -> dict[str, Any]:
+    """What a method's results depend on, for keys: its class, settings (defaults included) and source code."""
+    cls = type(method)
+    source = file_digest(Path(inspect.getfile(cls)))[:16]
+    settings = {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.init}
+    return {"class": f"{cls.__module__}.{cls.__qualname__}", "source": source, **settings}
 
 
 class NotTrackedError(Exception):

@@ -171,9 +171,11 @@ def test_measuring_attention_does_not_change_the_model_output(lm, samples, encod
     present = inputs["attention_mask"].bool()
     with torch.inference_mode():
         plain = lm.model(**inputs).logits
-        with attention.metering(lm.model, torch.stack([present, ~present], 1).float()):
+        with attention.metering(lm.model, torch.stack([present, 0 * present], 1).float()) as meter:
             measured = lm.model(**inputs).logits
     torch.testing.assert_close(measured[present], plain[present], atol=1e-5, rtol=1e-5)
+    for sums in (meter.received, meter.emitted, meter.queries, meter.keys):  # padding takes no part
+        assert all(of[:, 0][present].any() and not of.mT[~present].any() for of in sums.values())
 
 
 @pytest.mark.parametrize("layer_types", ["sliding_attention", "full_attention"])

@@ -16,7 +16,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from svl import config
+from svl import config, export
 from svl.compensation.none import NoCompensation
 from svl.compensation.subspace import Subspace
 from svl.core import SvlError
@@ -177,8 +177,8 @@ def test_export_folder_must_be_new(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path.parent))
     for path in (tmp_path, f"~/{tmp_path.name}"):
         with pytest.raises(SvlError, match=r"export\.path .* exists already"):
-            config.validate(compose(f"export.path='{path}'"))
-    config.validate(compose("export.path='~/new'"))
+            export.check(path)
+    export.check("~/new")
 
 
 def test_benchmarks_without_lmms_eval_say_what_to_install(monkeypatch):

@@ -54,8 +54,8 @@ def test_wheel_holds_package_configuration_and_demo_and_nothing_else(wheel):
     assert names == sources("svl") | {f"svl/{name}" for name in sources("conf")}
     assert names >= {
         "svl/conf/config.yaml", "svl/conf/strategy/short_lvlm.yaml", "svl/demo/demo_lvlm/model.safetensors",
-        "svl/demo/demo_lvlm/chat_template.jinja", "svl/demo/data/calibration.parquet", "svl/demo/tasks/svl_demo_open.yaml",
-        "svl/demo/tasks/utils.py",
+        "svl/demo/demo_lvlm/chat_template.jinja", "svl/demo/data/calibration.parquet",
+        "svl/demo/tasks/svl_demo_open.yaml", "svl/demo/tasks/utils.py",
     }  # fmt: skip
     assert len([name for name in names if name.endswith(".yaml")]) >= 28
 
