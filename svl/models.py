@@ -106,7 +106,14 @@ class Lvlm:
         return self.processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
 
     def prompt(self, text: str, image: bool) -> str:
-        """One user turn of text, after an image if there is one, as `render` gives it."""
+        """One user turn of text, after an image if there is one, as `render` gives it.
+
+        Raises:
+            SvlError: if the text holds the model's own mark of an image.
+        """
+        mark = self.tokenizer.convert_ids_to_tokens(self.anatomy.image_token_id) if self.sees else None
+        if mark and mark in text:
+            raise SvlError(f"the prompt '{text[:60]}' contains {mark}; leave it out: the template places the image")
         parts = [{"type": "image"}] * image + [{"type": "text", "text": text}]
         return self.render([{"role": "user", "content": parts}])
 

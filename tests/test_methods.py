@@ -213,23 +213,17 @@ def test_tis_works_on_text_alone(llama, make_samples):
 
 
 def test_tis_of_tokens_that_see_nothing_or_are_not_seen_is_finite():
-    """A picture at the end has no text behind it, a text in front sees no picture: those terms are 0."""
-    attention = torch.tensor([[1.0, 0.0], [0.3, 0.7]])  # one text token, one visual
-    sums = {"received": attention.T.flip(1), "emitted": attention.flip(1)}
-    counts = {"queries": torch.tensor([[1.0, 1], [1, 0]]), "keys": torch.tensor([[0.0, 1], [1, 1]])}
-    trace = TokenTrace(
-        0,
-        torch.tensor([False, True]),
-        **{k: v.mT[None] for k, v in sums.items()},
-        **{k: v[None] for k, v in counts.items()},
-    )
-    assert Tis().scores(trace).tolist() == pytest.approx([0.5, 0.35])
+    """A text in front of a picture at the end, attention ((1, 0), (0.3, 0.7)): neither has a cross-modal term."""
+    sums = {"received": [[0.3, 0.7], [1, 0]], "emitted": [[0, 0.7], [1, 0.3]]}
+    counts = {"queries": [[1, 1], [1, 0]], "keys": [[0, 1], [1, 1]]}
+    measured = {name: torch.tensor([rows]) for name, rows in (sums | counts).items()}
+    assert Tis().scores(TokenTrace(0, torch.tensor([False, True]), **measured)).tolist() == pytest.approx([0.5, 0.35])
 
 
 def test_tis_takes_the_exact_fraction_and_of_equals_the_earlier():
     text = torch.zeros(20, dtype=torch.bool)
     assert Tis(p=0.55)._top(torch.ones(20), text).tolist() == [1] * 11 + [0] * 9  # 0.55 * 20 is 11.000000000000002
-    noisy = torch.tensor([0.1, 0.1 + 1e-8, 0.1 - 1e-8, 0.1001], dtype=torch.float64)  # equal but for rounding errors
+    noisy = torch.tensor([0.2, 0.2 + 1e-8, 0.2 - 1e-8, 0.2001], dtype=torch.float64)  # equal but for rounding errors
     assert Tis(p=0.5)._top(noisy, text[:4]).tolist() == [1, 0, 0, 1]
     assert Tis(p=0.5, rule="nucleus")._top(torch.zeros(4), text[:4]).tolist() == [1, 0, 0, 0]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -182,6 +183,14 @@ def test_prompts_follow_the_chat_template(llava, qwen, llama):
     assert llava.prompt("red", image=False) == "<s>user red assistant"
     assert qwen.prompt("red", image=True) == "user <|vision_start|><|image_pad|><|vision_end|>red assistant"
     assert llama.prompt("red", image=False) == "<s>user red assistant"
+
+
+def test_image_marks_within_a_prompt_are_refused(llava, qwen, llama):
+    """Training data often has them; with the template's own there would be more marks than images."""
+    for lvlm, mark in ((llava, "<image>"), (qwen, "<|image_pad|>")):
+        with pytest.raises(SvlError, match=f"contains {re.escape(mark)}; leave it out"):
+            lvlm.prompt(f"{mark}\nwhat is red", image=True)
+    assert "<image>" in llama.prompt("what is <image>", image=False)
 
 
 def test_without_a_template_text_stays_plain_and_images_have_no_place(checkpoint):

@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import svl
 from svl import export, surgery
 from svl.core import Patch, Plan, SvlError, Update
 from svl.surgery import apply, load_patch, pruned_config, save_patch
@@ -83,6 +84,32 @@ def test_pruned_models_can_be_calibrated_and_pruned_again(vlm, samples, encode):
     assert [t.cosine.shape[0] for t in calibrate(twice, samples).traces] == [2] * 5
     inputs = encode(vlm, samples.items)
     assert torch.equal(forward(twice.model, inputs), forward(apply(vlm, Plan(4, (1, 2))).model, inputs))
+
+
+def test_half_precision_is_pruned_exactly(checkpoint, samples, encode):
+    """Positions stay in fp32, whatever the weights are."""
+    lvlm = svl.load(checkpoint("llava"), device="cpu", dtype="bfloat16")
+    pruned, inputs = apply(lvlm, Plan(4, (1, 2))).model, encode(lvlm, samples.items)
+    with skipped(lvlm, (1, 2)) as reference:
+        assert torch.equal(forward(pruned, inputs), forward(reference, inputs))
+    assert pruned.dtype == torch.bfloat16
+    assert pruned.model.language_model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_tied_embeddings_stay_tied(llama, randomise, tmp_path):
+    config = copy.deepcopy(llama.model.config)
+    config.tie_word_embeddings = True
+    model = randomise(type(llama.model)(config))
+    pruned = apply(replace(llama, model=model), Plan(4, (1,)))
+    assert pruned.model.lm_head.weight is pruned.model.model.embed_tokens.weight
+    assert pruned.model.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
+    path = export.save(pruned, Plan(4, (1,)), tmp_path / "tied")
+    again, info = type(model).from_pretrained(path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    ids = torch.arange(9)[None]
+    torch.testing.assert_close(again.eval()(ids).logits, pruned.model(ids).logits, atol=1e-5, rtol=0)
 
 
 # --------------------------------------------------------------------------------- the dense model stays
@@ -274,7 +301,6 @@ def test_exports_load_without_svl_and_compute_the_same(lm, reloaded, samples, en
 
 
 def test_exported_weights_are_bitwise_those_in_memory(lm, reloaded):
-    import svl
 
     folder, _, pruned, _ = reloaded
     again, memory = svl.load(folder / lm.name, device="cpu").model.state_dict(), pruned[lm.name].model.state_dict()
@@ -289,6 +315,18 @@ def test_the_model_card_states_plan_results_and_how_to_load(lm, reloaded):
     assert ("AutoModelForImageTextToText" if lm.sees else "AutoModelForCausalLM") in card
     assert '"strategy": "test"' in card
     assert '"accuracy": 0.5' in card
+
+
+def test_an_export_remembers_its_run(llama, tmp_path):
+    path = export.save(apply(llama, Plan(4, (1,))), Plan(4, (1,)), tmp_path / "out", compensated=["0.mlp"], key="abc")
+    assert json.loads((path / "config.json").read_text())["layer_pruning"]["compensated"] == ["0.mlp"]
+    assert "0.mlp (layer.projection) were changed" in (path / "README.md").read_text()
+    assert export.key(path) == "abc"
+    export.check(path)
+    export.check(tmp_path / "new")
+    with pytest.raises(SvlError, match="exists already"):
+        export.check(tmp_path)
+    assert export.key(tmp_path) is None
 
 
 def test_exports_never_overwrite(llama, tmp_path):
