@@ -35,13 +35,15 @@ TEMPLATE = (
 
 
 def _tokenizer(kind: str):
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     bos = "<s>" if kind != "qwen" else None  # Qwen has none
     vocabulary = {word: i for i, word in enumerate([*SPECIAL, "user", "assistant", *WORDS.split()])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
+    if bos:
+        core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[(bos, SPECIAL.index(bos))])
     return PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token=bos, eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
         additional_special_tokens=SPECIAL[4:], chat_template=TEMPLATE.replace("MARK", MARKS[kind]),

