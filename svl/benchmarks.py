@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from svl.core import SvlError, did_you_mean
+from svl.core import SvlError, did_you_mean, one_of
 from svl.store import digest, file_digest
 
 _NAME = re.compile(r"""^task:[ \t]*["']?([^\s"'#\[{]+)""", re.MULTILINE)
@@ -66,6 +66,18 @@ def fingerprint(task: str, include_path: str | None) -> str:
     files = sorted(set(_files(find(task, include_path))))
     version = None if include_path is not None else importlib.metadata.version("lmms_eval")
     return digest([task, version, [[path.name, file_digest(path)] for path in files]])
+
+
+def check_metric(task: str, metric: str, include_path: str | None) -> None:
+    """Raise SvlError unless `task` (its YAML, or one that it includes) lists `metric`."""
+
+    def listed(path: Path) -> list[str]:
+        config = yaml.load(path.read_text("utf-8"), _Loader) or {}
+        if own := config.get("metric_list"):
+            return [entry["metric"] for entry in own]
+        return [name for included in _strings(config.get("include")) for name in listed(path.parent / included)]
+
+    one_of(f"benchmark.tasks.{task}.metric", metric.partition(",")[0], listed(find(task, include_path)))
 
 
 def _shipped() -> Path:

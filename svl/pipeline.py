@@ -54,6 +54,8 @@ class Run:
         if cfg.export.path:
             export.check(cfg.export.path)
         self.tasks = {t: benchmarks.fingerprint(t, cfg.benchmark.include_path) for t in cfg.benchmark.tasks}
+        for task, settings in cfg.benchmark.tasks.items():
+            benchmarks.check_metric(task, settings.metric, cfg.benchmark.include_path)
         self.measures = bool(self.strategy.needs)  # otherwise the selector plays no part in choosing layers
         self.needs = self.strategy.needs | self.compensation.needs
         if self.needs:

@@ -173,6 +173,14 @@ def test_mistakes_are_named(overrides, says, monkeypatch):
     assert "\n" not in message
 
 
+def test_export_folder_must_be_new(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    for path in (tmp_path, f"~/{tmp_path.name}"):
+        with pytest.raises(SvlError, match=r"export\.path .* exists already"):
+            export.check(path)
+    export.check("~/new")
+
+
 def test_benchmarks_without_lmms_eval_say_what_to_install(monkeypatch):
     monkeypatch.setattr(config.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SvlError, match=r"pip install 'svl\[eval\]'"):

@@ -408,3 +408,9 @@ def test_shipped_benchmarks_are_found():
 def test_benchmarks_are_cheap_to_import():
     code = "import sys, svl.benchmarks; assert not {'torch', 'lmms_eval', 'datasets'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_metric_is_checked_from_the_yaml_alone():
+    benchmarks.check_metric("svl_demo_existence", "f1", str(TASKS))
+    with pytest.raises(SvlError, match=r"svl_demo_existence\.metric is 'f2'.*did you mean 'f1'"):
+        benchmarks.check_metric("svl_demo_existence", "f2", str(TASKS))
