@@ -182,8 +182,8 @@ def test_a_selector_that_leaves_no_token_is_named(llama, make_samples):
 
 
 def test_random_selects_a_fraction_by_seed_and_sample():
-    tokens = [replace(TRACES[0], index=i, visual=torch.zeros(20, dtype=torch.bool)) for i in range(3)]
-    assert [int(Random(p=p).weights(tokens[0]).sum()) for p in (0.55, 0.5, 0.01, 1.0)] == [11, 10, 1, 20]
+    tokens = [replace(TRACES[0], index=i, visual=torch.zeros(25, dtype=torch.bool)) for i in range(3)]
+    assert [int(Random(p=p).weights(tokens[0]).sum()) for p in (0.28, 0.5, 0.01, 1.0)] == [7, 13, 1, 25]
     marks = [Random(seed=s).weights(t) for s in (0, 1) for t in tokens]
     assert len({tuple(m.tolist()) for m in marks}) == 6
 
@@ -221,8 +221,8 @@ def test_tis_of_tokens_that_see_nothing_or_are_not_seen_is_finite():
 
 
 def test_tis_takes_the_exact_fraction_and_of_equals_the_earlier():
-    text = torch.zeros(20, dtype=torch.bool)
-    assert Tis(p=0.55)._top(torch.ones(20), text).tolist() == [1] * 11 + [0] * 9  # 0.55 * 20 is 11.000000000000002
+    text = torch.zeros(25, dtype=torch.bool)
+    assert Tis(p=0.28)._top(torch.ones(25), text).tolist() == [1] * 7 + [0] * 18  # 0.28 * 25 is 7.000000000000001
     noisy = torch.tensor([0.2, 0.2 + 1e-8, 0.2 - 1e-8, 0.2001], dtype=torch.float64)  # equal but for rounding errors
     assert Tis(p=0.5)._top(noisy, text[:4]).tolist() == [1, 0, 0, 1]
     assert Tis(p=0.5, rule="nucleus")._top(torch.zeros(4), text[:4]).tolist() == [1, 0, 0, 0]
