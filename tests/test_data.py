@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from svl.core import SvlError
 from svl.data import Examples, read_samples
@@ -157,7 +157,8 @@ def test_a_wrong_row_is_named(row, message, tmp_path):
         read_samples(file)
 
 
-def test_a_truncated_image_is_found_at_once(tmp_path):
+def test_a_truncated_image_is_found_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)  # lmms-eval sets it on import, for all
     noise = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(noise, "png")
     file = write_parquet(tmp_path / "x.parquet", image=[PICTURES[0], noise.getvalue()[:-4000]], prompt=["a", "b"])
