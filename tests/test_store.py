@@ -92,6 +92,13 @@ def test_made_once_and_found_again(store):
     assert files(store.root) == [f"plan/{made.key}/{name}" for name in ("manifest.json", "numbers", "sub/text")]
 
 
+def test_finished_artifacts_need_no_lock(store, monkeypatch):
+    """They can be read from a store that belongs to somebody else."""
+    made = store.make("plan", {"x": 1}, two_files)
+    monkeypatch.setattr(module, "FileLock", lambda *_: pytest.fail("locked"))
+    assert store.make("plan", {"x": 1}, no_build).manifest == made.manifest
+
+
 @pytest.mark.parametrize("error", [ValueError("bug"), KeyboardInterrupt(), SvlError("bad input")])
 def test_build_that_raises_leaves_nothing(store, error):
     def build(folder):
