@@ -205,7 +205,7 @@ def select(stats: Stats, selector: TokenSelector) -> Stats:
 def _encode(lvlm: Lvlm, batch: Sequence[Example]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Model inputs, which positions [B, T] hold tokens of the sample, and which hold visual ones."""
     images = [e.image for e in batch if lvlm.sees and e.image_bytes is not None]
-    prompts = [lvlm.prompt(e.prompt, image=lvlm.sees and e.image_bytes is not None) for e in batch]
+    prompts = [e.prompt if e.plain else lvlm.prompt(e.prompt, lvlm.sees and e.image_bytes is not None) for e in batch]
     inputs = lvlm.encode(prompts, images)
     return (
         inputs,

@@ -238,33 +238,54 @@ class Strategy(Protocol):
 
 @dataclass(frozen=True)
 class Update:
-    """W <- W + left @ (right @ W) for one output projection (and its bias); `left` [d, k], `right` [k, d]."""
+    """The change of one residual-writing projection: W <- W + left @ right @ W + delta, and so for its bias.
 
-    left: Tensor
-    right: Tensor
+    `left` [d, k] and `right` [k, d] (the identity where None) act on what the projection writes, whatever its input:
+    they apply to every matrix of the writer (experts, too). `delta` [d, n_in] needs a writer of one matrix; `shift`
+    [d] is added to the bias and needs one. Parts that are None change nothing.
+    """
+
+    left: Tensor | None = None
+    right: Tensor | None = None
+    delta: Tensor | None = None
+    shift: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Patch:
-    """What a compensation folds into kept weights: updates by (original layer index, writer).
+    """What a compensation folds into kept weights. Layers are original indices.
 
-    A writer is a role of the layer's residual-writing projections: "attn" (o_proj) or "mlp" (down_proj).
+    Attributes:
+        updates: by (layer, writer). A writer is a role of the layer's residual-writing projections: "attn" (o_proj)
+            or "mlp" (down_proj).
+        blends: layer -> {source layer: coefficient}: every projection (weight and bias, not the norms) of the layer
+            becomes this sum over layers of the dense model, before any update.
+        notes: what a reader of the results should know.
     """
 
     updates: dict[tuple[int, str], Update] = field(default_factory=dict)
+    blends: dict[int, dict[int, float]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.updates)
+        return bool(self.updates or self.blends)
 
 
 class Sample(Protocol):
-    """One calibration sample inside a streaming pass: selected hidden states."""
+    """One calibration sample inside a streaming pass: hidden states of its tokens, padding left out."""
 
     weights: Tensor  # [T] or [L, T], the selector's
 
     def h(self, i: int) -> Tensor:
         """Residual stream entering layer i (L: leaving the last): fp32 [T, d]."""
+        ...
+
+    def read(self, layer: int, writer: str) -> Tensor:
+        """What the projection `writer` of a layer reads: fp32 [T, n_in]."""
+        ...
+
+    def wrote(self, layer: int, writer: str) -> Tensor:
+        """What the projection `writer` of a layer wrote, bias included: fp32 [T, d]."""
         ...
 
 
@@ -274,8 +295,19 @@ class Hidden(Protocol):
     n_layers: int
     writers: Sequence[str]
 
-    def stream(self, points: Sequence[int]) -> Iterator[Sample]:
-        """One forward pass over the calibration set, giving h_i of every sample for each i in `points`."""
+    def stream(
+        self,
+        points: Sequence[int] = (),
+        writers: Sequence[tuple[int, str]] = (),
+        plan: Plan | None = None,
+        patch: Patch | None = None,
+    ) -> Iterator[Sample]:
+        """One forward pass over the calibration set.
+
+        Gives h_i of every sample for each i in `points`, and what is read and written by each (layer, writer) of
+        `writers`. With a plan (and a patch) the pruned model runs; layers keep their original indices, and h_i of a
+        removed layer i is what enters the next kept one.
+        """
         ...
 
 

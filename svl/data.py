@@ -1,4 +1,7 @@
-"""Calibration samples from local files: parquet or JSON lines with `image` and `prompt`, and an optional `answer`."""
+"""Calibration samples from local files: parquet or JSON lines.
+
+Columns `image` and `prompt` (one user turn), and an optional `answer`; or `text` alone, running text as it is.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import hashlib
 import io
 import json
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,12 +24,17 @@ SUFFIXES = (".parquet", ".jsonl", ".json")
 
 @dataclass(frozen=True)
 class Example:
-    """One sample: encoded image (None for text only), the user's turn, the expected answer (may be empty)."""
+    """One sample: encoded image (None for text only), the user's turn, the expected answer (may be empty).
+
+    Of `plain` running text, `prompt` is the text; no chat template is put around it, and every token is an answer to
+    those before it.
+    """
 
     row: int
     prompt: str
     image_bytes: bytes | None = None
     answer: str = ""
+    plain: bool = False
 
     @property
     def image(self) -> Image.Image:
@@ -46,12 +55,20 @@ class Examples:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of every row number, prompt and image, in order: 16 hex digits."""
-        digest = hashlib.sha256()
-        for item in self.items:
-            for part in (str(item.row).encode(), item.prompt.encode(), item.image_bytes or b""):
-                digest.update(len(part).to_bytes(8, "little"))
-                digest.update(part)
-        return digest.hexdigest()[:16]
+        return _hash((str(e.row).encode(), e.prompt.encode(), e.image_bytes or b"") for e in self.items)
+
+    @cached_property
+    def answers(self) -> str:
+        """Hash of every answer, in order: 16 hex digits."""
+        return _hash((e.answer.encode(), str(e.plain).encode()) for e in self.items)
+
+
+def _hash(records: Iterable[tuple[bytes, ...]]) -> str:
+    digest = hashlib.sha256()
+    for part in (part for record in records for part in record):
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()[:16]
 
 
 def read_samples(path: str | Path, n: int | None = None, seed: int = 0) -> Examples:
@@ -72,7 +89,7 @@ def read_samples(path: str | Path, n: int | None = None, seed: int = 0) -> Examp
     if not rows:
         raise SvlError(f"calibration file '{path}' is empty")
     columns = sorted(set().union(*rows))
-    for column in ("image", "prompt"):
+    for column in ("text",) if "text" in columns and "prompt" not in columns else ("image", "prompt"):
         if column not in columns:
             hint = did_you_mean(column, columns)
             raise SvlError(f"calibration file '{path}' has no column '{column}'{hint}; it has: {', '.join(columns)}")
@@ -110,6 +127,8 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _example(row: dict[str, Any], number: int, path: Path) -> Example:
+    if isinstance(row.get("text"), str) and "prompt" not in row:
+        return Example(number, row["text"], plain=True)
     if not isinstance(row.get("prompt"), str):
         raise SvlError(f"calibration file '{path}', row {number}: prompt is not text")
     image = row.get("image")

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from svl import benchmarks, export, results
+from svl import benchmarks, bundled, export, results
 from svl.config import PACKAGE, describe, validate
 from svl.core import Patch, Plan, Stats, layers_to_remove, one_of
 from svl.data import Examples, read_samples
@@ -48,7 +48,8 @@ class Run:
         self.loading = 0.0  # seconds spent on loading the model, which are no stage's own
         model = cfg.model
         one_of("model.dtype", model.dtype, ("auto", "float32", "bfloat16", "float16"))
-        self.fingerprint = checkpoint_fingerprint(model.path, model.revision, self.store.root / "fingerprint")
+        self.path = bundled.resolve(model.path, self.store)
+        self.fingerprint = checkpoint_fingerprint(self.path, model.revision, self.store.root / "fingerprint")
         self.model = {"fingerprint": self.fingerprint, "dtype": model.dtype, "layers": model.layers}
         self.name = model.name or Path(model.path).name
         if cfg.export.path:
@@ -76,7 +77,7 @@ class Run:
         model, began = self.cfg.model, time.perf_counter()
         commit = self.fingerprint.partition("@")[2] or model.revision  # the very one that keys are made of
         lvlm = models.load(
-            model.path, dtype=model.dtype, device=model.device, revision=commit, layers=model.layers,
+            self.path, dtype=model.dtype, device=model.device, revision=commit, layers=model.layers,
             name=self.name, trust_remote_code=model.trust_remote_code,
         )  # fmt: skip
         self.loading += time.perf_counter() - began
@@ -184,7 +185,12 @@ class Run:
             patch: Patch = self.compensation.fit(hidden, plan)
             if patch:
                 surgery.save_patch(patch, folder / "patch.safetensors")
-            return {"notes": patch.notes, "changed": sorted(f"{layer}.{role}" for layer, role in patch.updates)}
+            return {
+                "notes": patch.notes,
+                "changed": sorted(
+                    {f"{layer}.{role}" for layer, role in patch.updates} | {f"{layer}.*" for layer in patch.blends}
+                ),
+            }
 
         source = stats if self.compensation.needs else None
         inputs = {

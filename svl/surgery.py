@@ -9,13 +9,15 @@ per layer type, rotary settings. Only what a patch changes takes new memory.
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from svl.core import Patch, Plan, SvlError, Update
 from svl.models import Lvlm
@@ -32,6 +34,7 @@ REFUSED = (
     "cross_layer_interval",
     "deepstack_layer_map",
 )
+PARTS = ("left", "right", "delta", "shift")
 POST_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm", "post_self_attn_layernorm")
 
 
@@ -80,11 +83,36 @@ def check_foldable(lvlm: Lvlm) -> None:
         )
 
 
-def multiply(weight: Tensor, update: Update) -> Tensor:
-    """W + left @ (right @ W) in fp32, in W's dtype: `weight` [d, ...] or a bias [d]."""
-    wide = weight.detach().float()
-    left, right = update.left.to(wide), update.right.to(wide)
-    return (wide + left @ (right @ wide)).to(weight.dtype)
+def revise(tensor: Tensor, update: Update) -> Tensor:
+    """W + left @ right @ W + delta in fp32, in W's dtype: `tensor` is a weight [d, n_in] or a bias [d]."""
+    wide = tensor.detach().float()
+    result = wide
+    if update.left is not None:
+        written = wide if update.right is None else update.right.to(wide) @ wide
+        result = result + update.left.to(wide) @ written
+    extra = update.delta if tensor.ndim > 1 else update.shift
+    if extra is not None:
+        result = result + extra.to(wide)
+    return result.to(tensor.dtype)
+
+
+def projections(layer: nn.Module) -> list[str]:
+    """Names of a layer's projections: matrices and the biases beside them, not the norms."""
+    matrices = {n.rpartition(".")[0] for n, p in layer.named_parameters() if p.ndim > 1}
+    return [n for n, p in layer.named_parameters() if p.ndim > 1 or n.rpartition(".")[0] in matrices]
+
+
+def blend(tensors: dict[int, Tensor], coefficients: dict[int, float]) -> Tensor:
+    """The sum of coefficient x tensor over layers in fp32, in the tensors' dtype.
+
+    Raises:
+        SvlError: if the tensors differ in shape.
+    """
+    shapes = {tuple(t.shape) for t in tensors.values()}
+    if len(shapes) != 1:
+        raise SvlError(f"layers {sorted(tensors)} cannot be merged: their weights have shapes {sorted(shapes)}")
+    total: Tensor = sum(c * tensors[k].detach().float() for k, c in coefficients.items())  # type: ignore[assignment]
+    return total.to(next(iter(tensors.values())).dtype)
 
 
 def apply(lvlm: Lvlm, plan: Plan, patch: Patch | None = None) -> Lvlm:
@@ -99,14 +127,24 @@ def apply(lvlm: Lvlm, plan: Plan, patch: Patch | None = None) -> Lvlm:
     if forbidden := set(plan.removed) & set(anatomy.protected):
         raise SvlError(f"the plan removes layers {sorted(forbidden)}, which '{lvlm.name}' needs to work")
     new_index = {old: new for new, old in enumerate(plan.kept)}
-    state = _renamed(model.state_dict(), anatomy.layers, new_index)
+    dense = model.state_dict()
+    state = _renamed(dense, anatomy.layers, new_index)
+    for layer, terms in (patch.blends if patch else {}).items():
+        if layer not in new_index:
+            raise SvlError(f"the patch blends layer {layer}, which the pruned model does not have")
+        for rest in projections(lvlm.layers[layer]):
+            state[f"{anatomy.layers}.{new_index[layer]}.{rest}"] = blend(
+                {k: dense[f"{anatomy.layers}.{k}.{rest}"] for k in terms}, terms
+            )
     for (layer, role), update in (patch.updates if patch else {}).items():
         if layer not in new_index or role not in anatomy.writers:
             raise SvlError(f"the patch changes '{role}' of layer {layer}, which the pruned model does not have")
         stem = f"{anatomy.layers}.{new_index[layer]}.{anatomy.writers[role]}"
+        if update.shift is not None and f"{stem}.bias" not in state:
+            raise SvlError(f"the patch shifts the bias of '{role}' of layer {layer}, which has none")
         for name in (f"{stem}.weight", f"{stem}.bias"):
             if name in state:
-                state[name] = multiply(state[name], update)
+                state[name] = revise(state[name], update)
 
     with torch.device("meta"):  # no memory, no random numbers: every tensor comes from the dense model
         pruned = type(model)._from_config(
@@ -150,24 +188,28 @@ def _renamed(tensors: dict[str, Tensor], layers: str, new_index: dict[int, int])
 
 
 def save_patch(patch: Patch, file: Path) -> None:
-    """Write a patch as safetensors: `<layer>.<writer>.left` [d, k] and `.right` [k, d]."""
+    """Write a patch as safetensors: `<layer>.<writer>.<part>` for the parts of `Update`, blends in the metadata."""
     save_file(
         {
-            f"{layer}.{role}.{side}": getattr(update, side).clone().contiguous()
+            f"{layer}.{role}.{part}": tensor.cpu().clone().contiguous()
             for (layer, role), update in patch.updates.items()
-            for side in ("left", "right")
+            for part in PARTS
+            if (tensor := getattr(update, part)) is not None
         },
         file,
+        {"blends": json.dumps(patch.blends)},
     )
 
 
 def load_patch(file: Path) -> Patch:
     """Read what `save_patch` wrote."""
-    tensors = load_file(file)
-    stems = sorted({name.rpartition(".")[0] for name in tensors})
+    parts: dict[tuple[int, str], dict[str, Tensor]] = {}
+    with safe_open(file, "pt") as source:
+        for name in source.keys():  # noqa: SIM118 (not a dict)
+            layer, role, part = name.split(".")
+            parts.setdefault((int(layer), role), {})[part] = source.get_tensor(name)
+        blends = json.loads((source.metadata() or {}).get("blends", "{}"))
     return Patch(
-        {
-            (int(stem.split(".")[0]), stem.split(".")[1]): Update(tensors[f"{stem}.left"], tensors[f"{stem}.right"])
-            for stem in stems
-        }
+        {key: Update(**update) for key, update in sorted(parts.items())},
+        {int(layer): {int(k): c for k, c in terms.items()} for layer, terms in blends.items()},
     )

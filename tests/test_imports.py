@@ -18,7 +18,7 @@ METHODS = ("selectors", "strategies", "compensation")
 ORDER = (
     {"core"},
     {"config", "store", "data", "attention"},
-    {"models", "benchmarks", "results", "figures"},
+    {"models", "benchmarks", "bundled", "results", "figures"},
     {"calibrate", "surgery", *METHODS},
     {"export", "evaluate"},
     {"pipeline"},

@@ -166,7 +166,7 @@ def test_a_patch_multiplies_what_the_named_projection_writes(role, lm, samples, 
 def test_a_patch_computes_in_fp32_and_keeps_the_dtype():
     weight = torch.randn(32, 48, generator=torch.Generator().manual_seed(0)).bfloat16()
     exact = weight.double() + UPDATE.left.double() @ (UPDATE.right.double() @ weight.double())
-    assert torch.equal(surgery.multiply(weight, UPDATE), exact.float().bfloat16())
+    assert torch.equal(surgery.revise(weight, UPDATE), exact.float().bfloat16())
 
 
 def test_patches_survive_their_file(tmp_path):

@@ -69,7 +69,7 @@ class Subspace:
             removed = [farthest] if self.scope == "run" else range(start, stop)
             pairs[anchor] = [(p + 1, anchor + 1) for p in removed]
         if self.rank == 0 or not pairs:
-            return Patch({}, tuple(notes))
+            return Patch(notes=tuple(notes))
 
         points = sorted({i for rows in pairs.values() for pair in rows for i in pair})
         gram: dict[int, Any] = dict.fromkeys(pairs, 0.0)
@@ -109,4 +109,4 @@ class Subspace:
             v = vectors.flip(1)[:, :k].float().cpu()
             update = Update(left=self.gain * v, right=v.mT.contiguous())
             updates |= {(anchor, target): update for target in self.targets}
-        return Patch(updates, tuple(notes))
+        return Patch(updates, notes=tuple(notes))
