@@ -218,23 +218,32 @@ def load(
     return _load(path, dtype, device, revision, layers, name or Path(path).name, trust_remote_code)
 
 
+def describe(path: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """The config of a checkpoint, and the transformers class (AutoModelFor...) that makes its model.
+
+    Raises:
+        SvlError: if there is no readable config, or its model has no decoder layers to prune.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SvlError(f"cannot load a model from '{path}': {str(error).splitlines()[0]}") from error
+    sees = type(config) in AutoModelForImageTextToText._model_mapping
+    if not sees and (type(config) not in AutoModelForCausalLM._model_mapping or config.is_encoder_decoder):
+        raise SvlError(f"'{path}' is a {config.model_type} model, which has no decoder layers to prune")
+    return config, AutoModelForImageTextToText if sees else AutoModelForCausalLM
+
+
 @lru_cache(maxsize=1)  # jobs of a sweep share the dense model: surgery never changes it
 def _load(path: str, dtype: str, device: str, revision: str | None, layers: str | None, name: str, trust: bool) -> Lvlm:
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoModelForImageTextToText,
-        AutoProcessor,
-        AutoTokenizer,
-    )
+    from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust}
+    config, auto = describe(path, revision, trust)
+    sees = auto is AutoModelForImageTextToText
     try:
-        config = AutoConfig.from_pretrained(path, **source)
-        sees = type(config) in AutoModelForImageTextToText._model_mapping
-        if not sees and (type(config) not in AutoModelForCausalLM._model_mapping or config.is_encoder_decoder):
-            raise SvlError(f"'{path}' is a {config.model_type} model, which has no decoder layers to prune")
-        auto: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
         model, info = auto.from_pretrained(path, dtype=DTYPES[dtype], output_loading_info=True, **source)
         processor = (AutoProcessor if sees else AutoTokenizer).from_pretrained(path, **source)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
