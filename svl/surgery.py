@@ -34,6 +34,7 @@ REFUSED = (
     "cross_layer_interval",
     "deepstack_layer_map",
 )
+COLUMNS = 256  # of a matrix that are changed at a time
 PARTS = ("left", "right", "delta", "shift")
 POST_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm", "post_self_attn_layernorm")
 
@@ -83,17 +84,26 @@ def check_foldable(lvlm: Lvlm) -> None:
         )
 
 
-def revise(tensor: Tensor, update: Update) -> Tensor:
-    """W + left @ right @ W + delta in fp32, in W's dtype: `tensor` is a weight [d, n_in] or a bias [d]."""
-    wide = tensor.detach().float()
-    result = wide
-    if update.left is not None:
-        written = wide if update.right is None else update.right.to(wide) @ wide
-        result = result + update.left.to(wide) @ written
-    extra = update.delta if tensor.ndim > 1 else update.shift
-    if extra is not None:
-        result = result + extra.to(wide)
-    return result.to(tensor.dtype)
+def revise(tensor: Tensor, update: Update, flipped: bool = False) -> Tensor:
+    """W + left @ right @ W + delta in fp32, in W's dtype: `tensor` is a weight [d, n_in] or a bias [d].
+
+    Experts [E, d, n_in] are revised one by one; `flipped` matrices are stored as [n_in, d]. Matrices are taken by
+    blocks of columns, so that fp32 copies stay small, and always by the same ones, so that a result is the same bit
+    for bit wherever it is computed.
+    """
+    result = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    for new, old in zip(result, tensor, strict=True) if tensor.ndim == 3 else ((result, tensor),):
+        if flipped and old.ndim > 1:
+            new, old = new.mT, old.mT
+        extra = update.delta if old.ndim > 1 else update.shift
+        for start in range(0, old.shape[1] if old.ndim > 1 else 1, COLUMNS):
+            block = (slice(None), slice(start, start + COLUMNS)) if old.ndim > 1 else (slice(None),)
+            wide = old[block].detach().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+            total = wide
+            if update.left is not None:
+                total = wide + update.left.to(wide) @ (wide if update.right is None else update.right.to(wide) @ wide)
+            new[block] = total if extra is None else total + extra[block].to(wide)
+    return result
 
 
 def projections(layer: nn.Module) -> list[str]:
