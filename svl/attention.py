@@ -41,16 +41,18 @@ class Meter:
     emitted: dict[int, Tensor] = field(default_factory=dict)
     queries: dict[int, Tensor] = field(default_factory=dict)
     keys: dict[int, Tensor] = field(default_factory=dict)
-    _visible: dict[int, tuple[Tensor | None, tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    _visible: dict[tuple[int, bool], tuple[Tensor | None, tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
-    def visible(self, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def visible(self, mask: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
         """How many queries of each modality see key j, and keys of each modality query i sees, under `mask`."""
-        known = self._visible.get(id(mask))
+        key = (id(mask), causal)
+        known = self._visible.get(key)
         if known is None:  # layers of one kind share their mask, so this is done once per kind
             t = self.modality.shape[-1]
-            seen = torch.ones(t, t, device=self.modality.device).tril() if mask is None else mask[:, 0].float()
+            whole = torch.ones(t, t, device=self.modality.device)
+            seen = mask[:, 0].float() if mask is not None else whole.tril() if causal else whole
             counts = (self.modality @ seen, (seen @ self.modality.mT).mT)
-            known = self._visible[id(mask)] = (mask, counts)  # holding the mask keeps its id from being reused
+            known = self._visible[key] = (mask, counts)  # holding the mask keeps its id from being reused
         return known[1]
 
 
@@ -59,17 +61,24 @@ _meter: ContextVar[Meter | None] = ContextVar("attention meter", default=None)
 
 @contextmanager
 def metering(model: Any, modality: Tensor) -> Iterator[Meter]:
-    """Within the block, forward passes of `model` fill the meter that it gives; afterwards all is as before."""
+    """Within the block, forward passes of `model` fill the meter that it gives; afterwards all is as before.
+
+    Raises:
+        SvlError: if its layers attend to other things than the sequence.
+    """
     text = model.config.get_text_config(decoder=True)
+    if getattr(text, "cross_attention_layers", None):
+        raise SvlError(f"cross-attention layers of {text.model_type} have no map over the tokens to measure; {WAY_OUT}")
     before, meter = text._attn_implementation, Meter(modality)
-    part = next((n for n in model.config.sub_configs if getattr(model.config, n, None) is text), None)
-    model.set_attn_implementation({part: NAME} if part else NAME)
+    # "" is the root alone: where text and other parts share one config, the others keep their attention
+    part = next((n for n in model.config.sub_configs if getattr(model.config, n, None) is text), "")
+    model.set_attn_implementation({part: NAME})
     token = _meter.set(meter)
     try:
         yield meter
     finally:
         _meter.reset(token)
-        model.set_attn_implementation({part: before} if part else before)
+        model.set_attn_implementation({part: before})
 
 
 def measured_attention(
@@ -82,12 +91,13 @@ def measured_attention(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention output [B, T, H, D]; fills the current meter.
 
-    `query` [B, H, T, D], `key` and `value` [B, H_kv, K, D] (H a multiple of H_kv), `attention_mask` None for causal or
-    bool [B, 1, T, K], True where a query may look.
+    `query` [B, H, T, D], `key` and `value` [B, H_kv, K, D] (H a multiple of H_kv), `attention_mask` bool
+    [B, 1, T, K], True where a query may look, or None: causal, unless `is_causal` or the module says otherwise.
 
     Raises:
         SvlError: for attention with sinks, which has no plain softmax map.
@@ -99,12 +109,16 @@ def measured_attention(
     h_kv, k = key.shape[1], key.shape[2]
     groups = h // h_kv
     scaling = d**-0.5 if scaling is None else scaling
-    if meter is not None and not t == k == meter.modality.shape[-1]:
+    layer = getattr(module, "layer_idx", None)
+    if layer is None or (meter is not None and not t == k == meter.modality.shape[-1]):
         meter = None  # a decoding step, or attention to something else than the sequence itself
     if meter is not None:
         received = torch.zeros(b, 2, k, device=query.device)
         emitted = torch.zeros(b, 2, t, device=query.device)
-    causal = attention_mask is None or not bool(attention_mask.triu(1).any())
+    if attention_mask is None:
+        causal = t > 1 and bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    else:
+        causal = not bool(attention_mask.triu(1).any())
     grouped = query.reshape(b, h_kv, groups, t, d) * scaling
     outputs = []
     for start in range(0, t, CHUNK):
@@ -115,10 +129,10 @@ def measured_attention(
         if softcap is not None:
             score = torch.tanh(score / softcap) * softcap
         if attention_mask is not None:
-            hidden = ~attention_mask[:, :, None, start:stop, :seen]
-        else:
+            score = score.masked_fill_(~attention_mask[:, :, None, start:stop, :seen], torch.finfo(score.dtype).min)
+        elif causal:
             hidden = torch.ones(stop - start, seen, dtype=torch.bool, device=q.device).triu(1 + start)
-        score = score.masked_fill_(hidden, torch.finfo(score.dtype).min)
+            score = score.masked_fill_(hidden, torch.finfo(score.dtype).min)
         p = F.softmax(score, dim=-1, dtype=torch.float32)
         if meter is not None:
             mean = p.sum((1, 2)) / h
@@ -128,8 +142,7 @@ def measured_attention(
         outputs.append((p @ value[:, :, :seen]).view(b, h, stop - start, -1))
     if meter is not None:
         valid = meter.modality.sum(1, keepdim=True)  # rows of padding attend to something, too: not measured
-        queries, keys = meter.visible(attention_mask)
-        layer = module.layer_idx
+        queries, keys = meter.visible(attention_mask, causal)
         meter.received[layer], meter.emitted[layer] = received, emitted * valid
         meter.queries[layer], meter.keys[layer] = queries * valid, keys * valid
     return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None

@@ -395,7 +395,7 @@ def _load(
 
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust}
     config, auto = describe(path, revision, trust)
-    sees = auto is AutoModelForImageTextToText
+    sees = auto is AutoModelForImageTextToText or image_token_id(config) is not None
     try:
         model, info = auto.from_pretrained(path, dtype=DTYPES[dtype], output_loading_info=True, **source)
         processor = (AutoProcessor if sees else AutoTokenizer).from_pretrained(path, **source)

@@ -264,13 +264,17 @@ def smolvlm() -> Family:
 @family
 def paligemma() -> Family:
     """Every token of the prompt sees every other one."""
-    return plain("paligemma", config("gemma", **LLAMA), SIGLIP, 16, projection_dim=WIDTH)
+    family = plain("paligemma", config("gemma", **LLAMA), SIGLIP, 16, projection_dim=WIDTH)
+    family.inputs["token_type_ids"] = torch.zeros_like(family.inputs["input_ids"])
+    return family
 
 
 @family
 def paligemma2() -> Family:
     decoder = config("gemma2", **LLAMA, sliding_window=9, layer_types=MIXED, query_pre_attn_scalar=8)
-    return plain("paligemma", decoder, SIGLIP, 16, projection_dim=WIDTH)
+    family = plain("paligemma", decoder, SIGLIP, 16, projection_dim=WIDTH)
+    family.inputs["token_type_ids"] = torch.zeros_like(family.inputs["input_ids"])
+    return family
 
 
 @family
