@@ -1,16 +1,27 @@
 """Where a benchmark is and what it consists of, without importing torch or lmms-eval.
 
-A benchmark is an lmms-eval task: a YAML file, in a folder of one's own or among the tasks that lmms-eval ships. Task
-names are found by reading the files' text (0.15 s for the 1,900 of lmms-eval; its own index parses them, in 6 s).
+A benchmark is an lmms-eval task: a YAML file, in a folder of one's own (`include_path`), in `svl/tasks`, or among the
+tasks that lmms-eval ships; the first place that has the name counts. Task names are found by reading the files' text
+(0.15 s for the 1,900 of lmms-eval; its own index parses them, in 6 s).
+
+Files of one's own and those of `svl/tasks` may say more than lmms-eval understands (svl.evaluate acts on it):
+
+    upstream: NAME     a task of lmms-eval, which this file changes; all that it does not say is as there. If it has
+                       `process_results` of its own, the other's metrics stay, as `upstream_<name>`.
+    together: FUNCTION documents of equal value (by row) are scored as one: a limit takes all of them or none.
+    strata: COLUMN     the metric is a sum over the values of this column: for standard errors.
+    images: {name: CONFIGURATION, key: COLUMN}  where the same data set keeps the images, by id.
 """
 
 from __future__ import annotations
 
 import glob
+import hashlib
 import importlib.metadata
 import importlib.util
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +30,9 @@ import yaml
 from svl.core import SvlError, did_you_mean, one_of
 from svl.store import digest, file_digest
 
+OWN = Path(__file__).parent / "tasks"
+UPSTREAM = "upstream_"  # before the names of lmms-eval's metrics, where a task has its own beside
+LARGE = 64 * 2**20  # bytes from which on a data file counts by its size and its ends
 _NAME = re.compile(r"""^task:[ \t]*["']?([^\s"'#\[{]+)""", re.MULTILINE)
 
 
@@ -29,15 +43,8 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
 
 
-def tasks(include_path: str | None) -> dict[str, Path]:
-    """The YAML file of every task below `include_path`, or among the tasks of lmms-eval if it is None.
-
-    Raises:
-        SvlError: if there is no such folder, or lmms-eval is not installed.
-    """
-    folder = Path(include_path) if include_path is not None else _shipped()
-    if not folder.is_dir():
-        raise SvlError(f"benchmark folder '{include_path}' does not exist")
+def tasks(folder: Path) -> dict[str, Path]:
+    """The YAML file of every task below `folder`."""
     return {name: path for path in sorted(folder.rglob("*.yaml")) for name in _NAME.findall(path.read_text("utf-8"))}
 
 
@@ -45,39 +52,96 @@ def find(task: str, include_path: str | None) -> Path:
     """The YAML file of `task`.
 
     Raises:
-        SvlError: if there is none, naming the closest task there is.
+        SvlError: if there is none, naming the closest task there is, if `include_path` is no folder, or if lmms-eval
+            is looked for and not installed.
     """
-    known = tasks(include_path)
-    if task not in known:
-        where = f"'{include_path}'" if include_path is not None else "lmms-eval"
-        raise SvlError(f"no benchmark task '{task}' in {where}{did_you_mean(task, known)}")
-    return known[task]
+    if include_path is not None and not Path(include_path).is_dir():
+        raise SvlError(f"benchmark folder '{include_path}' does not exist")
+    known = tasks(Path(include_path)) if include_path is not None else {}
+    for more in (lambda: tasks(OWN), _shipped_tasks):
+        if task not in known:
+            known = more() | known
+    if task in known:
+        return known[task]
+    where = f"'{include_path}' or lmms-eval" if include_path is not None else "lmms-eval"
+    raise SvlError(f"no benchmark task '{task}' in {where}{did_you_mean(task, known)}")
 
 
-def fingerprint(task: str, include_path: str | None) -> str:
+def fingerprint(task: str, include_path: str | None, data: str | None = None) -> str:
     """16 hex digits that change when the benchmark does.
 
-    They cover the task's YAML with what it includes, the Python files beside those, the content of data files on this
-    machine, and for a task of lmms-eval its version. Data on the hub count by name and revision only.
+    They cover the task's YAML with what it includes and changes, the Python files beside those, the content of data
+    files on this machine (of those above 64 MiB: size, first and last MiB), and for a task of lmms-eval its version.
+    Data on the hub count by name and revision only.
 
     Raises:
-        SvlError: if there is no such task.
+        SvlError: if there is no such task, or no copy of its data in the folder `data`.
     """
     files = sorted(set(_files(find(task, include_path))))
-    version = None if include_path is not None else importlib.metadata.version("lmms_eval")
-    return digest([task, version, [[path.name, file_digest(path)] for path in files]])
+    foreign = any(_shipped() in path.parents for path in files) if importlib.util.find_spec("lmms_eval") else False
+    version = importlib.metadata.version("lmms_eval") if foreign else None
+    parts = [task, version, [[path.name, _content(path)] for path in files]]
+    if data is not None and (copy := local_data(settings(task, include_path), data)):
+        parts.append([[str(p.relative_to(copy)), _content(p)] for p in sorted(copy.rglob("*")) if p.is_file()])
+    return digest(parts)
+
+
+def settings(task: str, include_path: str | None) -> dict[str, Any]:
+    """What the YAML of `task` says, with what it includes and what it changes; functions by name."""
+
+    def read(path: Path) -> dict[str, Any]:
+        config = yaml.load(path.read_text("utf-8"), _Loader) or {}
+        included: dict[str, Any] = {}
+        for name in reversed(list(_strings(config.pop("include", None)))):
+            included |= read(path.parent / name)
+        return included | config
+
+    config = read(find(task, include_path))
+    return {**read(find(config["upstream"], None)), **config} if "upstream" in config else config
+
+
+def local_data(config: dict[str, Any], data: str | None) -> Path | None:
+    """Where in the folder `data` a task's data set is: in the folder named like it; None for a task with own files.
+
+    Raises:
+        SvlError: if there is no such folder.
+    """
+    path = config.get("dataset_path") or ""
+    if data is None or path.count("/") != 1 or path.startswith((".", "/")):
+        return None  # parquet, json, a folder: beside the YAML file
+    copy = Path(data).expanduser() / path.split("/")[1]
+    if not copy.is_dir():
+        raise SvlError(f"benchmark.data: '{data}' has no folder '{copy.name}', a copy of the data set {path}")
+    return copy.absolute()
 
 
 def check_metric(task: str, metric: str, include_path: str | None) -> None:
-    """Raise SvlError unless `task` (its YAML, or one that it includes) lists `metric`."""
+    """Raise SvlError unless `task` (or what it includes or changes) lists `metric`."""
+    config = settings(task, include_path)
+    listed = [entry["metric"] for entry in config.get("metric_list") or []]
+    if (name := config.get("upstream")) and "process_results" in config:
+        listed += [UPSTREAM + entry["metric"] for entry in settings(name, None)["metric_list"]]
+    one_of(f"benchmark.tasks.{task}.metric", metric.partition(",")[0], listed)
 
-    def listed(path: Path) -> list[str]:
-        config = yaml.load(path.read_text("utf-8"), _Loader) or {}
-        if own := config.get("metric_list"):
-            return [entry["metric"] for entry in own]
-        return [name for included in _strings(config.get("include")) for name in listed(path.parent / included)]
 
-    one_of(f"benchmark.tasks.{task}.metric", metric.partition(",")[0], listed(find(task, include_path)))
+def check_style(task: str, style: str, include_path: str | None) -> None:
+    """Raise SvlError unless `task` has the prompt style (a key of its `lmms_eval_specific_kwargs`)."""
+    styles = [k for k, v in (settings(task, include_path).get("lmms_eval_specific_kwargs") or {}).items() if v]
+    one_of(f"benchmark.tasks.{task}.style", style, ["default", *(s for s in styles if s != "default")])
+
+
+def evaluated() -> dict[tuple[str, str], str]:
+    """(data set, split) -> task, for every benchmark of svl: what nothing may be calibrated on."""
+    found = {}
+    for task in tasks(OWN):
+        config = settings(task, None)
+        found[data_set(config["dataset_path"]), config["test_split"]] = task
+    return found
+
+
+def data_set(path: str) -> str:
+    """What names of copies of one data set have in common: "lmms-lab/ScienceQA" and "ScienceQA" -> "scienceqa"."""
+    return re.sub(r"[^a-z0-9]", "", Path(path).name.lower())
 
 
 def _shipped() -> Path:
@@ -87,6 +151,22 @@ def _shipped() -> Path:
     return Path(spec.origin).parent / "tasks"
 
 
+@cache
+def _shipped_tasks() -> dict[str, Path]:
+    return tasks(_shipped())
+
+
+def _content(path: Path) -> str:
+    """Hash of a file: of its bytes, or of size and both ends if it is large."""
+    size = path.stat().st_size
+    if size < LARGE:
+        return file_digest(path)
+    with open(path, "rb") as file:
+        ends = file.read(2**20)
+        file.seek(-(2**20), 2)
+        return hashlib.sha256(str(size).encode() + ends + file.read()).hexdigest()
+
+
 def _files(path: Path) -> Iterator[Path]:
     """The files that a task's YAML consists of, itself included."""
     yield path
@@ -94,6 +174,13 @@ def _files(path: Path) -> Iterator[Path]:
     config = yaml.load(path.read_text("utf-8"), _Loader) or {}
     for included in _strings(config.get("include")):
         yield from _files(path.parent / included)
+    if "upstream" in config:
+        yield from _files(find(config["upstream"], None))
+    yield from data_files(path, config)
+
+
+def data_files(path: Path, config: dict[str, Any]) -> Iterator[Path]:
+    """The local data files that the YAML file at `path`, which says `config`, names relative to itself."""
     options = config.get("dataset_kwargs") or {}
     for name in _strings([config.get("dataset_path"), options.get("data_files"), options.get("data_dir")]):
         for place in map(Path, glob.glob(str(path.parent / name), recursive=True)):

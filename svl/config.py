@@ -55,7 +55,10 @@ class Task:
     """One lmms-eval task of a benchmark."""
 
     metric: str = MISSING  # the main one, in averages
+    higher_is_better: bool = True
     scale: float = 1.0  # divides the main metric in averages (MME: 2000)
+    max_new_tokens: int | None = None  # cap per answer; null: the task's own
+    style: str = "default"  # variant of the task's prompts
 
 
 @dataclass
@@ -64,10 +67,11 @@ class Benchmark:
 
     name: str = MISSING
     tasks: dict[str, Task] = field(default_factory=dict)
-    include_path: str | None = None  # folder of task YAML files besides lmms-eval's own
-    limit: int | None = None  # first samples of each task only; shown wherever such a result is
+    include_path: str | None = None  # folder of task YAML files besides svl's and lmms-eval's own
+    data: str | None = None  # folder with copies of the data sets, named like them; null: the hub or its cache
+    limit: float | None = None  # first samples of each task only (below 1: share); shown wherever such a result is
     batch_size: int = 16
-    max_new_tokens: int | None = None  # cap per answer; null: the task's own
+    max_new_tokens: int | None = None  # cap per answer of all tasks; null: each task's
 
 
 @dataclass
@@ -186,12 +190,15 @@ def validate(cfg: DictConfig) -> dict[str, Any]:
         "calibration.batch_size",
         "calibration.samples",
         "benchmark.batch_size",
-        "benchmark.limit",
         "benchmark.max_new_tokens",
+        *(f"benchmark.tasks.{task}.max_new_tokens" for task in cfg.benchmark.tasks),
     ):
         value = OmegaConf.select(cfg, name)
         if value is not None and value < 1:
             raise SvlError(f"{name} is {value}, but must be at least 1")
+    limit = cfg.benchmark.limit
+    if limit is not None and not (0 < limit < 1 or (limit >= 1 and limit == int(limit))):
+        raise SvlError(f"benchmark.limit is {limit:g}, but must be a whole number of samples, or a share below 1")
     for task, settings in cfg.benchmark.tasks.items():
         if settings.scale <= 0:
             raise SvlError(f"benchmark.tasks.{task}.scale is {settings.scale:g}, but must be above 0")

@@ -1,19 +1,22 @@
-"""Score a model in memory on a benchmark, with lmms-eval. The only file that imports lmms-eval.
+"""Score a model on a benchmark, with lmms-eval. The only file (besides svl/tasks) that imports lmms-eval.
 
 Decisions (lmms-eval is pinned to 0.7.3; its stock adapters are not used, they turn errors into empty answers):
 
-* One benchmark per call, one process, and every document's prompt through the model's own chat template, at once for
-  the dense and the pruned model: what differs between two scores is the model.
+* One benchmark per call, and every document's prompt through the model's own chat template, at once for the dense and
+  the pruned model: what differs between two scores is the model.
 * Always greedy and always capped: `max_new_tokens` of the caller, else of the task, else `NEW_TOKENS`. A pruned model
   may never end its answer. The checkpoint's other generation settings (end of text, repetition penalty) stay.
 * `until` strings cut an answer only where the task's YAML names them (lmms-eval would add a blank line by default).
 * An error is an error: it names the task and the documents, is never retried, and never becomes an empty answer.
 * No caches (they would not notice that weights changed in place), no seeding, no clean-up of the model.
-* Standard errors: std / sqrt(n) where a metric is the mean of per-sample scores; a bootstrap (`RESAMPLES`, fixed seed)
-  where the task marks a metric with `bootstrap: true`, that is, says that its aggregation has no side effects; else
-  None, as for a value that is undefined in some resample.
+* A limit takes the first documents, or the first share of them; of documents that are scored together, all or none.
+* Where svl/tasks corrects lmms-eval, the metrics of both are computed, from the same answers.
+* Standard errors: from every document's part in a metric where it is a mean or the task says what the parts are; a
+  bootstrap (`RESAMPLES`, fixed seed) where the task marks a metric with `bootstrap: true`, that is, says that its
+  aggregation has no side effects; else None, as for a value that is undefined in some resample.
 * NaN (a metric that is not defined, such as precision without a "yes") becomes None, never a number.
 * lmms-eval's bars are hidden, its prints go to stderr, its warnings and errors to the logger `lmms_eval`.
+* Started by torchrun, every process answers its share of the documents with a copy of the model; the first gathers.
 """
 
 from __future__ import annotations
@@ -24,7 +27,6 @@ import json
 import logging
 import math
 import numbers
-import os
 import platform
 import random
 import statistics
@@ -42,12 +44,13 @@ import loguru
 import torch
 from lmms_eval import evaluator
 from lmms_eval.api import task as upstream
+from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from lmms_eval.utils import load_yaml_config
 from PIL import Image
 from tqdm import tqdm
 
-from svl import benchmarks
+from svl import benchmarks, parallel, results
 from svl.core import SvlError, one_of
 from svl.models import Lvlm
 
@@ -66,93 +69,100 @@ loguru.logger.configure(handlers=[{"sink": _to_logging, "level": "WARNING", "for
 
 
 def evaluate(
-    lvlm: Lvlm,
+    model: Lvlm | lmms,
     task: str,
     *,
     include_path: str | None,
     metric: str,
-    limit: int | None,
+    limit: float | None,
     batch_size: int,
     max_new_tokens: int | None,
     folder: Path,
+    data: str | None = None,
+    style: str = "default",
     describe: str = "",
 ) -> dict[str, Any]:
-    """Score `lvlm` on the lmms-eval task `task`; the model is left as it was.
+    """Score a model on the lmms-eval task `task`; it is left as it was.
 
     Args:
-        lvlm: the model in evaluation mode, on its device, with its processor.
-        task: name of one task (not a group) that asks for generated answers.
-        include_path: folder of the task's YAML; None for the tasks that come with lmms-eval.
+        model: the model in evaluation mode, on its device, with its processor; or what `served` gives.
+        task: name of one task (not a group) that asks for generated answers or for the likelihood of given ones.
+        include_path: folder with the task's YAML; None for the tasks of svl and those that come with lmms-eval.
         metric: the main metric, by the name it has in the task.
-        limit: only the first so many documents; None for all.
+        limit: only the first so many documents, below 1 the first share of them; None for all.
         batch_size: questions answered at once; the answers do not depend on it, up to rounding.
         max_new_tokens: cap of an answer's length, see the module.
-        folder: where `samples.jsonl` goes: one line per document, ascending by `doc_id`, with `question`, `target`,
-            `prediction` and `score` (of the main metric, None if it has no per-sample score).
+        folder: where `samples.jsonl` goes: one line per document, ascending by `doc_id` (its row in the data), with
+            `question`, `target`, `prediction` and `score` (of the main metric, None if it has no per-sample score);
+            where the main metric is no mean of scores, its `part` of it, and `unit` and `stratum`, see svl.results.
+        data: folder with copies of data sets; None for the hub (or its cache).
+        style: the task's variant of its prompts, a key of its `lmms_eval_specific_kwargs`.
         describe: what the progress bar says; the task's name if empty.
 
     Returns:
-        JSON values: `task`, `metric`, `n`, `metrics` ({name: {"value", "stderr"}}), `seconds` (spent answering),
-        `samples_per_second`, `device`, `limit`, `max_new_tokens`, `versions`.
+        JSON values: `task`, `metric`, `higher_is_better`, `n`, `metrics` ({name: {"value", "stderr"}}), `seconds`
+        (spent answering), `samples_per_second`, `device`, `limit`, `max_new_tokens`, `prompt` (style and the whole
+        text of the first), `versions`. In a process that torchrun started, but for the first one: nothing.
 
     Raises:
-        SvlError: if there is no such task, metric or data, the model cannot take the task's documents, or memory ran
-            out.
+        SvlError: if there is no such task, metric, style or data, the model cannot take the task's documents, or
+            memory ran out.
         RuntimeError: if the model failed on a document; names it.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise SvlError("evaluation runs in one process: start it without torchrun or accelerate launch")
-    if limit is not None and limit < 1:
-        raise SvlError(f"limit is {limit}, but must be at least 1 (or null for all documents)")
+    if limit is not None and not (0 < limit < 1 or (limit >= 1 and limit == int(limit))):
+        raise SvlError(f"limit is {limit:g}, but must be a whole number, a share below 1, or null for all documents")
+    parallel.join()
     with _quiet():
-        benchmark = _load(task, include_path, max_new_tokens)
+        benchmark = _load(task, include_path, data, style, max_new_tokens)
         one_of(f"metric of task '{task}'", metric.partition(",")[0], list(benchmark.aggregation()))
-        answerer = Answerer(lvlm, batch_size, describe or task)
+        rows = benchmark.take(limit)
+        answerer = Answerer(model, batch_size, describe or task) if isinstance(model, Lvlm) else model
         answerer.task_dict[task] = benchmark.dataset
-        results = evaluator.evaluate(
+        found = evaluator.evaluate(
             lm=answerer,
             task_dict={task: benchmark},
-            limit=limit,
             bootstrap_iters=0,
             process_docs_parallel=1,
+            distributed_executor_backend="torchrun" if parallel.size() > 1 else "accelerate",
             # without media: or every image is decoded once more for scoring
             cli_args=Namespace(process_with_media=False, output_path=str(folder), reasoning_tags=None),
         )
-    samples = {s["doc_id"]: s for s in reversed(results["samples"][task])}  # of several filters, the first one's
-    samples = dict(sorted(samples.items()))
-    metrics = _metrics(benchmark, results["results"][task], list(samples.values()))
+    seconds = max(parallel.gather(answerer.seconds))
+    if found is None:
+        return {}
+    by_document = {s["doc_id"]: s for s in reversed(found["samples"][task])}  # of several filters, the first one's
+    samples = [by_document[i] for i in sorted(by_document)]
+    metrics = benchmark.metrics(found["results"][task], samples)
     one_of(f"metric of task '{task}'", metric, list(metrics))
-    with open(folder / "samples.jsonl", "w") as file:
-        for doc_id, sample in samples.items():
+    having = [s["doc_id"] for s in samples if metric in s]
+    columns = benchmark.parts(metric, metrics[metric]["value"], samples) if benchmark.parts_of(metric) else ((),) * 3
+    parts = dict(zip(having, zip(*columns, strict=True), strict=False))
+    with open(folder / "samples.jsonl", "w", encoding="utf-8") as file:
+        for sample in samples:
             row = {
-                "doc_id": doc_id,
+                "doc_id": rows[sample["doc_id"]],
                 "question": sample["arguments"][0],
                 "target": sample["target"],
-                "prediction": sample["filtered_resps"][0],
+                "prediction": benchmark.prediction(sample),
                 "score": _score(sample.get(metric)),
             }
+            if sample["doc_id"] in parts:
+                row |= dict(zip(("part", "unit", "stratum"), parts[sample["doc_id"]], strict=True))
             file.write(json.dumps(row, default=str, ensure_ascii=False) + "\n")
     return {
         "task": task,
         "metric": metric,
+        "higher_is_better": benchmark.higher_is_better().get(metric.partition(",")[0], True),
         "n": len(samples),
         "metrics": metrics,
-        "seconds": round(answerer.seconds, 3),
-        "samples_per_second": round(len(samples) / answerer.seconds, 3),
-        "device": _device(lvlm, batch_size),
-        "limit": limit,
-        "max_new_tokens": benchmark.config.generation_kwargs["max_new_tokens"],
+        "seconds": round(seconds, 3),
+        "samples_per_second": round(len(samples) / seconds, 3),
+        "device": answerer.place(),
+        "limit": int(limit) if limit is not None and limit >= 1 else limit,
+        "max_new_tokens": (benchmark.config.generation_kwargs or {}).get("max_new_tokens"),
+        "prompt": {"style": style, "first": answerer.first},
         "versions": {"lmms_eval": importlib.metadata.version("lmms_eval")},
     }
-
-
-def _device(lvlm: Lvlm, batch_size: int) -> dict[str, Any]:
-    """What a speed depends on besides the model."""
-    cuda = lvlm.device.type == "cuda"
-    name = (
-        torch.cuda.get_device_name(lvlm.device) if cuda else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    )
-    return {"type": lvlm.device.type, "name": name, "batch_size": batch_size}
 
 
 # --------------------------------------------------------------------------------------------- answering
@@ -161,34 +171,59 @@ def _device(lvlm: Lvlm, batch_size: int) -> dict[str, Any]:
 class Answerer(lmms):
     """The model as lmms-eval sees it: chat messages in, greedy answers out.
 
-    `seconds` is the time the last `generate_until` took: reading images, preparing inputs, generating.
+    `seconds` is the time the last benchmark took: reading images, preparing inputs, generating. `first` is the prompt
+    of its first document, as the model's tokenizer got it.
     """
 
     is_simple = False
+    device = torch.device("cpu")  # of lmms-eval's own bookkeeping between processes
 
     def __init__(self, lvlm: Lvlm, batch_size: int, describe: str):
         super().__init__()
         self.lvlm, self.batch_size, self.describe = lvlm, batch_size, describe
-        self.seconds = 0.0
+        self.seconds, self.first = 0.0, ""
         self.accelerator = None  # its presence keeps lmms-eval from setting up accelerate
 
     def clean(self) -> None:
         """Nothing: lmms-eval's own would drop the model after its first benchmark."""
 
+    def place(self) -> dict[str, Any]:
+        """What a speed depends on besides the model."""
+        device, threads = self.lvlm.device, f"{platform.machine()}, {torch.get_num_threads()} threads"
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
+        place = {"type": device.type, "name": name, "batch_size": self.batch_size}
+        return {**place, "processes": parallel.size()} if parallel.size() > 1 else place
+
     def generate_until(self, requests: list[Any]) -> list[str]:
         """An answer to each request, in their order."""
-        self._batch(requests[: self.batch_size], 2)  # kernels and caches warm up outside the measured time
+        answers = self._all(requests, _settings, lambda batch, settings: self._batch(batch, settings[0]))
+        return [_cut(text, _settings(r)[1]) for r, text in zip(requests, answers, strict=True)]
+
+    def loglikelihood(self, requests: list[Any]) -> list[GenerationResult]:
+        """(negative log-likelihood in nats, whether greedy decoding gives it) of each request's continuation.
+
+        lmms-eval takes the lowest as the model's choice; it would turn a plain pair into text, hence the wrapping.
+        """
+        return self._all(requests, lambda _: None, lambda batch, _: self._batch(batch, None))
+
+    def _all(self, requests: list[Any], kind: Callable, answer: Callable) -> list[Any]:
+        """`answer(batch, kind)` of all requests, batches of one kind each, in the order of the requests."""
+        if not requests:
+            return []
+        self.first = self.lvlm.render(self._conversation(min(requests, key=lambda r: r.args[-3])))
+        warm = [r for r in requests if kind(r) == kind(requests[0])][: self.batch_size]
+        self._batch(warm, kind(requests[0]) and 2)  # kernels and caches warm up outside the measured time
         began = time.perf_counter()
-        answers = [""] * len(requests)
-        with tqdm(total=len(requests), desc=self.describe, unit="question", disable=None) as bar:
-            for (cap, until), group in _grouped(range(len(requests)), lambda i: _settings(requests[i])):
+        answers: list[Any] = [None] * len(requests)
+        bar = tqdm(total=len(requests), desc=self.describe, unit="question", disable=parallel.rank() > 0 or None)
+        with bar:
+            for settings, group in _grouped(range(len(requests)), lambda i: kind(requests[i])):
                 # like with like wastes least padding; the longest first, so that memory runs out at once or never
                 group.sort(key=lambda i: len(requests[i].args[0]), reverse=True)
                 for start in range(0, len(group), self.batch_size):
                     batch = group[start : start + self.batch_size]
-                    texts = self._batch([requests[i] for i in batch], cap)
-                    for i, text in zip(batch, texts, strict=True):
-                        answers[i] = _cut(text, until)
+                    for i, text in zip(batch, answer([requests[i] for i in batch], settings), strict=True):
+                        answers[i] = text
                     bar.update(len(batch))
         self.seconds = time.perf_counter() - began
         return answers
@@ -206,14 +241,41 @@ class Answerer(lmms):
         tokens = model.generate(**inputs, generation_config=settings)
         return tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
-    def _batch(self, requests: list[Any], max_new_tokens: int) -> list[str]:
-        """Answers to requests of one task, in their order."""
+    def likelihood(self, conversations: list[Conversation], continuations: list[str]) -> list[GenerationResult]:
+        """Of each continuation after its conversation (equally many images each), see `loglikelihood`."""
+        images = [_images(c) for c in conversations] if _images(conversations[0]) else None
+        prompts = [self.lvlm.render(c) for c in conversations]
+        lengths = [self._tokens_of(p, c) for p, c in zip(prompts, continuations, strict=True)]
+        inputs = self.lvlm.encode([p + c for p, c in zip(prompts, continuations, strict=True)], images)
+        with torch.inference_mode():
+            logits = self.lvlm.model(**inputs, logits_to_keep=max(lengths) + 1, use_cache=False).logits.float()
+        found = []
+        for row, ids, length in zip(logits, inputs["input_ids"], lengths, strict=True):
+            predicted, target = row[-length - 1 : -1].log_softmax(-1), ids[-length:]
+            loss = -predicted.gather(1, target[:, None]).sum().item()
+            found.append(GenerationResult(text=(loss, bool((predicted.argmax(-1) == target).all()))))
+        return found
+
+    def _tokens_of(self, prompt: str, continuation: str) -> int:
+        """How many of the last tokens of the two together are not the prompt's."""
+        whole, start = self.lvlm.tokenizer([prompt + continuation, prompt])["input_ids"]
+        shared = next((i for i, (a, b) in enumerate(zip(whole, start, strict=False)) if a != b), len(start))
+        if shared >= len(whole):
+            raise ValueError(f"the answer '{continuation}' has no tokens")
+        return len(whole) - shared
+
+    def _batch(self, requests: list[Any], max_new_tokens: int | None) -> list[Any]:
+        """Answers to requests of one task, in their order; without a cap, likelihoods of theirs."""
         task, documents = requests[0].task_name, sorted(r.doc_id for r in requests)
-        answers = [""] * len(requests)
+        answers: list[Any] = [""] * len(requests)
         try:
             conversations = [self._conversation(r) for r in requests]
             for _, group in _grouped(range(len(requests)), lambda i: len(_images(conversations[i]))):
-                texts = self.answer([conversations[i] for i in group], max_new_tokens)
+                asked = [conversations[i] for i in group]
+                if max_new_tokens is None:
+                    texts: list[Any] = self.likelihood(asked, [self._continuation(requests[i]) for i in group])
+                else:
+                    texts = self.answer(asked, max_new_tokens)
                 for i, text in zip(group, texts, strict=True):
                     answers[i] = text
         except SvlError:
@@ -228,9 +290,16 @@ class Answerer(lmms):
 
     def _conversation(self, request: Any) -> Conversation:
         """The messages of a request, with its images read."""
-        _, to_messages, _, doc_id, task, split = request.args
+        doc_id, task, split = request.args[-3:]
+        document = self.task_dict[task][split][doc_id]
+        if request.request_type == "loglikelihood":
+            text, _, to_visual = request.args[:3]
+            pictures = [{"type": "image", "url": image} for image in to_visual(document) or []]
+            messages: Any = [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]
+        else:
+            messages = request.args[1](document)
         conversation = []
-        for message in to_messages(self.task_dict[task][split][doc_id]):
+        for message in messages:
             parts = [{"type": "text", "text": message["content"]}]
             if not isinstance(message["content"], str):
                 parts = [_part(part, task) for part in message["content"]]
@@ -239,9 +308,12 @@ class Answerer(lmms):
             raise SvlError(f"task '{task}' asks about images, but model '{self.lvlm.name}' reads text only")
         return conversation
 
-    def loglikelihood(self, requests: list[Any]) -> Any:
-        """Not supported; `_load` refuses such tasks."""
-        raise NotImplementedError
+    def _continuation(self, request: Any) -> str:
+        """The text whose likelihood a request asks for."""
+        _, continuation, _, doc_id, task, split = request.args
+        if isinstance(continuation, str):
+            return continuation
+        return f" {continuation(self.task_dict[task][split][doc_id])}"  # of type loglikelihood: the target
 
     def generate_until_multi_round(self, requests: list[Any]) -> Any:
         """Not supported; `_load` refuses such tasks."""
@@ -289,64 +361,177 @@ def _grouped(items: Iterable[T], key: Callable[[T], Hashable]) -> Iterable[tuple
 # ---------------------------------------------------------------------------------------------- scoring
 
 
-class _Task(upstream.ConfigurableMessagesTask):
-    """A task whose errors show: lmms-eval tries loading and scoring five times, two seconds apart."""
+class _Scoring:
+    """What svl adds to a task of lmms-eval: whole limits, parts of metrics, and errors that show.
+
+    (lmms-eval tries loading and scoring five times, two seconds apart.)
+    """
+
+    together: Callable[[dict[str, Any]], Any] | None = None  # see svl.benchmarks
+    strata: str | None = None
+
+    def take(self, limit: float | None) -> list[int]:
+        """Leave only the documents of a limit in the data; their rows."""
+        documents: Any = self.eval_docs_no_media  # type: ignore[attr-defined]
+        n = len(documents)
+        if limit is not None:
+            n = min(n, math.ceil(limit * n) if limit < 1 else int(limit))
+        rows = list(range(n))
+        if self.together and n < len(documents):
+            keys = list(map(self.together, documents))
+            chosen = set(keys[:n])
+            rows = [i for i, key in enumerate(keys) if key in chosen]
+        if len(rows) < len(documents):
+            split = self.config.test_split or self.config.validation_split  # type: ignore[attr-defined]
+            for data in (self.dataset, self.dataset_no_image):  # type: ignore[attr-defined]
+                data[split] = data[split].select(rows)
+            self.task_docs = self.eval_docs  # type: ignore[attr-defined]
+        return rows
+
+    def metrics(self, found: dict[str, Any], samples: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """{name: {"value", "stderr"}} of every metric that is a number.
+
+        Names are the task's; where it filters answers in several ways, the first filter's metrics have the plain name
+        and the others "name,filter".
+        """
+        metrics: dict[str, dict[str, Any]] = {}
+        aggregation: Any = self.aggregation()  # type: ignore[attr-defined]
+        pure = {m["metric"] for m in self.config.metric_list or [] if m.get("bootstrap")}  # type: ignore[attr-defined]
+        for key, value in found.items():
+            name = key.partition(",")[0]
+            if name not in aggregation or not isinstance(value, numbers.Real):
+                continue
+            first, value = name not in metrics, float(value)
+            stderr = None
+            if first and name in pure:
+                stderr = _bootstrap(value, [s[name] for s in samples if name in s], aggregation[name])
+            elif first and (parts := self.parts(name, value, samples))[0]:
+                stderr = results.spread(*parts)
+            metrics[name if first else key] = {"value": None if math.isnan(value) else value, "stderr": stderr}
+        return metrics
+
+    def parts_of(self, metric: str) -> Callable[[list[Any]], list[float]] | None:
+        """The task's own function for the parts of a metric."""
+        entries = self.config.metric_list or []  # type: ignore[attr-defined]
+        return next((m.get("parts") for m in entries if m["metric"] == metric), None)
+
+    def parts(
+        self, metric: str, value: float | None, samples: list[dict[str, Any]]
+    ) -> tuple[list[float], list[Any], list[Any]]:
+        """What each sample that has this metric adds to it, its unit and stratum; nothing where that is not known."""
+        having = [s for s in samples if metric in s]
+        items = [s[metric] for s in having]
+        if value is None or math.isnan(value) or not items:
+            return [], [], []
+        if own := self.parts_of(metric):
+            parts = own(items)
+        else:
+            scores = [s for item in items if (s := _score(item)) is not None]
+            if len(scores) < len(items) or not math.isclose(value, statistics.fmean(scores), abs_tol=1e-9):
+                return [], [], []
+            parts = [score / len(scores) for score in scores]
+        units = [self.together(s["doc"]) if self.together else s["doc_id"] for s in having]
+        return parts, units, [s["doc"][self.strata] if own and self.strata else None for s in having]
+
+    def prediction(self, sample: dict[str, Any]) -> Any:
+        """The answer that was scored; of given ones, the likeliest."""
+        if self.OUTPUT_TYPE != "multiple_choice":  # type: ignore[attr-defined]
+            return sample["filtered_resps"][0]
+        losses = [loss for loss, _ in sample["filtered_resps"]]
+        return self.doc_to_choice(sample["doc"])[losses.index(min(losses))]  # type: ignore[attr-defined]
+
+
+class _Questions(_Scoring, upstream.ConfigurableMessagesTask):
+    """A task that asks for generated answers."""
 
     download = upstream.ConfigurableMessagesTask.download.__wrapped__
     process_results = upstream.ConfigurableMessagesTask.process_results.__wrapped__
 
 
-def _load(task: str, include_path: str | None, max_new_tokens: int | None) -> _Task:
-    """The task with its data, and the cap and the stop strings that hold."""
+class _Likelihoods(_Scoring, upstream.ConfigurableTask):
+    """A task that asks for the likelihood of given answers."""
+
+    download = upstream.ConfigurableTask.download.__wrapped__
+
+    def process_results(self, doc: Any, results: list[Any], full_docs: Any = None) -> Any:
+        """As upstream, which looks for the pair of a `loglikelihood` task one level too high."""
+        score = upstream.ConfigurableTask.process_results.__wrapped__
+        return score(self, doc, results[0] if self.OUTPUT_TYPE == "loglikelihood" else results, full_docs)
+
+
+TASKS = {"generate_until": _Questions, "multiple_choice": _Likelihoods, "loglikelihood": _Likelihoods}
+
+
+def _load(task: str, include_path: str | None, data: str | None, style: str, max_new_tokens: int | None) -> Any:
+    """The task with its data, and the cap, the stop strings and the prompt style that hold."""
     config = load_yaml_config(str(benchmarks.find(task, include_path)))
-    if "class" in config or config.get("output_type", "generate_until") != "generate_until":
-        raise SvlError(f"task '{task}' does not ask for generated answers, which is all this evaluation can do")
-    settings = config.get("generation_kwargs") or {}
-    cap = max_new_tokens or settings.get("max_new_tokens") or NEW_TOKENS
-    config["generation_kwargs"] = {"until": [], **settings, "max_new_tokens": cap}
+    if "upstream" in config:
+        config = _corrected(load_yaml_config(str(benchmarks.find(config.pop("upstream"), None))), config)
+    kind = config.get("output_type", "generate_until")
+    if "class" in config or kind not in TASKS:
+        raise SvlError(f"task '{task}' asks for neither answers nor likelihoods, which is all this evaluation can do")
+    benchmarks.check_style(task, style, include_path)
+    together, strata, images = (config.pop(name, None) for name in ("together", "strata", "images"))
+    if kind == "generate_until":
+        settings = config.get("generation_kwargs") or {}
+        cap = max_new_tokens or settings.get("max_new_tokens") or NEW_TOKENS
+        greedy = {"do_sample": False, "temperature": 0.0, "top_p": 1.0}
+        config["generation_kwargs"] = {"until": [], **settings, **greedy, "max_new_tokens": cap}
+    if copy := benchmarks.local_data(config, data):
+        saved = (copy / "dataset_dict.json").is_file()  # by `save_to_disk`, which knows no configurations
+        config |= {"dataset_path": str(copy), "dataset_kwargs": {"load_from_disk": True} if saved else None}
+        config["dataset_name"] = None if saved else config.get("dataset_name")
     try:
-        benchmark = _Task(config=config)
+        if images:
+            config |= {"process_docs": None, "doc_to_visual": _looked_up(config, **images)}
+        benchmark: Any = TASKS[kind](config=config, model_name=style)
     except OSError as error:  # missing files, no network, no access
         raise SvlError(f"cannot load the data of task '{task}': {error}") from error
+    benchmark.together, benchmark.strata = together, strata
     benchmark.set_config("num_fewshot", benchmark.config.num_fewshot or 0)
     benchmark.set_fewshot_seed(0)
     return benchmark
 
 
-def _metrics(benchmark: _Task, results: dict[str, Any], samples: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """{name: {"value", "stderr"}} of every metric that is a number.
+def _corrected(original: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of lmms-eval's task with what svl changes; of two ways of scoring, both."""
+    kept = [m for m in original["metric_list"] if m["metric"] != "submission"]  # files for a server
+    ours, theirs = own.get("process_results"), original.get("process_results")
+    if ours is None or theirs is None:
+        return {**original, **own, "metric_list": own.get("metric_list") or kept}
 
-    Names are the task's; where it filters answers in several ways, the first filter's metrics have the plain name and
-    the others "name,filter".
-    """
-    metrics: dict[str, dict[str, Any]] = {}
-    pure = {m["metric"] for m in benchmark.config.metric_list or [] if m.get("bootstrap")}
-    for key, value in results.items():
-        name = key.partition(",")[0]
-        if name not in benchmark.aggregation() or not isinstance(value, numbers.Real):
-            continue
-        first = name not in metrics
-        items = [s[name] for s in samples if name in s] if first else []
-        aggregate = benchmark.aggregation()[name] if name in pure else None
-        metrics[name if first else key] = {
-            "value": None if math.isnan(value) else float(value),
-            "stderr": _stderr(float(value), items, aggregate),
-        }
-    return metrics
+    def both(doc: dict[str, Any], answers: list[str]) -> dict[str, Any]:
+        items = ours(doc, answers)
+        chance = random.getstate()
+        random.seed(repr(doc))  # some draw letters where they cannot read one: the same in every run, at least
+        try:
+            beside = theirs(doc, answers)
+        finally:
+            random.setstate(chance)
+        return {**{benchmarks.UPSTREAM + name: item for name, item in beside.items()}, **items}
+
+    beside = [{**m, "metric": benchmarks.UPSTREAM + m["metric"]} for m in kept]
+    return {**original, **own, "metric_list": [*own["metric_list"], *beside], "process_results": both}
 
 
-def _stderr(value: float, items: list[Any], aggregate: Callable[[list[Any]], float] | None) -> float | None:
-    """Standard error of `value`, see the module; `aggregate` may be resampled if it is not None."""
+def _looked_up(config: dict[str, Any], name: str, key: str) -> Callable[[dict[str, Any]], list[Any]]:
+    """A `doc_to_visual` that finds a document's image in another configuration of its data set, by its id."""
+    split, options = config["test_split"], dict(config.get("dataset_kwargs") or {})
+    if options.pop("load_from_disk", False):
+        images = datasets.load_from_disk(str(Path(config["dataset_path"], name)))[split]
+    else:
+        images = datasets.load_dataset(config["dataset_path"], name, split=split, **options)
+    rows = {identity: row for row, identity in enumerate(images["id"])}
+    return lambda doc: [images[rows[doc[key]]]["image"].convert("RGB")]
+
+
+def _bootstrap(value: float, items: list[Any], aggregate: Callable[[list[Any]], float]) -> float | None:
+    """Standard error of `value`, see the module."""
     if len(items) < 2 or math.isnan(value):
         return None
-    if aggregate is not None:
-        rng = random.Random(0)
-        values = [aggregate(rng.choices(items, k=len(items))) for _ in range(RESAMPLES)]
-        return None if any(map(math.isnan, values)) else statistics.stdev(values)
-    scores = [s for item in items if (s := _score(item)) is not None]
-    if len(scores) < len(items) or not math.isclose(value, statistics.fmean(scores), abs_tol=1e-9):
-        return None
-    return statistics.stdev(scores) / math.sqrt(len(scores))
+    rng = random.Random(0)
+    values = [aggregate(rng.choices(items, k=len(items))) for _ in range(RESAMPLES)]
+    return None if any(map(math.isnan, values)) else statistics.stdev(values)
 
 
 def _score(item: Any) -> float | None:

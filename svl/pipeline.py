@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from svl import benchmarks, bundled, export, results
+from svl import benchmarks, bundled, export, parallel, results
 from svl.config import PACKAGE, describe, validate
 from svl.core import Patch, Plan, Stats, layers_to_remove, one_of
 from svl.data import Examples, read_samples
@@ -54,9 +54,11 @@ class Run:
         self.name = model.name or Path(model.path).name
         if cfg.export.path:
             export.check(cfg.export.path)
-        self.tasks = {t: benchmarks.fingerprint(t, cfg.benchmark.include_path) for t in cfg.benchmark.tasks}
+        own, data = cfg.benchmark.include_path, cfg.benchmark.data
         for task, settings in cfg.benchmark.tasks.items():
-            benchmarks.check_metric(task, settings.metric, cfg.benchmark.include_path)
+            benchmarks.check_metric(task, settings.metric, own)
+            benchmarks.check_style(task, settings.style, own)
+        self.tasks = {t: benchmarks.fingerprint(t, own, data) for t in cfg.benchmark.tasks}
         self.measures = bool(self.strategy.needs)  # otherwise the selector plays no part in choosing layers
         self.needs = self.strategy.needs | self.compensation.needs
         if self.needs:
@@ -91,7 +93,7 @@ class Run:
             output = build(folder)
             return {**output, "work": round(time.perf_counter() - began - (self.loading - loading), 3)}
 
-        return self.store.make(stage, inputs, timed)
+        return parallel.make(self.store, stage, inputs, timed, shared=stage == "score")
 
     def show(self, items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
         """Progress over batches, with the time left."""
@@ -217,14 +219,20 @@ class Run:
         pruned = cache(lambda: self.prune(plan, patch))
         what = f"{len(plan.removed)} of {plan.n_layers} layers removed" if plan.removed else "dense"
 
+        limit = benchmark.limit
+        limit = int(limit) if limit is not None and limit >= 1 else limit
+
         def evaluate(task: str) -> Entry:
-            metric = benchmark.tasks[task].metric
-            settings = {"metric": metric, "limit": benchmark.limit, "max_new_tokens": benchmark.max_new_tokens}
+            metric, style = benchmark.tasks[task].metric, benchmark.tasks[task].style
+            cap = benchmark.max_new_tokens or benchmark.tasks[task].max_new_tokens
+            settings = {"metric": metric, "limit": limit, "max_new_tokens": cap}
+            settings |= {} if style == "default" else {"style": style}
 
             def build(folder: Path) -> dict[str, Any]:
                 from svl.evaluate import evaluate
 
                 where = {"include_path": benchmark.include_path, "folder": folder, "describe": f"  {task}"}
+                where |= {"data": benchmark.data}
                 scores = evaluate(pruned(), task, batch_size=benchmark.batch_size, **settings, **where)
                 return {**scores, "params": pruned().parameters()}
 
@@ -253,12 +261,17 @@ class Run:
         patch = self.compensate(stats, plan)
         dense = self.score(Plan(plan.n_layers, ()), None)
         pruned = self.score(plan, patch)
+        if parallel.rank() > 0:  # the first process does the rest
+            return {}
+        if plan.removed and pruned:
+            pairs = {task: (pruned[task], dense[task]) for task in pruned}
+            (self.folder / "flips.md").write_text(results.flips(pairs, ("pruned", "dense")), encoding="utf-8")
         identification = {
             "name": self.cfg.name, "model": self.name, "model_fingerprint": self.fingerprint,
             **{group: self.choice(group) for group in ("strategy", "compensation")},
             "selector": self.choice("selector") if self.needs else None,
             "ratio": made["ratio"], "n_remove": made["n_remove"], "seed": self.cfg.seed,
-            "limit": self.cfg.benchmark.limit,
+            "limit": next((entry.output["limit"] for entry in pruned.values()), None),
         }  # fmt: skip
         stages: dict[str, list[Entry | None]]
         stages = {"calibrate": [stats], "plan": [planned], "compensate": [patch], "evaluate": [*pruned.values()]}

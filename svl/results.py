@@ -2,13 +2,18 @@
 
 Errors are standard errors. That of the retained share is paired: it comes from the change of every single sample's
 score between the dense and the pruned model, which is far less noisy than comparing two independent averages.
+
+`samples.jsonl` has one line per question. Its `score` is right (1) or wrong (0), or a share; its `part` is what the
+question adds to the main metric, whatever that is (MME's sum of categories, F1). Questions of one `unit` (the two on
+one image of MME, the rotations of one of MMBench) are not independent: errors count units, within each `stratum`.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from svl.core import Plan
@@ -25,6 +30,8 @@ def summarise(pruned: Mapping[str, Entry], dense: Mapping[str, Entry], scales: M
         ours, theirs = entry.output["metrics"], dense[task].output["metrics"]
         metrics = {name: {**metric, "dense": theirs[name]["value"]} for name, metric in ours.items()}
         scores[task] = {"metric": entry.output["metric"], "n": entry.output["n"], "metrics": metrics}
+        scores[task] |= {name: entry.output[name] for name in ("higher_is_better", "prompt") if name in entry.output}
+        scores[task]["change"] = compare(entry, dense[task])
     main = {task: score["metrics"][score["metric"]] for task, score in scores.items()}
     value = _mean([m["value"] for m in main.values()], scales)
     reference = _mean([m["dense"] for m in main.values()], scales)
@@ -50,22 +57,110 @@ def _error(errors: list[float | None], scales: Mapping[str, float]) -> float | N
     return math.sqrt(sum(e * e for e in known)) / len(known) if known and len(known) == len(errors) else None
 
 
-def change_error(pruned: Entry, dense: Entry, share: float = 1.0) -> float | None:
-    """Standard error of the mean of `pruned - share * dense` over samples; None where samples have no score.
+def spread(parts: Sequence[float], units: Sequence[Hashable], strata: Sequence[Hashable]) -> float | None:
+    """Standard error of the sum of `parts`, whose sums over units are independent within each stratum.
 
-    Divided by the dense mean it is that of the ratio of the means (delta method), if `share` is that ratio.
+    A mean is the sum of scores / n: then this is their standard deviation / sqrt(n). None if a stratum has one unit.
     """
-    ours, theirs = _sample_scores(pruned), _sample_scores(dense)
-    changes = [a - share * b for i, a in ours.items() if a is not None and (b := theirs.get(i)) is not None]
-    if len(changes) < 2 or len(changes) < len(ours):
+    sums: dict[Hashable, dict[Hashable, float]] = defaultdict(lambda: defaultdict(float))
+    for part, unit, stratum in zip(parts, units, strata, strict=True):
+        sums[stratum][unit] += part
+    variance = 0.0
+    for values in map(list, (units.values() for units in sums.values())):
+        if len(values) < 2:
+            return None
+        mean = math.fsum(values) / len(values)
+        variance += len(values) / (len(values) - 1) * math.fsum((v - mean) ** 2 for v in values)
+    return math.sqrt(variance) if sums else None
+
+
+def change_error(pruned: Entry, dense: Entry, share: float = 1.0) -> float | None:
+    """Standard error of `pruned - share * dense` of the main metric; None where samples have no part in it.
+
+    Divided by the dense value it is that of the ratio of the two (delta method), if `share` is that ratio.
+    """
+    ours, theirs = _samples(pruned), _samples(dense)
+    both = [(ours[i], theirs[i]) for i in ours if i in theirs]
+    if len(both) < max(2, len(ours)):
         return None
-    mean = sum(changes) / len(changes)
-    return math.sqrt(sum((c - mean) ** 2 for c in changes) / (len(changes) - 1) / len(changes))
+    # a part in a mean is not written out
+    changes = [a.get("part", a["score"] / len(ours)) - share * b.get("part", b["score"] / len(theirs)) for a, b in both]
+    return spread(changes, [a.get("unit", a["doc_id"]) for a, _ in both], [a.get("stratum") for a, _ in both])
 
 
-def _sample_scores(entry: Entry) -> dict[int, float | None]:
-    rows = map(json.loads, (entry.path / "samples.jsonl").read_text().splitlines())
-    return {row["doc_id"]: row["score"] for row in rows}
+def _samples(entry: Entry) -> dict[int, dict[str, Any]]:
+    """By `doc_id`, the samples that the main metric is about (MME perception: not those on cognition)."""
+    rows = map(json.loads, (entry.path / "samples.jsonl").read_text("utf-8").splitlines())
+    return {row["doc_id"]: row for row in rows if row["score"] is not None}
+
+
+# ---------------------------------------------------------------------------------------- sample by sample
+
+
+def compare(first: Entry, second: Entry) -> dict[str, Any] | None:
+    """How the answers of two models to the same questions differ; None if questions have no score.
+
+    `agreement`: share of equal answers; `gained` and `lost`: questions that only the first, only the second answered
+    right (score of at least 1/2); `p`: two-sided exact McNemar test of gained against lost.
+    """
+    ours, theirs = _samples(first), _samples(second)
+    common = [(ours[i], theirs[i]) for i in ours if i in theirs]
+    if not common:
+        return None
+    gained, lost = (sum(a["score"] >= 0.5 > b["score"] for a, b in x) for x in (common, [p[::-1] for p in common]))
+    same = sum(_plain(a["prediction"]) == _plain(b["prediction"]) for a, b in common)
+    return {"agreement": same / len(common), "gained": gained, "lost": lost, "p": mcnemar(gained, lost)}
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Two-sided exact p-value: that of `gained` among `gained + lost` throws of a fair coin."""
+    n = gained + lost
+    tail = sum(math.comb(n, k) for k in range(min(gained, lost) + 1))
+    return min(1.0, 2 * tail / 2**n)
+
+
+def _plain(answer: Any) -> str:
+    return str(answer).strip().rstrip(".").lower()
+
+
+def flips(pairs: Mapping[str, tuple[Entry, Entry]], names: tuple[str, str], most: int = 50) -> str:
+    """A page (Markdown) of the questions that one of two models answered right and the other wrong, task by task.
+
+    `pairs` are the scores of both by task, `names` what to call them; at most `most` questions are listed each way.
+    """
+    first, second = names
+    page = [f"# Answers that differ: {first} and {second}"]
+    for task, (one, other) in pairs.items():
+        change = compare(one, other)
+        if change is None:
+            continue
+        ours, theirs = _samples(one), _samples(other)
+        page.append(
+            f"## {task}\n\n{len(ours)} questions, {100 * change['agreement']:.1f} % equal answers; right only in "
+            f"{first}: {change['gained']}, only in {second}: {change['lost']} (McNemar p = {change['p']:.2g})"
+        )
+        limit = one.output.get("limit")
+        if limit is not None:
+            page.append(f"Caution: limit={limit:g}, so only a part of the benchmark was used.")
+        for who, way in ((second, 1), (first, -1)):
+            rows = []
+            for i in ours:
+                a, b = (ours[i], theirs.get(i))
+                if b and (b["score"] >= 0.5) != (a["score"] >= 0.5) and (b["score"] > a["score"]) == (way == 1):
+                    rows.append([str(i), a["question"], a["target"], b["prediction"], a["prediction"]])
+            if rows:
+                table = ["| no. | question | expected | " + f"{second} | {first} |", "|---:|---|---|---|---|"]
+                table += ["| " + " | ".join(map(_cell, row)) + " |" for row in rows[:most]]
+                if len(rows) > most:
+                    table.append(f"\n... and {len(rows) - most} more")
+                page.append(f"### Right only in {who}\n\n" + "\n".join(table))
+    return "\n\n".join(page) + "\n"
+
+
+def _cell(value: Any) -> str:
+    """Text that stays within a table's cell."""
+    text = str(value).strip().replace("|", "\\|").replace("<", "&lt;")
+    return " ⏎ ".join(line.strip() for line in text.splitlines() if line.strip())[:400]
 
 
 def cost(pruned: Mapping[str, Entry], dense: Mapping[str, Entry], plan: Plan) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import io
 import json
 import math
 import shutil
+import statistics
 import subprocess
 import sys
 from collections import Counter
@@ -23,7 +24,7 @@ import torch
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from svl import benchmarks
+from svl import benchmarks, results
 from svl.core import SvlError
 from svl.demo.tasks import utils
 from svl.models import Lvlm, find_anatomy
@@ -193,15 +194,23 @@ def test_choice_and_short_answers_by_hand():
 
 
 def test_standard_errors():
-    items = [{"score": s} for s in (1.0, 0.0, 1.0, 1.0)]
-    assert evaluation._stderr(0.75, items, None) == pytest.approx(0.5 / 2)
-    assert evaluation._stderr(0.75, items[:1], None) is None
-    assert evaluation._stderr(0.6, items, None) is None  # not the mean of the scores
-    assert evaluation._stderr(math.nan, items, utils.accuracy) is None
-    many = items * 50
-    closed = evaluation._stderr(0.75, many, None)
-    resampled = evaluation._stderr(0.75, many, utils.accuracy)
-    assert resampled == evaluation._stderr(0.75, many, utils.accuracy) == pytest.approx(closed, rel=0.15)
+    scores = [1.0, 0.0, 1.0, 1.0]
+
+    def mean_error(values):
+        return results.spread([v / len(values) for v in values], range(len(values)), [None] * len(values))
+
+    assert mean_error(scores) == pytest.approx(statistics.stdev(scores) / 2)
+    assert mean_error(scores[:1]) is None
+    items = [{"score": s} for s in scores * 50]
+    resampled = evaluation._bootstrap(0.75, items, utils.accuracy)
+    assert resampled == evaluation._bootstrap(0.75, items, utils.accuracy)
+    assert resampled == pytest.approx(mean_error(scores * 50), rel=0.15)
+    assert evaluation._bootstrap(math.nan, items, utils.accuracy) is None
+    # two questions on one image say no more than one does; a sum over strata has the errors of the strata
+    doubled = results.spread([s / 8 for s in scores for _ in "ab"], [i for i in range(4) for _ in "ab"], [None] * 8)
+    assert doubled == pytest.approx(mean_error(scores))
+    split = results.spread([s / 4 for s in scores * 2], range(8), [i // 4 for i in range(8)])
+    assert split == pytest.approx(math.sqrt(2) * mean_error(scores))
 
 
 # ------------------------------------------------------------------------------------------- evaluation
@@ -323,8 +332,11 @@ def test_mistakes_are_explained(run, monkeypatch):
         run("svl_demo_existence", metric="acuracy")
     with pytest.raises(SvlError, match="does not exist"):
         run("svl_demo_existence", include_path="nowhere")
-    with pytest.raises(SvlError, match="limit is 0"):
-        run("svl_demo_existence", limit=0)
+    for limit in (0, 1.5, -1):
+        with pytest.raises(SvlError, match=rf"limit is {limit}, but must be a whole number"):
+            run("svl_demo_existence", limit=limit)
+    with pytest.raises(SvlError, match="style is 'qwen'.*one of: default"):
+        run("svl_demo_existence", style="qwen")
 
 
 def test_stop_strings_only_where_the_task_names_them(run, tmp_path, monkeypatch):

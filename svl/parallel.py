@@ -1,0 +1,83 @@
+"""Several processes, started by torchrun, on one run: each evaluates its share of the questions with its own model.
+
+The first process does everything else, and everything in the store; the others follow it from stage to stage, compute
+with it where a stage is shared, and read what it has stored. They must see the same files. They talk through gloo,
+whatever the device.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from svl.store import Entry, Store
+
+
+def size() -> int:
+    """Number of processes."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return int(os.environ.get("RANK", 0))
+
+
+def join() -> None:
+    """Connect to the other processes, once, and take an accelerator of one's own where there is one."""
+    from torch import accelerator, distributed
+
+    if size() > 1 and not distributed.is_initialized():
+        if accelerator.is_available():
+            accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", 0)))
+        distributed.init_process_group("gloo", timeout=timedelta(days=1))  # a benchmark may take the others hours
+
+
+def gather(value: Any) -> list[Any]:
+    """The values of all processes, in their order."""
+    if size() == 1:
+        return [value]
+    from torch import distributed
+
+    values: list[Any] = [None] * size()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def make(
+    store: Store, stage: str, inputs: dict[str, Any], build: Callable[[Path], dict[str, Any]], shared: bool = False
+) -> Entry:
+    """`store.make`, in step: the first process builds (all do, if `shared`), the others get what it has stored."""
+    if size() == 1:
+        return store.make(stage, inputs, build)
+    join()
+    if rank() == 0:
+
+        def lead(folder: Path) -> dict[str, Any]:
+            _say("build")
+            return build(folder)
+
+        entry = store.make(stage, inputs, lead)
+        _say(str(entry.path))
+        return entry
+    while (said := _say()) == "build":
+        if shared:
+            with tempfile.TemporaryDirectory() as folder:
+                build(Path(folder))
+    found = store.read(Path(said))
+    if found is None:
+        raise RuntimeError(f"process {rank()} does not see {said}: all processes need the same store")
+    return found
+
+
+def _say(word: str = "") -> str:
+    """What the first process says."""
+    from torch import distributed
+
+    words = [word]
+    distributed.broadcast_object_list(words, src=0)
+    return words[0]
