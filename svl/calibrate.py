@@ -18,19 +18,21 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from svl import attention
-from svl.core import Stats, SvlError, TokenSelector, TokenTrace, no_token
+from svl import attention, surgery
+from svl.core import Patch, Plan, Stats, SvlError, TokenSelector, TokenTrace, no_token
 from svl.data import Example, Examples
 from svl.models import Lvlm
 
-STATISTICS = ("cosine", "attention")
-FIELDS = ("visual", "cosine", "received", "emitted", "queries", "keys")
+STATISTICS = ("cosine", "windows", "attention")
+FIELDS = ("visual", "cosine", "windows", "received", "emitted", "queries", "keys")
+CHUNK = 1024  # tokens whose states are compared at once
 Show = Callable[[Iterable[Any], str, int], Iterable[Any]]
 
 
-def _silent(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
+def silent(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
+    """No progress display."""
     return items
 
 
@@ -41,7 +43,7 @@ def calibrate(
     statistics: Sequence[str] = STATISTICS,
     batch_size: int = 8,
     folder: Path | None = None,
-    show: Show = _silent,
+    show: Show = silent,
 ) -> Stats:
     """Measure `statistics` on every sample in one forward pass each.
 
@@ -118,10 +120,13 @@ def measure(lvlm: Lvlm, batch: Sequence[Example], statistics: Sequence[str]) -> 
     """Traces of one batch of samples (on the CPU), from one forward pass."""
     inputs, present, visual = _encode(lvlm, batch)
     cosines: dict[int, Tensor] = {}
+    states: dict[int, Tensor] = {}
     modality = torch.stack([visual & present, ~visual & present], 1).float()
     with ExitStack() as stack:
         if "cosine" in statistics:
             stack.enter_context(_cosine_hooks(lvlm, cosines))
+        if "windows" in statistics:
+            stack.enter_context(_state_hooks(lvlm, range(lvlm.anatomy.n_layers + 1), states))
         measuring = attention.metering(lvlm.model, modality) if "attention" in statistics else nullcontext()
         meter = stack.enter_context(measuring)
         _forward(lvlm, inputs)
@@ -129,6 +134,8 @@ def measure(lvlm: Lvlm, batch: Sequence[Example], statistics: Sequence[str]) -> 
     whole: dict[str, Tensor] = {}  # [B, L, ..., T]
     if cosines:
         whole["cosine"] = torch.stack([cosines[i] for i in layers], 1).cpu()
+    if states:
+        whole["windows"] = _windows([states[i] for i in range(len(layers) + 1)]).cpu()
     if meter is not None:
         if mapless := [i for i in layers if i not in meter.received]:
             raise SvlError(f"layers {mapless} have no attention map to measure; {attention.WAY_OUT}")
@@ -144,13 +151,35 @@ def measure(lvlm: Lvlm, batch: Sequence[Example], statistics: Sequence[str]) -> 
     ]
 
 
+def _windows(states: Sequence[Tensor]) -> Tensor:
+    """Cosines of all pairs i < j of L + 1 states [B, T, d]: fp32 [B, (L + 1) L / 2, T], ordered (0, 1), (0, 2), ..."""
+    batch, length, _ = states[0].shape
+    i, j = torch.triu_indices(len(states), len(states), 1, device=states[0].device)
+    result = torch.empty(batch, len(i), length, device=states[0].device)
+    step = max(1, CHUNK // batch)
+    for start in range(0, length, step):
+        part = torch.stack([h[:, start : start + step] for h in states], 2).float()  # [B, t, L + 1, d]
+        size = torch.linalg.vector_norm(part, dim=-1, keepdim=True)
+        part = part / size.clamp(min=torch.finfo(torch.float32).tiny)  # 0 for zero states
+        result[..., start : start + step] = (part @ part.mT)[..., i, j].permute(0, 2, 1)
+    return result
+
+
 @dataclass(frozen=True)
 class _Sample:
     weights: Tensor
     states: dict[int, Tensor]
+    reads: dict[tuple[int, str], Tensor]
+    writes: dict[tuple[int, str], Tensor]
 
     def h(self, i: int) -> Tensor:
         return self.states[i].float()
+
+    def read(self, layer: int, writer: str) -> Tensor:
+        return self.reads[layer, writer].float()
+
+    def wrote(self, layer: int, writer: str) -> Tensor:
+        return self.writes[layer, writer].float()
 
 
 class _EnoughError(Exception):
@@ -168,7 +197,7 @@ class Activations:
     examples: Examples
     stats: Stats
     batch_size: int = 8
-    show: Show = _silent
+    show: Show = silent
 
     @property
     def n_layers(self) -> int:
@@ -180,21 +209,48 @@ class Activations:
         """Roles of the residual-writing projections that can be changed."""
         return tuple(self.lvlm.anatomy.writers)
 
-    def stream(self, points: Sequence[int]) -> Iterator[_Sample]:
-        """One forward pass (up to the deepest point) over the set, giving fp32 h_i [T, d] for i in `points`."""
+    def has_bias(self, layer: int, writer: str) -> bool:
+        """Whether the projections `writer` of a layer have one bias."""
+        return len(self.lvlm.anatomy.writers[writer][layer].biases) == 1
+
+    def stream(
+        self,
+        points: Sequence[int] = (),
+        writers: Sequence[tuple[int, str]] = (),
+        plan: Plan | None = None,
+        patch: Patch | None = None,
+    ) -> Iterator[_Sample]:
+        """One forward pass over the set, up to the deepest layer asked about; see `core.Hidden`."""
+        lvlm = surgery.apply(self.lvlm, plan, patch) if plan and plan.removed else self.lvlm
+        kept = plan.kept if plan else range(self.n_layers)
+        new = {i: sum(k < i for k in kept) for i in range(self.n_layers + 1)}  # the layer that h_i enters
+        ends = sorted({*(new[i] for i in points), max((new[i] + 1 for i, _ in writers), default=0)} - {0}) or [0]
+        wanted = sorted({*(new[i] for i in points), ends[-1]})
         items, selector = self.examples.items, self.stats.selector
         batches = [items[i : i + self.batch_size] for i in range(0, len(items), self.batch_size)]
         traces = iter(self.stats.traces)
         for batch in self.show(batches, "compensate", len(batches)):
-            with torch.inference_mode():
-                inputs, present, _ = _encode(self.lvlm, batch)
-                states: dict[int, Tensor] = {}
-                with _state_hooks(self.lvlm, sorted(set(points)), states), suppress(_EnoughError):
-                    _forward(self.lvlm, inputs)
+            states: dict[int, Tensor] = {}
+            reads: dict[tuple[int, str], Tensor] = {}
+            writes: dict[tuple[int, str], Tensor] = {}
+            with torch.inference_mode(), ExitStack() as stack:
+                inputs, present, _ = _encode(lvlm, batch)
+                stack.enter_context(suppress(_EnoughError))
+                stack.enter_context(_state_hooks(lvlm, wanted, states, stop=True))
+                for layer, role in writers:
+                    writer = lvlm.anatomy.writers[role][new[layer]]
+                    module = lvlm.layers[new[layer]].get_submodule(writer.module)
+                    stack.enter_context(_writer_hook(module, (layer, role), reads, writes))
+                _forward(lvlm, inputs)
             for b in range(len(batch)):
-                trace = next(traces)
-                weights = torch.ones(int(present[b].sum())) if selector is None else selector.weights(trace)
-                yield _Sample(weights.to(present.device), {i: h[b][present[b]] for i, h in states.items()})
+                here = present[b]
+                weights = torch.ones(int(here.sum())) if selector is None else selector.weights(next(traces))
+                yield _Sample(
+                    weights.to(present.device),
+                    {i: states[new[i]][b][here] for i in points},
+                    {key: x[b][here] for key, x in reads.items()},
+                    {key: x[b][here] for key, x in writes.items()},
+                )
 
 
 def select(stats: Stats, selector: TokenSelector) -> Stats:
@@ -212,6 +268,29 @@ def _encode(lvlm: Lvlm, batch: Sequence[Example]) -> tuple[dict[str, Tensor], Te
         inputs["attention_mask"].bool(),
         inputs["input_ids"] == (-1 if lvlm.anatomy.image_token_id is None else lvlm.anatomy.image_token_id),
     )
+
+
+def encode_answer(lvlm: Lvlm, example: Example) -> tuple[dict[str, Tensor], Tensor]:
+    """Model inputs of one sample with its answer (batch of one, no padding), and which tokens [T] are the answer.
+
+    The answer is what the chat template makes of it, end of turn included; of plain text, every token is one.
+
+    Raises:
+        SvlError: if the answer adds no token.
+    """
+    if example.plain:
+        inputs = lvlm.encode([example.prompt])
+        return inputs, torch.ones_like(inputs["input_ids"][0], dtype=torch.bool)
+    image = lvlm.sees and example.image_bytes is not None
+    images = [example.image] if image else None
+    prompt = lvlm.prompt(example.prompt, image)
+    whole = lvlm.prompt(example.prompt, image, example.answer).rstrip("\n")
+    asked, inputs = lvlm.encode([prompt], images)["input_ids"][0], lvlm.encode([whole], images)
+    tokens = inputs["input_ids"][0]
+    same = int((tokens[: len(asked)] == asked[: len(tokens)]).long().cumprod(0).sum())
+    if same == len(tokens):
+        raise SvlError(f"calibration row {example.row}: the answer '{example.answer}' adds no token to the prompt")
+    return inputs, torch.arange(len(tokens), device=tokens.device) >= same
 
 
 def _forward(lvlm: Lvlm, inputs: dict[str, Tensor]) -> None:
@@ -249,12 +328,12 @@ def _cosine_hooks(lvlm: Lvlm, cosines: dict[int, Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def _state_hooks(lvlm: Lvlm, points: Sequence[int], states: dict[int, Tensor]) -> Iterator[None]:
-    """Within the block, forward passes put h_i into `states` and end (by `_EnoughError`) at the deepest point."""
+def _state_hooks(lvlm: Lvlm, points: Sequence[int], states: dict[int, Tensor], stop: bool = False) -> Iterator[None]:
+    """Within the block, forward passes put h_i into `states`; with `stop`, `_EnoughError` ends them at the deepest."""
 
     def keep(i: int, state: Tensor) -> None:
         states[i] = state
-        if i == points[-1]:
+        if stop and i == points[-1]:
             raise _EnoughError
 
     def handles() -> Iterator[Any]:
@@ -269,6 +348,17 @@ def _state_hooks(lvlm: Lvlm, points: Sequence[int], states: dict[int, Tensor]) -
                 )
 
     with _hooked(handles()):
+        yield
+
+
+@contextmanager
+def _writer_hook(module: nn.Module, key: Any, reads: dict[Any, Tensor], writes: dict[Any, Tensor]) -> Iterator[None]:
+    """Within the block, forward passes put what `module` reads and writes under `key`."""
+
+    def keep(_: Any, args: Any, kwargs: Any, output: Any) -> None:
+        reads[key], writes[key] = _first(args, kwargs), output[0] if isinstance(output, tuple) else output
+
+    with _hooked([module.register_forward_hook(keep, with_kwargs=True)]):
         yield
 
 

@@ -36,6 +36,8 @@ class Model:
     dtype: str = "auto"  # auto (as stored) | float32 | bfloat16 | float16
     device: str = "auto"
     layers: str | None = None  # dotted path of the decoder layers, where structure does not tell
+    image_token: Any = None  # the image placeholder or its id, where config and processor do not tell
+    protect: Any = "auto"  # layers that must stay: auto (those that others depend on) | none | a list
     trust_remote_code: bool = False
 
 
@@ -47,7 +49,9 @@ class Calibration:
     samples: int | None = None  # null: all; else a subset drawn by `seed`
     seed: int = 0  # of the subset; independent of the root seed, so that random strategies share a calibration
     batch_size: int = 8
-    statistics: list[str] = field(default_factory=lambda: ["cosine", "attention"])  # measured in the one pass
+    statistics: list[str] = field(
+        default_factory=lambda: ["cosine", "windows", "attention"]
+    )  # measured in the one pass
 
 
 @dataclass

@@ -13,8 +13,8 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
@@ -61,12 +61,15 @@ class Plan:
         removed: 0-based indices of the layers to remove, ascending.
         importance: one number per original layer, higher = keep (cosine scores: 1 - mean cosine); empty if the
             strategy has none.
+        merges: steps (kept layer, the layers merged into it), in order, where the strategy decided on merging; what
+            merging does to weights is up to the compensation.
         provenance: how the plan was made (`strategy`, `selector`, `model`, `ratio`, ...); not part of its identity.
     """
 
     n_layers: int
     removed: tuple[int, ...]
     importance: tuple[float, ...] = ()
+    merges: tuple[tuple[int, tuple[int, ...]], ...] = ()
     provenance: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
@@ -98,7 +101,8 @@ class Plan:
     def to_json(self) -> str:
         """The plan as JSON text, readable by `from_json`."""
         body: dict[str, Any] = {"n_layers": self.n_layers, "removed": self.removed, "kept": self.kept}
-        return json.dumps({**body, "importance": self.importance, **self.provenance}, indent=1) + "\n"
+        merges = {"merges": self.merges} if self.merges else {}
+        return json.dumps({**body, "importance": self.importance, **merges, **self.provenance}, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -115,7 +119,8 @@ class Plan:
         except KeyError as error:
             raise SvlError(f"not a plan: key {error} is missing (n_layers and removed are needed)") from error
         body.pop("kept", None)
-        return cls(n_layers, removed, tuple(body.pop("importance", None) or ()), body)
+        merges = tuple((int(i), tuple(gone)) for i, gone in body.pop("merges", ()))
+        return cls(n_layers, removed, tuple(body.pop("importance", None) or ()), merges, body)
 
 
 # ----------------------------------------------------------------------------------------- statistics
@@ -126,12 +131,13 @@ class TokenTrace:
     """What calibration measured on one sample: scalars per token and layer, no hidden states, no padding.
 
     L layers, T tokens of the sample, fp32. Modality 0 is visual, 1 textual. Attention is averaged over heads.
-    Size: 4 L T (1 + 4) bytes with attention, e.g. 0.4 MB for 32 layers and 640 tokens.
+    Size: 4 L T (1 + 4 + (L + 1) / 2) bytes with all statistics, e.g. 1.8 MB for 32 layers and 640 tokens.
 
     Attributes:
         index: number of the sample in its calibration set.
         visual: bool [T], True where the token is an image placeholder.
         cosine: [L, T], cos(h_i, h_{i+1}).
+        windows: [(L + 1) L / 2, T], cos(h_i, h_j) of all pairs i < j, ordered (0, 1), (0, 2), ..., (L - 1, L).
         received: [L, 2, T], attention that key j got, summed over the queries of each modality.
         emitted: [L, 2, T], attention that query i paid, summed over the keys of each modality.
         queries: [L or 1, 2, T], how many queries of each modality can see key j.
@@ -141,6 +147,7 @@ class TokenTrace:
     index: int
     visual: Tensor
     cosine: Tensor | None = None
+    windows: Tensor | None = None
     received: Tensor | None = None
     emitted: Tensor | None = None
     queries: Tensor | None = None
@@ -163,6 +170,39 @@ def no_token(selector: TokenSelector) -> SvlError:
     return SvlError(f"selector '{name}' leaves no token in the calibration set; choose another selector or data")
 
 
+class Probe(Protocol):
+    """The dense model, for strategies that try removals out instead of reading statistics.
+
+    Losses are cross-entropies (nats) of answer tokens given what precedes them, averaged over all answer tokens of the
+    calibration set; of plain text, every token but the first of a sample is an answer. Padding, image and prompt
+    positions never count.
+    """
+
+    def take(self, samples: int | None) -> Probe:
+        """The same model on the first `samples` of the calibration set (all if None)."""
+        ...
+
+    def losses(self, removed: Collection[int], candidates: Collection[int]) -> tuple[float, dict[int, float]]:
+        """Loss without the layers `removed`, and without one more layer, for each of `candidates`."""
+        ...
+
+    def changes(self, removed: Collection[int], candidates: Collection[int]) -> dict[int, float]:
+        """Mean L2 distance of the answer tokens' logits from those without `removed`, for each of `candidates`."""
+        ...
+
+    def similarity(self, plan: Plan, patch: Patch) -> float:
+        """Mean over samples of cos(vec(H), vec(H')): H [T, d] leaves the final norm, H' is the pruned model's."""
+        ...
+
+    def taylor(self) -> list[float]:
+        """Per layer, the sum over its weights (norms, not biases) of |W * sum over samples of dloss/dW|."""
+        ...
+
+    def magnitude(self, power: int) -> list[float]:
+        """Per layer, the sum over its weights (norms, not biases) of |W|^power."""
+        ...
+
+
 @dataclass(frozen=True)
 class Stats:
     """Statistics of one calibration pass, seen through a token selector.
@@ -171,13 +211,15 @@ class Stats:
         n_layers: decoder layers of the model.
         removable: layers that may be removed (the model's protected ones are missing).
         traces: per-sample measurements; iterated from disk, one sample in memory at a time.
-        selector: the token weighting behind `cosine()`.
+        selector: the token weighting behind `cosine()` and `windows()`.
+        probe: the model to try removals on; for strategies that need "probe".
     """
 
     n_layers: int
     removable: tuple[int, ...]
     traces: Iterable[TokenTrace] = ()
     selector: TokenSelector | None = None
+    probe: Probe | None = None
 
     def cosine(self) -> Tensor:
         """Mean cos(h_i, h_{i+1}) over all selected tokens of all samples: fp64 [L].
@@ -185,21 +227,43 @@ class Stats:
         Raises:
             SvlError: if the selector leaves no token in the whole calibration set.
         """
+        return self._mean("cosine")
+
+    def windows(self, transform: Callable[[Tensor], Tensor] = lambda cosine: cosine) -> Tensor:
+        """Mean transform(cos(h_i, h_j)) over all selected tokens of all samples: fp64 [L + 1, L + 1] for i < j.
+
+        Other entries are NaN. Of a selector with weights per layer, those of layer i count.
+
+        Raises:
+            SvlError: if the selector leaves no token in the whole calibration set.
+        """
+        import torch  # not above: the command line starts without it
+
+        i, j = torch.triu_indices(self.n_layers + 1, self.n_layers + 1, 1)
+        table = torch.full((self.n_layers + 1,) * 2, math.nan, dtype=torch.float64)
+        table[i, j] = self._mean("windows", transform, i)
+        return table
+
+    def _mean(
+        self, name: str, transform: Callable[[Tensor], Tensor] = lambda x: x, layers: Tensor | None = None
+    ) -> Tensor:
+        """Mean over tokens of a trace's field [rows, T], whose rows belong to `layers` (all, in order, if None)."""
         if self.selector is None:
-            raise SvlError("a cosine over tokens needs a token selector")
+            raise SvlError(f"a mean of {name} over tokens needs a token selector")
         total: Any = 0.0
         weight: Any = 0.0
         for trace in self.traces:
-            if trace.cosine is None:
-                raise SvlError("calibration did not measure 'cosine'; add it to calibration.statistics")
-            w = self.selector.weights(trace).double().expand_as(trace.cosine)
-            total = total + (w * trace.cosine).sum(-1)
+            if (values := getattr(trace, name)) is None:
+                raise SvlError(f"calibration did not measure '{name}'; add it to calibration.statistics")
+            w = self.selector.weights(trace).double()
+            w = (w[layers] if w.ndim == 2 and layers is not None else w).expand_as(values)
+            total = total + (w * transform(values.double())).sum(-1)
             weight = weight + w.sum(-1)
         if isinstance(weight, float) or not bool((weight > 0).all()):
             raise no_token(self.selector)
         return total / weight
 
-    def plan(self, importance: Tensor, n_remove: int) -> Plan:
+    def plan(self, importance: Iterable[float] | Tensor, n_remove: int) -> Plan:
         """Remove the `n_remove` least important removable layers; of equals the deeper goes first.
 
         Raises:
@@ -210,6 +274,35 @@ class Stats:
             raise SvlError(f"layer importance is not finite: {values}")
         order = sorted(self.candidates(n_remove), key=lambda i: (values[i], -i))
         return Plan(self.n_layers, tuple(order[:n_remove]), tuple(values))
+
+    def window(self, distance: Tensor, n_remove: int, first: int = 0) -> Plan:
+        """Remove the contiguous block [s, s + n_remove), s >= `first`, of least `distance[s, s + n_remove]`.
+
+        `distance` is [L + 1, L + 1]; importance is its first off-diagonal, the distances across single layers.
+
+        Raises:
+            SvlError: if every such block has a protected layer.
+        """
+        allowed = set(self.candidates(n_remove))
+        importance = tuple(distance.diagonal(1).tolist())
+        if n_remove == 0:
+            return Plan(self.n_layers, (), importance)
+        starts = [s for s in range(first, self.n_layers - n_remove + 1) if allowed.issuperset(range(s, s + n_remove))]
+        if not starts:
+            raise SvlError(f"no {n_remove} layers in a row may be removed; choose a lower ratio, or another strategy")
+        start = min(starts, key=lambda s: float(distance[s, s + n_remove]))
+        return Plan(self.n_layers, tuple(range(start, start + n_remove)), importance)
+
+    def without(self, layers: Iterable[int]) -> Stats:
+        """The same statistics with `layers` protected, too; -1 is the last layer."""
+        spared = {i % self.n_layers for i in layers}
+        return replace(self, removable=tuple(i for i in self.removable if i not in spared))
+
+    def model(self) -> Probe:
+        """The probe, for strategies that need "probe"."""
+        if self.probe is None:
+            raise SvlError("this strategy tries removals out on the model: it needs 'probe'")
+        return self.probe
 
     def candidates(self, n_remove: int) -> tuple[int, ...]:
         """The removable layers.
@@ -226,7 +319,9 @@ class Stats:
 class Strategy(Protocol):
     """Which layers go: a frozen dataclass whose fields are its settings."""
 
-    needs: ClassVar[frozenset[str]]
+    needs: ClassVar[
+        frozenset[str]
+    ]  # of {"cosine", "windows", "attention", "probe", "weights"}; "weights" is a probe without data
 
     def plan(self, stats: Stats, n_remove: int) -> Plan:
         """A plan that removes `n_remove` layers."""
@@ -271,6 +366,24 @@ class Patch:
         return bool(self.updates or self.blends)
 
 
+def blends(merges: Iterable[tuple[int, Sequence[int]]], formula: str) -> dict[int, dict[int, float]]:
+    """What layers become when others are merged into them, step by step, as sums over the dense model's layers.
+
+    One step merges layers l_1 .. l_m into l. `formula` paper: W_l + sum_k (W_{l_k} - W_l) (LaCo, arXiv 2402.11187,
+    eq. 1); released: W_{l_m}, to which the sum of its published code telescopes.
+    """
+    one_of("formula of merging", formula, ("paper", "released"))
+    now: dict[int, dict[int, float]] = {}
+    for into, gone in merges:
+        terms = {into: 1.0 - len(gone), **dict.fromkeys(gone, 1.0)} if formula == "paper" else {gone[-1]: 1.0}
+        total: dict[int, float] = {}
+        for layer, factor in terms.items():
+            for source, coefficient in now.get(layer, {layer: 1.0}).items():
+                total[source] = total.get(source, 0.0) + factor * coefficient
+        now = {k: v for k, v in now.items() if k not in gone} | {into: {k: c for k, c in total.items() if c != 0}}
+    return now
+
+
 class Sample(Protocol):
     """One calibration sample inside a streaming pass: hidden states of its tokens, padding left out."""
 
@@ -294,6 +407,10 @@ class Hidden(Protocol):
 
     n_layers: int
     writers: Sequence[str]
+
+    def has_bias(self, layer: int, writer: str) -> bool:
+        """Whether the projections `writer` of a layer have one bias."""
+        ...
 
     def stream(
         self,

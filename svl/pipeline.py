@@ -20,12 +20,12 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from svl import benchmarks, bundled, export, parallel, results
 from svl.config import PACKAGE, describe, validate
-from svl.core import Patch, Plan, Stats, layers_to_remove, one_of
+from svl.core import Patch, Plan, Probe, Stats, layers_to_remove, one_of
 from svl.data import Examples, read_samples
 from svl.store import Entry, Store, checkpoint_fingerprint, file_digest
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from svl.models import Lvlm
 
 log = logging.getLogger(__name__)
+MEASURED = frozenset({"cosine", "windows", "attention"})  # by the calibration pass
 PACKAGES = ("svl", "torch", "transformers", "lmms_eval", "datasets", "hydra-core", "wandb")
 
 
@@ -48,9 +49,13 @@ class Run:
         self.loading = 0.0  # seconds spent on loading the model, which are no stage's own
         model = cfg.model
         one_of("model.dtype", model.dtype, ("auto", "float32", "bfloat16", "float16"))
+        self.protect = list(model.protect) if OmegaConf.is_list(model.protect) else model.protect
+        if not isinstance(self.protect, list):
+            one_of("model.protect", self.protect, ("auto", "none"))
         self.path = bundled.resolve(model.path, self.store)
         self.fingerprint = checkpoint_fingerprint(self.path, model.revision, self.store.root / "fingerprint")
-        self.model = {"fingerprint": self.fingerprint, "dtype": model.dtype, "layers": model.layers}
+        parts = {"layers": model.layers, "image_token": model.image_token}
+        self.model = {"fingerprint": self.fingerprint, "dtype": model.dtype, **parts}
         self.name = model.name or Path(model.path).name
         if cfg.export.path:
             export.check(cfg.export.path)
@@ -59,10 +64,12 @@ class Run:
             benchmarks.check_metric(task, settings.metric, own)
             benchmarks.check_style(task, settings.style, own)
         self.tasks = {t: benchmarks.fingerprint(t, own, data) for t in cfg.benchmark.tasks}
-        self.measures = bool(self.strategy.needs)  # otherwise the selector plays no part in choosing layers
-        self.needs = self.strategy.needs | self.compensation.needs
+        needs = self.strategy.needs | self.compensation.needs
+        self.measures = bool(self.strategy.needs & MEASURED)  # otherwise the selector plays no part in choosing layers
+        self.needs = needs & (MEASURED | {"hidden"})  # what asks for the calibration pass
         if self.needs:
             self.needs |= self.selector.needs
+        if self.needs or "probe" in needs:
             self.examples  # noqa: B018 (read now, so that bad data is found before the model is loaded)
 
     @cached_property
@@ -80,7 +87,8 @@ class Run:
         commit = self.fingerprint.partition("@")[2] or model.revision  # the very one that keys are made of
         lvlm = models.load(
             self.path, dtype=model.dtype, device=model.device, revision=commit, layers=model.layers,
-            name=self.name, trust_remote_code=model.trust_remote_code,
+            image_token=model.image_token, protect=self.protect, name=self.name,
+            trust_remote_code=model.trust_remote_code,
         )  # fmt: skip
         self.loading += time.perf_counter() - began
         return lvlm
@@ -105,7 +113,7 @@ class Run:
         """Stage `stats`: per-token measurements; None if nothing asks for data. Independent of method and ratio."""
         if not self.needs:
             return None
-        asked = sorted(set(self.cfg.calibration.statistics) | (self.needs - {"hidden"}))
+        asked = sorted(set(self.cfg.calibration.statistics) | (self.needs & MEASURED))
 
         def build(folder: Path) -> dict[str, Any]:
             from svl import calibrate
@@ -120,9 +128,11 @@ class Run:
             )
             calibrate.keep_example(self.dense, self.examples, folder)
             anatomy = self.dense.anatomy
-            return {"samples": len(self.examples), "removable": anatomy.removable, "n_layers": anatomy.n_layers}
+            found = {"removable": anatomy.removable, "protected": anatomy.protected, "n_layers": anatomy.n_layers}
+            return {"samples": len(self.examples), **found}
 
         inputs = {"model": self.model, "examples": self.examples.fingerprint, "statistics": asked}
+        inputs["protect"] = self.protect
         return self.done("calibrate", self.make("stats", inputs, build))
 
     def statistics(self, entry: Entry | None) -> Stats:
@@ -147,28 +157,46 @@ class Run:
     def plan(self, stats: Entry | None) -> Entry:
         """Stage `plan`: which layers go."""
         cfg, source = self.cfg, stats if self.measures else None
+        tries = self.strategy.needs & {"probe", "weights"}
+        losses = [self.examples.fingerprint, self.examples.answers] if "probe" in tries else None
 
         def build(folder: Path) -> dict[str, Any]:
             measured = self.statistics(source)
             n_remove = self.n_remove(measured)
+            if tries:
+                measured = dataclasses.replace(measured, probe=self.probe(losses))
             plan = self.strategy.plan(measured, n_remove)
             if source:
                 score_example(measured, source.path, folder)
             honoured = cfg.n_remove is None and len(plan.removed) == n_remove
+            protected = source.output["protected"] if source else self.dense.anatomy.protected
             provenance = {
                 "ratio": cfg.ratio if honoured else len(plan.removed) / plan.n_layers, "n_remove": len(plan.removed),
-                "model_fingerprint": self.fingerprint, "calibration": self.examples.fingerprint if source else None,
+                "model_fingerprint": self.fingerprint, "calibration": self.examples.fingerprint if source or losses else None,
             }  # fmt: skip
+            provenance |= {"protected": {str(i): why for i, why in protected.items()}} if protected else {}
             (folder / "plan.json").write_text(dataclasses.replace(plan, provenance=provenance).to_json())
             return {"removed": plan.removed}
 
         inputs = {
             "model": self.model, "stats": source and source.key, "selector": source and identity(self.selector),
             "strategy": identity(self.strategy), "ratio": cfg.ratio if cfg.n_remove is None else None,
-            "n_remove": cfg.n_remove,
+            "n_remove": cfg.n_remove, "protect": self.protect, **({"losses": losses} if losses else {}),
         }  # fmt: skip
         entry = self.make("plan", inputs, build)
         return self.done("plan", entry, f"removes layers {entry.output['removed']}")
+
+    def probe(self, losses: list[str] | None) -> Probe:
+        """The dense model to try removals on; whatever it measures is kept in the store, so that searches resume."""
+        from svl.probe import ModelProbe
+
+        def remember(what: str, inputs: dict[str, Any], compute: Callable[[], Any]) -> Any:
+            entry = self.make(
+                "probe", {"model": self.model, "losses": losses, "what": what, **inputs}, lambda _: {"value": compute()}
+            )
+            return entry.output["value"]
+
+        return ModelProbe(self.dense, self.examples if losses else None, remember=remember, show=self.show)
 
     def compensate(self, stats: Entry | None, plan: Plan) -> Entry | None:
         """Stage `patch`: updates of kept weights; None if no layer is removed."""
@@ -198,18 +226,43 @@ class Run:
         inputs = {
             "model": self.model, "stats": source and source.key, "selector": source and identity(self.selector),
             "removed": plan.removed, "compensation": identity(self.compensation),
+            **({"merges": plan.merges} if plan.merges else {}),
         }  # fmt: skip
         entry = self.make("patch", inputs, build)
         for note in entry.output["notes"]:
             log.warning("  compensation: %s", note)
         return self.done("compensate", entry, f"changes {', '.join(entry.output['changed']) or 'nothing'}")
 
+    def check(self, plan: Plan) -> None:
+        """Stage `check`: without these layers, the model computes what it computes when it skips them.
+
+        Raises:
+            SvlError: if it does not.
+        """
+        if not plan.removed:
+            return
+
+        def build(folder: Path) -> dict[str, Any]:
+            from svl import surgery
+
+            inputs, pruned = surgery.example(self.dense), surgery.apply(self.dense, plan)
+            return {"difference": surgery.check(self.dense, pruned, plan, inputs)}
+
+        entry = self.make("check", {"model": self.model, "protect": self.protect, "removed": plan.removed}, build)
+        self.done("check", entry, f"differs by {entry.output['difference']:.1g} from skipping these layers")
+
     def prune(self, plan: Plan, patch: Entry | None) -> Lvlm:
         """The pruned model, sharing the dense one's tensors."""
         from svl import surgery
 
-        file = patch.path / "patch.safetensors" if patch else None
-        return surgery.apply(self.dense, plan, surgery.load_patch(file) if file and file.exists() else None)
+        return surgery.apply(self.dense, plan, self.patch(patch))
+
+    def patch(self, entry: Entry | None) -> Patch | None:
+        """The patch that a stage stored, if there is one."""
+        from svl import surgery
+
+        file = entry.path / "patch.safetensors" if entry else None
+        return surgery.load_patch(file) if file and file.exists() else None
 
     def score(self, plan: Plan, patch: Entry | None) -> dict[str, Entry]:
         """Stage `score`, one artifact per task: equal layers and weights are evaluated once, whatever led to them."""
@@ -259,6 +312,7 @@ class Run:
         plan = dataclasses.replace(plan, provenance=made)
         (self.folder / "plan.json").write_text(plan.to_json())
         patch = self.compensate(stats, plan)
+        self.check(plan)
         dense = self.score(Plan(plan.n_layers, ()), None)
         pruned = self.score(plan, patch)
         if parallel.rank() > 0:  # the first process does the rest
@@ -311,8 +365,11 @@ class Run:
         """The pruned checkpoint, if one is asked for and this run has not written it before."""
         path = self.cfg.export.path
         if path and export.key(path) != run.key:
-            changed = run.output["compensated"]
-            export.save(self.prune(plan, patch), plan, path, run.output["scores"], compensated=changed, key=run.key)
+            model, commit = self.cfg.model, self.fingerprint.partition("@")[2] or self.cfg.model.revision
+            export.save(
+                self.path, plan, path, self.patch(patch), name=self.name, revision=commit, layers=model.layers,
+                protect=self.protect, trust_remote_code=model.trust_remote_code, result=run.output, key=run.key,
+            )  # fmt: skip
         if path:
             log.info("  exported to %s", path)
 

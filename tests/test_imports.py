@@ -17,15 +17,18 @@ METHODS = ("selectors", "strategies", "compensation")
 # A module may import those of earlier lines only.
 ORDER = (
     {"core"},
-    {"config", "store", "data", "attention"},
-    {"models", "benchmarks", "bundled", "results", "figures"},
-    {"calibrate", "surgery", *METHODS},
+    {"regression"},
+    {"config", "store", "data", "attention", "checkpoint", "card"},
+    {"models", "benchmarks", "bundled", "results", "figures", "parallel"},
+    {"surgery", "skeleton"},
+    {"calibrate", *METHODS},
+    {"probe"},
     {"export", "evaluate"},
     {"pipeline"},
     {"cli"},
     {"__main__"},
 )
-SIDE = {"track": {"core"}, "report": {"core", "store", "results", "figures"}}  # imported by nothing
+SIDE = {"track": {"core"}, "report": {"core", "store", "results", "figures"}, "tasks": {"demo"}}  # imported by nothing
 FILES = sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py"))
 
 
@@ -95,7 +98,7 @@ def test_methods_import_core_and_torch_only(file):
 @pytest.mark.parametrize(("library", "owner"), [("lmms_eval", "evaluate.py"), ("wandb", "track.py")])
 def test_optional_and_heavy_libraries_have_one_owner(library, owner):
     users = {file for file in FILES if any(name.partition(".")[0] == library for name in imports(file))}
-    assert users == {owner}
+    assert users - {"tasks/utils.py"} == {owner}  # which is code for lmms-eval, run by it
 
 
 def test_what_the_command_line_needs_first_is_light():

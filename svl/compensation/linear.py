@@ -1,0 +1,73 @@
+"""Least squares in place of a removed run (ReplaceMe, arXiv 2505.02819, the LS variant).
+
+With M what the MLP of the kept layer before the run [s, e) writes, and h_s, h_e the states before and after the run,
+T minimises sum over tokens of |M T - (h_e - h_s + M)|^2 plus a ridge, and W_down <- T^T W_down. No parameters are
+added. The ridge pulls T towards zero (the paper's alpha, 0 by default there) or towards the identity, that is, towards
+changing nothing.
+
+Cost: one more pass over the calibration set, up to the deepest removed layer, and d^3 per run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from svl.core import Hidden, Patch, Plan, SvlError, Update, one_of
+from svl.regression import Regression
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One d x d map per removed run, folded into the down_proj before it.
+
+    Attributes:
+        ridge: relative to the mean squared norm of a coordinate of M.
+        shrink: where the ridge pulls T: identity | zero.
+        rows: selected (tokens weighted by the selector) | all.
+        scaled: divide every token's error by the norm of its h_e, so that massive activations do not rule the fit.
+    """
+
+    ridge: float = 1e-2
+    shrink: str = "identity"
+    rows: str = "all"
+    scaled: bool = False
+    needs: ClassVar[frozenset[str]] = frozenset({"hidden"})
+
+    def __post_init__(self) -> None:
+        one_of("compensation.shrink", self.shrink, ("identity", "zero"))
+        one_of("compensation.rows", self.rows, ("selected", "all"))
+        if self.ridge < 0:
+            raise SvlError(f"compensation.ridge is {self.ridge:g}, but must be at least 0")
+
+    def fit(self, hidden: Hidden, plan: Plan) -> Patch:
+        """T - I of every removed run that has a kept layer before it.
+
+        Raises:
+            SvlError: if the model lacks the projection, or the tokens do not determine T.
+        """
+        one_of("the writer that compensation needs", "mlp", tuple(hidden.writers))
+        runs = [(start, stop) for start, stop in plan.runs if start > 0]
+        notes = () if len(runs) == len(plan.runs) else ("no layer before layer 0: its run is not compensated",)
+        if not runs:
+            return Patch(notes=notes)
+        fits = {run: Regression() for run in runs}
+        for sample in hidden.stream(sorted({i for run in runs for i in run}), [(s - 1, "mlp") for s, _ in runs]):
+            for (start, stop), regression in fits.items():
+                written = sample.wrote(start - 1, "mlp")
+                gap = sample.h(stop) - sample.h(start)
+                w = sample.weights if sample.weights.ndim == 1 else sample.weights[start - 1]
+                if self.rows == "all":
+                    w = torch.ones_like(w)
+                if self.scaled:
+                    w = w / sample.h(stop).square().sum(-1).to(w.device)
+                regression.add(written, gap if self.shrink == "identity" else gap + written, w)
+        updates = {}
+        for (start, _), regression in fits.items():
+            change = regression.solve(self.ridge)
+            if self.shrink == "zero":
+                change = change - torch.eye(len(change), dtype=change.dtype, device=change.device)
+            updates[start - 1, "mlp"] = Update(left=change.mT.float().cpu().contiguous())
+        return Patch(updates, notes=notes)

@@ -1,0 +1,315 @@
+"""Trying removals out on the dense model: losses, output changes, gradients. Nothing is ever rebuilt.
+
+Every sample runs alone, so there is no padding to leak. Its first pass records what each decoder layer is called
+with; later passes run the layers by themselves, from the first removable one on. All candidates of a greedy step go
+through the layers in one batch that grows on the way: where candidate i would be skipped, the state that enters layer
+i joins the batch as it is. Candidate j thus runs the layers above j only, which halves the work, and every layer is
+called once per sample. States are also kept at a few depths (`memory` bytes in all): the next step starts above the
+depth where it differs from the last one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from svl import surgery
+from svl.calibrate import Show, encode_answer, silent
+from svl.core import Patch, Plan, SvlError
+from svl.data import Examples
+from svl.models import Lvlm
+
+Remember = Callable[[str, dict[str, Any], Callable[[], Any]], Any]
+log = logging.getLogger(__name__)
+BASE = -1  # the row with nothing more removed
+TOKENS = 2048  # tokens whose logits are computed at once
+
+
+@dataclass
+class _Replay:
+    """One sample, ready to run through the decoder layers from `start` on."""
+
+    state: Tensor  # [1, T, d], enters layer `start`
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]  # what each layer is called with, besides the state
+    positions: Tensor  # [n], whose logits predict
+    targets: Tensor  # [n], these tokens
+    kept: dict[int, tuple[tuple[int, ...], Tensor]] = field(default_factory=dict)  # depth -> rows (see `_sweep`)
+
+
+class ModelProbe:
+    """`core.Probe` on a model and a calibration set.
+
+    Args:
+        lvlm: the dense model.
+        examples: the calibration set; None if only weights are asked about.
+        samples: how many of its samples are used, the first ones; None for all.
+        memory: bytes for states kept between the steps of a search.
+        remember: `remember(what, inputs, compute)` gives the JSON value of `compute()`, or the same from earlier.
+        show: wraps an iteration over samples for a progress display.
+
+    Raises:
+        SvlError: if a sample has no answer, or the model computes its logits in a way that is not known here.
+    """
+
+    def __init__(
+        self,
+        lvlm: Lvlm,
+        examples: Examples | None,
+        *,
+        samples: int | None = None,
+        memory: int = 2**31,
+        remember: Remember = lambda what, inputs, compute: compute(),
+        show: Show = silent,
+    ):
+        self.lvlm, self.all, self.samples, self.memory = lvlm, examples, samples, memory
+        self.remember, self.show = remember, show
+        self.examples = examples.items[:samples] if examples else ()
+        self.layers = lvlm.layers
+        self.n_layers = lvlm.anatomy.n_layers
+        self.start = min(lvlm.anatomy.removable, default=0)
+        self.layer_forwards = 0  # rows through decoder layers, for cost reports
+        if missing := [e.row for e in self.examples if not e.plain and not e.answer]:
+            raise SvlError(f"a loss needs answers, but {len(missing)} calibration samples have none (row {missing[0]})")
+        self._replays: list[_Replay] | None = None
+
+    def take(self, samples: int | None) -> ModelProbe:
+        """See `core.Probe`."""
+        if samples is not None and samples < 1:
+            raise SvlError(f"strategy.samples is {samples}, but must be at least 1 (or null for all)")
+        if samples is None or samples >= len(self.examples):
+            return self
+        options: dict[str, Any] = {"memory": self.memory, "remember": self.remember, "show": self.show}
+        return ModelProbe(self.lvlm, self.all, samples=samples, **options)
+
+    @property
+    def replays(self) -> list[_Replay]:
+        """The samples, recorded on first use."""
+        if self._replays is None:
+            with torch.no_grad():
+                self._replays = [self._record(e) for e in self.show(self.examples, "record", len(self.examples))]
+        return self._replays
+
+    # ------------------------------------------------------------------------------------------ the interface
+
+    def losses(self, removed: Collection[int], candidates: Collection[int]) -> tuple[float, dict[int, float]]:
+        """See `core.Probe`."""
+
+        def nll(logits: Tensor, base: Tensor, targets: Tensor) -> float:
+            return float(F.cross_entropy(logits, targets, reduction="sum"))
+
+        values = self._try("loss", nll, removed, candidates)
+        return values.pop(BASE), values
+
+    def changes(self, removed: Collection[int], candidates: Collection[int]) -> dict[int, float]:
+        """See `core.Probe`."""
+
+        def distance(logits: Tensor, base: Tensor, targets: Tensor) -> float:
+            return float(torch.linalg.vector_norm(logits - base, dim=-1).sum())
+
+        values = self._try("change", distance, removed, candidates)
+        del values[BASE]
+        return values
+
+    def similarity(self, plan: Plan, patch: Patch) -> float:
+        """See `core.Probe`."""
+
+        @torch.no_grad()
+        def compute() -> float:
+            pruned, total = surgery.apply(self.lvlm, plan, patch), 0.0
+            for replay in self.replays:
+                ends = []
+                for layers, indices in ((self.layers, range(self.n_layers)), (pruned.layers, plan.kept)):
+                    state = replay.state
+                    for layer, i in zip(layers, indices, strict=True):
+                        if i >= self.start:
+                            state = self._run(layer, i, state, replay)
+                    ends.append(self.norm(state).float().flatten())
+                total += float(F.cosine_similarity(ends[0], ends[1], dim=0))
+            return total / len(self.replays)
+
+        blends = {str(i): {str(k): c for k, c in terms.items()} for i, terms in patch.blends.items()}
+        inputs = {"samples": len(self.examples), "removed": plan.removed, "blends": blends}
+        return self.remember("similarity", inputs, compute)
+
+    def taylor(self) -> list[float]:
+        """See `core.Probe`. Takes fp32 memory for one gradient of the decoder; protected layers before it get the
+        largest value."""
+        groups = {i: _weights(self.layers[i]) for i in range(self.start, self.n_layers)}
+
+        def compute() -> list[float]:
+            weights = [w for group in groups.values() for w in group]
+            sums = [torch.zeros_like(w, dtype=torch.float32) for w in weights]
+            tokens = sum(len(r.targets) for r in self.replays)
+            with _trainable(weights), torch.enable_grad():
+                for replay in self.show(self.replays, "gradients", len(self.replays)):
+                    state = replay.state
+                    for i in groups:
+                        state = self._run(self.layers[i], i, state, replay)
+                    logits = self.head(self.norm(state[0, replay.positions]))
+                    loss = F.cross_entropy(logits.float(), replay.targets, reduction="sum") / tokens
+                    for total, gradient in zip(sums, torch.autograd.grad(loss, weights), strict=True):
+                        total += gradient
+            parts = iter([_size(w.detach().float() * g, 1) for w, g in zip(weights, sums, strict=True)])
+            return [sum(next(parts) for _ in group) for group in groups.values()]
+
+        found = self.remember("taylor", {"samples": len(self.examples)}, compute)
+        return [max(found)] * self.start + found
+
+    def magnitude(self, power: int) -> list[float]:
+        """See `core.Probe`."""
+        return [sum(_size(w.detach().float(), power) for w in _weights(layer)) for layer in self.layers]
+
+    # ------------------------------------------------------------------------------------------ machinery
+
+    def _record(self, example: Any) -> _Replay:
+        """Run one sample through the dense model and keep what its layers are called with."""
+        inputs, answer = encode_answer(self.lvlm, example)
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        states: list[Tensor] = []
+
+        def keep(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            kwargs = dict(kwargs)
+            states.append(args[0] if args else kwargs.pop("hidden_states"))
+            calls.append((args[1:], kwargs))
+
+        handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in self.layers]
+        try:
+            logits = self.lvlm.model(**inputs, use_cache=False).logits
+        finally:
+            for handle in handles:
+                handle.remove()
+        positions = answer.nonzero()[:, 0]
+        positions = positions[positions > 0]
+        replay = _Replay(states[self.start], calls, positions - 1, inputs["input_ids"][0, positions])
+        if not hasattr(self, "norm"):
+            self._find_tail(replay, logits)
+        return replay
+
+    def _find_tail(self, replay: _Replay, logits: Tensor) -> None:
+        """Find the final norm and the language head, and check that layers and tail give the model's own logits."""
+        model, anatomy = self.lvlm.model, self.lvlm.anatomy
+        owner = model.get_submodule(anatomy.layers.rpartition(".")[0])
+        names = [n for n in ("norm", "final_layernorm", "final_layer_norm", "ln_f") if hasattr(owner, n)]
+        head = model.get_output_embeddings()
+        text = model.config.get_text_config(decoder=True)
+        self.norm: Callable[[Tensor], Tensor] = getattr(owner, names[0]) if names else nn.Identity()
+        scale = float(getattr(text, "logit_scale", None) or 1) / float(getattr(text, "logits_scaling", None) or 1)
+        cap = getattr(text, "final_logit_softcapping", None)
+
+        def tail(state: Tensor) -> Tensor:
+            z = head(state) * scale
+            return z if cap is None else cap * torch.tanh(z / cap)
+
+        self.head = tail
+        state = replay.state
+        for i in range(self.start, self.n_layers):
+            state = self._run(self.layers[i], i, state, replay)
+        error = (self.head(self.norm(state)).float() - logits.float()).abs().max()
+        if head is None or not float(error) <= 1e-2 * float(logits.float().abs().max()):
+            raise SvlError(
+                f"{text.model_type} does more between its decoder layers and its logits than is known here, so "
+                "strategies that try removals out cannot be used; choose one that reads statistics"
+            )
+
+    def _run(self, layer: nn.Module, i: int, state: Tensor, replay: _Replay) -> Tensor:
+        args, kwargs = replay.calls[i]
+        output = layer(state, *args, **kwargs)
+        self.layer_forwards += len(state)
+        return output[0] if isinstance(output, tuple) else output
+
+    def _try(
+        self,
+        what: str,
+        measure: Callable[[Tensor, Tensor, Tensor], float],
+        removed: Collection[int],
+        candidates: Collection[int],
+    ) -> dict[int, float]:
+        """Sums of `measure(logits, base logits, targets)` (logits: fp32 [n, V]) per answer token, by row of `_sweep`."""
+
+        @torch.no_grad()
+        def compute() -> dict[str, float]:
+            tokens, total = 0, dict.fromkeys((BASE, *candidates), 0.0)
+            for replay, rows, states in self._sweep(removed, candidates):
+                base: Tensor | None = None
+                for logits, i in self._logits(states, rows, replay.positions):
+                    base = logits if base is None else base  # the first row
+                    total[i] += measure(logits, base, replay.targets)
+                tokens += len(replay.targets)
+            return {str(i): value / tokens for i, value in total.items()}
+
+        inputs = {"samples": len(self.examples), "removed": sorted(removed), "candidates": sorted(candidates)}
+        return {int(i): value for i, value in self.remember(what, inputs, compute).items()}
+
+    def _sweep(
+        self, removed: Collection[int], candidates: Collection[int]
+    ) -> Iterator[tuple[_Replay, tuple[int, ...], Tensor]]:
+        """For every sample: the rows (`BASE` for the base, then candidates ascending) and their states that leave the end.
+
+        The batch that enters layer i is the base with the candidates below i.
+        """
+        gone, tried = frozenset(removed), tuple(sorted(candidates))
+        depths = self._depths(tried)
+        for replay in self.show(self.replays, f"{len(tried)} removals", len(self.replays)):
+            rows: tuple[int, ...] = (BASE,)
+            begin, states = self.start, replay.state
+            for depth, (key, kept) in sorted(replay.kept.items(), reverse=True):
+                if key == (*sorted(i for i in gone if i < depth), BASE, *(i for i in tried if i < depth)):
+                    begin, rows, states = depth, (BASE, *(i for i in tried if i < depth)), kept
+                    break
+            for depth in [d for d in replay.kept if d > begin]:
+                del replay.kept[depth]
+            for i in range(begin, self.n_layers):
+                if i in depths and i > begin:
+                    replay.kept[i] = ((*sorted(k for k in gone if k < i), *rows), states)
+                if i in gone:
+                    continue
+                after = self._run(self.layers[i], i, states, replay)
+                if i in tried:
+                    after, rows = torch.cat([after, states[:1]]), (*rows, i)
+                states = after
+            yield replay, rows, states
+
+    def _depths(self, tried: tuple[int, ...]) -> set[int]:
+        """Where to keep states: as many depths as `memory` allows, evenly spaced between the candidates."""
+        state = sum(r.state.nbytes for r in self.replays)
+        for step in range(1, len(tried)):
+            depths = set(tried[step::step])
+            if sum(state * (1 + sum(i < d for i in tried)) for d in depths) <= self.memory:
+                return depths
+        return set()
+
+    def _logits(self, states: Tensor, rows: tuple[int, ...], positions: Tensor) -> Iterator[tuple[Tensor, int]]:
+        """Logits [n, vocabulary] at `positions`, row by row."""
+        step = max(1, TOKENS // len(positions))
+        for first in range(0, len(rows), step):
+            logits = self.head(self.norm(states[first : first + step, positions])).float()
+            yield from zip(logits, rows[first : first + step], strict=True)
+
+
+def _size(tensor: Tensor, power: int) -> float:
+    return float(tensor.abs().pow(power).sum(dtype=torch.float64))
+
+
+def _weights(layer: nn.Module) -> list[nn.Parameter]:
+    """A layer's weights: matrices and norms, not biases."""
+    return [p for name, p in layer.named_parameters() if not name.endswith("bias")]
+
+
+@contextmanager
+def _trainable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    parameters = list(parameters)
+    before = [p.requires_grad for p in parameters]
+    try:
+        for p in parameters:
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p, value in zip(parameters, before, strict=True):
+            p.requires_grad_(value)

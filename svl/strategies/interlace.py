@@ -1,0 +1,41 @@
+"""Disjoint triplets (INTERLACE, arXiv 2511.19676), layer selection only: nothing is fine-tuned here.
+
+Triplets [i, i + 3) are taken greedily by mean cos(h_i, h_{i+3}) over the selected tokens, each disjoint from those
+before. From each goes layer i or i + 1, whichever has the more similar input and output; the paper then trains the
+other one and freezes layer i + 2. Where triplets run out, pairs [i, i + 2) give layer i, then single layers go.
+
+Cost: one calibration pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from svl.core import Plan, Stats
+
+
+@dataclass(frozen=True)
+class Interlace:
+    """One layer out of every triplet, so that no two neighbours go."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"windows"})
+
+    def plan(self, stats: Stats, n_remove: int) -> Plan:
+        """Importance: 1 - cosine across each single layer."""
+        allowed, cosine = set(stats.candidates(n_remove)), stats.windows()
+        single = cosine.diagonal(1).tolist()
+        removed: list[int] = []
+        taken: set[int] = set()
+        for size in (3, 2, 1):
+            starts = range(stats.n_layers - size + (size == 1))  # windows that end on h_L are not looked at
+            for start in sorted(starts, key=lambda i: -float(cosine[i, i + size])):
+                window = range(start, start + size)
+                if len(removed) == n_remove or taken.intersection(window):
+                    continue
+                if choice := [i for i in window[: max(1, size - 1)] if i in allowed]:
+                    removed.append(max(choice, key=lambda i: single[i]))
+                    taken.update(window)
+        left = sorted(allowed.difference(removed), key=lambda i: -single[i])  # every window touches a taken one
+        removed += left[: n_remove - len(removed)]
+        return Plan(stats.n_layers, tuple(removed), tuple(1 - c for c in single))

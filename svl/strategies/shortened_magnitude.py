@@ -1,0 +1,37 @@
+"""Size of a block's weights (Shortened LLaMA, arXiv 2402.02834, the magnitude criterion). Needs no data.
+
+Importance of block i is the sum over its weights of |W|^power. The paper's "+" keeps the first four and the last two.
+
+Cost: no forward pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from svl.core import Plan, Stats, SvlError
+
+
+@dataclass(frozen=True)
+class ShortenedMagnitude:
+    """Remove the blocks of smallest weights.
+
+    Attributes:
+        protected: layers never removed; -1 is the last ("+").
+        power: 1 (as in the paper) or 2.
+    """
+
+    protected: tuple[int, ...] = (0, 1, 2, 3, -2, -1)
+    power: int = 1
+    needs: ClassVar[frozenset[str]] = frozenset({"weights"})
+
+    def __post_init__(self) -> None:
+        if self.power < 1:
+            raise SvlError(f"strategy.power is {self.power}, but must be at least 1")
+
+    def plan(self, stats: Stats, n_remove: int) -> Plan:
+        """Importance: the size."""
+        stats = stats.without(self.protected)
+        stats.candidates(n_remove)
+        return stats.plan(stats.model().magnitude(self.power), n_remove)

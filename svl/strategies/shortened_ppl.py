@@ -1,0 +1,36 @@
+"""Loss without each block (Shortened LLaMA, arXiv 2402.02834, the PPL criterion): one shot, no greedy steps.
+
+Importance of block i is the loss of the model without it (its perplexity, in the paper, ranks alike). The paper's "+"
+keeps the first four and the last two blocks.
+
+Cost: one loss per layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from svl.core import Plan, Stats
+
+
+@dataclass(frozen=True)
+class ShortenedPpl:
+    """Remove the blocks without which the loss is lowest.
+
+    Attributes:
+        protected: layers never removed; -1 is the last ("+").
+        samples: calibration samples that losses are measured on (null: all).
+    """
+
+    protected: tuple[int, ...] = (0, 1, 2, 3, -2, -1)
+    samples: int | None = None
+    needs: ClassVar[frozenset[str]] = frozenset({"probe"})
+
+    def plan(self, stats: Stats, n_remove: int) -> Plan:
+        """Importance: the loss without the layer."""
+        stats = stats.without(self.protected)
+        layers = stats.candidates(n_remove)
+        _, losses = stats.model().take(self.samples).losses((), layers)
+        ceiling = max(losses.values(), default=0.0)
+        return stats.plan([losses.get(i, ceiling) for i in range(stats.n_layers)], n_remove)

@@ -1,0 +1,35 @@
+"""First-order salience of a block's weights (Shortened LLaMA, arXiv 2402.02834, the Taylor criterion).
+
+Importance of block i is the sum over its weights of |W * dL/dW|, with the gradient summed over the calibration set
+before the absolute value, as released. The paper's "+" keeps the first four and the last two blocks, since the
+criterion ranks block 0, without which nothing works, among the least important.
+
+Cost: one forward and backward pass, and memory for the gradients of the decoder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from svl.core import Plan, Stats
+
+
+@dataclass(frozen=True)
+class ShortenedTaylor:
+    """Remove the blocks of least salience.
+
+    Attributes:
+        protected: layers never removed; -1 is the last ("+").
+        samples: calibration samples for the gradient (null: all).
+    """
+
+    protected: tuple[int, ...] = (0, 1, 2, 3, -2, -1)
+    samples: int | None = None
+    needs: ClassVar[frozenset[str]] = frozenset({"probe"})
+
+    def plan(self, stats: Stats, n_remove: int) -> Plan:
+        """Importance: the salience."""
+        stats = stats.without(self.protected)
+        stats.candidates(n_remove)
+        return stats.plan(stats.model().take(self.samples).taylor(), n_remove)

@@ -1,0 +1,45 @@
+"""Greedy removal by loss (SLEB, arXiv 2402.09025): switch every block off in turn, drop the one that is missed least.
+
+Repeated n times on top of what is removed already. The loss is that of the calibration set's answer tokens, of plain
+text every next token. The first and the last block still there are never tried.
+
+Cost for n of L layers, all removable: sum over steps k < n of (L - 2 - k) losses, e.g. 189 for 7 of 32. They take about
+half of as many forward passes or less (see `svl.probe`), and each is kept in the store, so that a longer search
+continues a shorter one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from svl.core import Plan, Stats, SvlError
+
+
+@dataclass(frozen=True)
+class Sleb:
+    """Greedy search.
+
+    Attributes:
+        samples: calibration samples that losses are measured on (null: all).
+    """
+
+    samples: int | None = None
+    needs: ClassVar[frozenset[str]] = frozenset({"probe"})
+
+    def plan(self, stats: Stats, n_remove: int) -> Plan:
+        """Importance: the loss added by the layer's own removal, at its step or, of kept ones, after the last."""
+        allowed, probe = stats.candidates(n_remove), stats.model().take(self.samples)
+        importance = [float("inf")] * stats.n_layers
+        removed: list[int] = []
+        for _ in range(n_remove):
+            alive = [i for i in range(stats.n_layers) if i not in removed]
+            base, losses = probe.losses(removed, [i for i in alive[1:-1] if i in allowed])
+            if not losses:
+                raise SvlError(f"all but the first and the last layer are gone after {len(removed)} of {n_remove}")
+            importance = [losses[i] - base if i in losses else importance[i] for i in range(stats.n_layers)]
+            removed.append(min(losses, key=lambda i: (losses[i], -i)))
+        finite = [x for x in importance if math.isfinite(x)]
+        ceiling = max(finite, default=0.0)
+        return Plan(stats.n_layers, tuple(removed), tuple(x if math.isfinite(x) else ceiling for x in importance))

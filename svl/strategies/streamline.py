@@ -1,0 +1,25 @@
+"""The contiguous block whose input and output are most similar (LLM-Streamline, arXiv 2403.19135, without its network).
+
+s(l, n) = mean over the selected tokens (the paper's: all) of cos(h_l, h_{l+n}); the block [l, l + n) of largest s goes.
+With its trained replacement the paper removes n + 1 layers and puts one back; nothing is trained or put back here.
+
+Cost: one calibration pass, whatever n.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from svl.core import Plan, Stats
+
+
+@dataclass(frozen=True)
+class Streamline:
+    """Block of largest cosine between its input and its output."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"windows"})
+
+    def plan(self, stats: Stats, n_remove: int) -> Plan:
+        """Remove one block of `n_remove` layers; importance is 1 - cosine across each single layer."""
+        return stats.window(1 - stats.windows(), n_remove)
