@@ -1,11 +1,8 @@
-"""The pruned model is the full model without the removed layers, in memory and as an exported checkpoint."""
+"""The pruned model is the full model without the removed layers, in memory."""
 
 from __future__ import annotations
 
 import copy
-import json
-import subprocess
-import sys
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -13,7 +10,7 @@ import pytest
 import torch
 
 import svl
-from svl import export, surgery
+from svl import surgery
 from svl.core import Patch, Plan, SvlError, Update
 from svl.surgery import apply, load_patch, pruned_config, save_patch
 
@@ -103,8 +100,8 @@ def test_tied_embeddings_stay_tied(llama, randomise, tmp_path):
     pruned = apply(replace(llama, model=model), Plan(4, (1,)))
     assert pruned.model.lm_head.weight is pruned.model.model.embed_tokens.weight
     assert pruned.model.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
-    path = export.save(pruned, Plan(4, (1,)), tmp_path / "tied")
-    again, info = type(model).from_pretrained(path, output_loading_info=True)
+    pruned.model.save_pretrained(tmp_path / "tied")
+    again, info = type(model).from_pretrained(tmp_path / "tied", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert again.lm_head.weight is again.model.embed_tokens.weight
@@ -234,117 +231,3 @@ def test_unknown_fields_that_may_be_per_layer_are_refused(llama):
     with pytest.raises(SvlError, match="'layer_magic' of llama may be per-layer"):
         pruned_config(config, Plan(4, (1,)))
     assert pruned_config(config, Plan(4, ())).layer_magic == [1, 2, 3, 4]  # nothing to prune, nothing to refuse
-
-
-# ----------------------------------------------------------------------------------------------- export
-
-READER = """
-import io, json, sys
-sys.modules["svl"] = None  # not installed
-import torch
-from PIL import Image
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
-
-torch.set_num_threads(1)
-results = {}
-for name, case in torch.load(sys.argv[1], weights_only=False).items():
-    auto = AutoModelForImageTextToText if case["images"] else AutoModelForCausalLM
-    model, info = auto.from_pretrained(case["path"], output_loading_info=True)
-    images = {"images": [Image.open(io.BytesIO(b)).convert("RGB") for b in case["images"]]} if case["images"] else {}
-    processor = (AutoProcessor if case["images"] else AutoTokenizer).from_pretrained(case["path"])
-    inputs = processor(text=case["texts"], **images, padding=True, padding_side="left", return_tensors="pt",
-                       add_special_tokens=False)
-    with torch.inference_mode():
-        results[name] = {
-            "info": {k: sorted(map(str, v)) for k, v in info.items() if v}, "config": model.config.to_dict(),
-            "ids": inputs["input_ids"], "logits": model.eval()(**inputs).logits,
-            **{cache: model.generate(**inputs, max_new_tokens=6, do_sample=False, suppress_tokens=[*range(9)],
-                                     use_cache=cache) for cache in (True, False)},
-        }
-torch.save(results, sys.argv[2])
-"""
-
-
-@pytest.fixture(scope="module")
-def reloaded(request, samples, tmp_path_factory):
-    """Exports of all three models, compensated, and what a fresh process without svl makes of them."""
-    folder = tmp_path_factory.mktemp("export")
-    plan = Plan(4, (0, 2), (0.1, 0.4, 0.2, 0.3), {"strategy": "test", "ratio": 0.5})
-    cases, pruned = {}, {}
-    for kind in ("llava", "qwen", "llama"):
-        lvlm = request.getfixturevalue(kind)
-        pruned[kind] = apply(lvlm, plan, Patch({(1, "mlp"): UPDATE, (3, "attn"): UPDATE}))
-        cases[kind] = {
-            "path": str(export.save(pruned[kind], plan, folder / kind, {"task": {"accuracy": 0.5}})),
-            "texts": [lvlm.prompt(e.prompt, image=lvlm.sees) for e in samples.items[:3]],
-            "images": [e.image_bytes for e in samples.items[:3]] if lvlm.sees else [],
-        }
-    torch.save(cases, folder / "cases.pt")
-    command = [sys.executable, "-I", "-c", READER, str(folder / "cases.pt"), str(folder / "results.pt")]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return folder, plan, pruned, torch.load(folder / "results.pt", weights_only=False)
-
-
-def test_exports_load_without_svl_and_compute_the_same(lm, reloaded, samples, encode, generate):
-    _, plan, pruned, results = reloaded
-    result, inputs = results[lm.name], encode(lm, samples.items[:3])
-    assert result["info"] == {}  # no missing, unexpected or mismatched key
-    assert torch.equal(result["ids"], inputs["input_ids"])
-    present = inputs["attention_mask"].bool()
-    torch.testing.assert_close(result["logits"][present], forward(pruned[lm.name].model, inputs), atol=1e-5, rtol=0)
-    ours = generate(pruned[lm.name].model, inputs).sequences
-    assert torch.equal(result[True], ours)
-    assert torch.equal(result[False], ours)
-    written = {**json.loads(plan.to_json()), "compensated": [], "key": None}
-    assert result["config"]["layer_pruning"] == written
-
-
-def test_exported_weights_are_bitwise_those_in_memory(lm, reloaded):
-    folder, _, pruned, _ = reloaded
-    again, memory = svl.load(folder / lm.name, device="cpu").model.state_dict(), pruned[lm.name].model.state_dict()
-    assert again.keys() == memory.keys()
-    assert all(torch.equal(again[name], tensor) for name, tensor in memory.items())
-
-
-def test_the_model_card_states_plan_results_and_how_to_load(lm, reloaded):
-    card = (reloaded[0] / lm.name / "README.md").read_text()
-    assert f"Layers [0, 2] (0-based) of `{lm.name}`" in card
-    assert f"# {lm.name}, 2 of 4 decoder layers" in card
-    assert ("AutoModelForImageTextToText" if lm.sees else "AutoModelForCausalLM") in card
-    assert '"strategy": "test"' in card
-    assert '"accuracy": 0.5' in card
-
-
-def test_an_export_remembers_its_run(llama, tmp_path):
-    path = export.save(apply(llama, Plan(4, (1,))), Plan(4, (1,)), tmp_path / "out", compensated=["0.mlp"], key="abc")
-    assert json.loads((path / "config.json").read_text())["layer_pruning"]["compensated"] == ["0.mlp"]
-    assert "0.mlp (layer.projection) were changed" in (path / "README.md").read_text()
-    assert export.key(path) == "abc"
-    export.check(path)
-    export.check(tmp_path / "new")
-    with pytest.raises(SvlError, match="exists already"):
-        export.check(tmp_path)
-    assert export.key(tmp_path) is None
-
-
-def test_exports_never_overwrite(llama, tmp_path):
-    target = tmp_path / "out"
-    target.mkdir()
-    (target / "mine.txt").write_text("precious")
-    with pytest.raises(SvlError, match="exists already"):
-        export.save(apply(llama, Plan(4, (1,))), Plan(4, (1,)), target)
-    assert [p.name for p in tmp_path.rglob("*")] == ["out", "mine.txt"]
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_an_interrupted_export_leaves_nothing(error, llama, tmp_path):
-    class Failing:
-        def save_pretrained(self, folder):
-            assert (folder / "model.safetensors").exists()  # it was well under way
-            raise error
-
-    pruned = replace(apply(llama, Plan(4, (1,))), processor=Failing())
-    with pytest.raises(error):
-        export.save(pruned, Plan(4, (1,)), tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
