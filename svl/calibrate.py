@@ -23,12 +23,11 @@ from torch import Tensor, nn
 from svl import attention, surgery
 from svl.core import Patch, Plan, Stats, SvlError, TokenSelector, TokenTrace, no_token
 from svl.data import Example, Examples
-from svl.models import Lvlm
+from svl.models import Lvlm, Show
 
 STATISTICS = ("cosine", "windows", "attention")
 FIELDS = ("visual", "cosine", "windows", "received", "emitted", "queries", "keys")
 CHUNK = 1024  # tokens whose states are compared at once
-Show = Callable[[Iterable[Any], str, int], Iterable[Any]]
 
 
 def silent(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
@@ -52,13 +51,14 @@ def calibrate(
     """
     batches = [examples.items[i : i + batch_size] for i in range(0, len(examples), batch_size)]
     traces: Iterable[TokenTrace]
+    measured = lvlm.map(lambda model, batch: measure(model, batch, statistics), batches, show, "calibrate")
     if folder is None:
-        traces = [t for batch in show(batches, "calibrate", len(batches)) for t in measure(lvlm, batch, statistics)]
+        traces = [trace for batch in measured for trace in batch]
     else:
-        for number, batch in enumerate(show(batches, "calibrate", len(batches))):
+        for number, batch in enumerate(measured):
             tensors = {
                 f"{t.index}.{field}": getattr(t, field).contiguous()
-                for t in measure(lvlm, batch, statistics)
+                for t in batch
                 for field in FIELDS
                 if getattr(t, field) is not None
             }
@@ -229,21 +229,24 @@ class Activations:
         items, selector = self.examples.items, self.stats.selector
         batches = [items[i : i + self.batch_size] for i in range(0, len(items), self.batch_size)]
         traces = iter(self.stats.traces)
-        for batch in self.show(batches, "compensate", len(batches)):
+
+        def run(model: Lvlm, batch: Sequence[Example]) -> tuple[Any, ...]:
             states: dict[int, Tensor] = {}
             reads: dict[tuple[int, str], Tensor] = {}
             writes: dict[tuple[int, str], Tensor] = {}
             with torch.inference_mode(), ExitStack() as stack:
-                inputs, present, _ = _encode(lvlm, batch)
+                inputs, present, _ = _encode(model, batch)
                 stack.enter_context(suppress(_EnoughError))
-                stack.enter_context(_state_hooks(lvlm, wanted, states, stop=True))
+                stack.enter_context(_state_hooks(model, wanted, states, stop=True))
                 for layer, role in writers:
-                    writer = lvlm.anatomy.writers[role][new[layer]]
-                    module = lvlm.layers[new[layer]].get_submodule(writer.module)
+                    writer = model.anatomy.writers[role][new[layer]]
+                    module = model.layers[new[layer]].get_submodule(writer.module)
                     stack.enter_context(_writer_hook(module, (layer, role), reads, writes))
-                _forward(lvlm, inputs)
-            for b in range(len(batch)):
-                here = present[b]
+                _forward(model, inputs)
+            return present, states, reads, writes
+
+        for present, states, reads, writes in lvlm.map(run, batches, self.show, "compensate"):
+            for b, here in enumerate(present):
                 weights = torch.ones(int(here.sum())) if selector is None else selector.weights(next(traces))
                 yield _Sample(
                     weights.to(present.device),

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from svl.core import Plan, SvlError, did_you_mean, one_of
 
 log = logging.getLogger(__name__)
+Show = Callable[[Iterable[Any], str, int], Iterable[Any]]
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Paths that hold layer stacks of their own which are not the language decoder.
@@ -113,6 +115,16 @@ class Lvlm:
     anatomy: Anatomy
     name: str = "model"
 
+    def map(
+        self, work: Callable[[Lvlm, Any], Any], batches: Sequence[Any], show: Show, what: str = ""
+    ) -> Iterator[Any]:
+        """What `work(lvlm, batch)` gives for every batch, in order; `show` displays progress.
+
+        All work on calibration data goes through here, as a model that does not fit in memory orders it otherwise.
+        """
+        for batch in show(batches, what, len(batches)):
+            yield work(self, batch)
+
     @property
     def layers(self) -> nn.ModuleList:
         """The decoder layers."""
@@ -181,6 +193,12 @@ class Lvlm:
             k: v.to(self.device, self.model.dtype) if v.is_floating_point() else v.to(self.device)
             for k, v in inputs.items()
         }
+
+    def place(self, batch_size: int) -> dict[str, Any]:
+        """What a speed depends on besides the model."""
+        cpu = f"{platform.machine()}, {torch.get_num_threads()} threads"
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu
+        return {"type": self.device.type, "name": name, "batch_size": batch_size}
 
     def parameters(self) -> int:
         """Number of parameters, tied ones counted once."""
@@ -278,7 +296,7 @@ def tied_layers(config: Any) -> dict[int, str]:
 
 def _protected(protect: str | Sequence[int], tied: dict[int, str], n_layers: int) -> dict[int, str]:
     """The layers that must stay, by the setting `model.protect`."""
-    if isinstance(protect, str):
+    if not isinstance(protect, list | tuple):
         one_of("model.protect", protect, ("auto", "none"))
         return tied if protect == "auto" else {}
     if wrong := [i for i in protect if i not in range(n_layers)]:
@@ -353,12 +371,18 @@ def load(
     Raises:
         SvlError: if the path is missing, holds no model, an incomplete one, or one without decoder layers.
     """
+    path = check_source(path, dtype)
+    kept = tuple(protect) if isinstance(protect, list | tuple) else protect
+    return _load(path, dtype, device, revision, layers, image_token, kept, name or Path(path).name, trust_remote_code)
+
+
+def check_source(path: str | Path, dtype: str) -> str:
+    """The path, as it is to be read; raises SvlError if it is a folder that does not exist, or `dtype` is none."""
     one_of("model.dtype", dtype, tuple(DTYPES))
     path = os.path.expanduser(path)
     if path.startswith((".", "/")) and not os.path.isdir(path):
         raise SvlError(f"model.path: there is no folder '{path}'")
-    kept = protect if isinstance(protect, str) else tuple(protect)
-    return _load(path, dtype, device, revision, layers, image_token, kept, name or Path(path).name, trust_remote_code)
+    return path
 
 
 def describe(path: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> tuple[Any, Any]:
@@ -391,34 +415,56 @@ def _load(
     name: str,
     trust: bool,
 ) -> Lvlm:
-    from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
-
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust}
     config, auto = describe(path, revision, trust)
-    sees = auto is AutoModelForImageTextToText or image_token_id(config) is not None
     try:
         model, info = auto.from_pretrained(path, dtype=DTYPES[dtype], output_loading_info=True, **source)
-        processor = (AutoProcessor if sees else AutoTokenizer).from_pretrained(path, **source)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise SvlError(f"cannot load a model from '{path}': {str(error).splitlines()[0]}") from error
-    token = _placeholder(config, processor, image_token) if sees else None
+    processor, token = load_processor(path, config, auto, image_token, **source)
     anatomy = find_anatomy(model, layers, image_token=token, protect=protect)
-    if sees and anatomy.image_token_id is None:  # going on would treat it as a text model
-        raise SvlError(
-            f"{config.model_type} models take images, but where in their prompts is not known: name the placeholder "
-            "with model.image_token="
-        )
     if missing := sorted(info["missing_keys"]):  # transformers would go on with random numbers in their place
         raise SvlError(f"the checkpoint '{path}' lacks {len(missing)} weights, {missing[0]} for one")
-    if device == "auto":
-        device = str(torch.accelerator.current_accelerator() or "cpu") if torch.accelerator.is_available() else "cpu"
     try:
-        model = nn.Module.to(model, torch.device(device)).eval()
+        model = nn.Module.to(model, find_device(device)).eval()
     except (RuntimeError, AssertionError) as error:
         raise SvlError(f"cannot use model.device='{device}': {str(error).splitlines()[0]}") from error
     lvlm = Lvlm(model, processor, anatomy, name)
     log.info("loaded %s: %d decoder layers, %.1f M parameters", name, anatomy.n_layers, lvlm.parameters() / 1e6)
     return lvlm
+
+
+def find_device(device: str) -> torch.device:
+    """A torch device; "auto" is the first accelerator, else the CPU."""
+    if device == "auto":
+        device = str(torch.accelerator.current_accelerator() or "cpu") if torch.accelerator.is_available() else "cpu"
+    return torch.device(device)
+
+
+def load_processor(
+    path: str | Path, config: Any, auto: Any, image_token: int | str | None = None, **source: Any
+) -> tuple[Any, int | None]:
+    """The processor of a model (a tokenizer for text-only ones) and the id of its image placeholder.
+
+    `config` and `auto` are as `describe` gives them, `source` what transformers needs to find the files.
+
+    Raises:
+        SvlError: if the processor is missing, or the model takes images and no one knows where in their prompts.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
+    sees = auto is AutoModelForImageTextToText or image_token_id(config) is not None
+    try:
+        processor: Any = (AutoProcessor if sees else AutoTokenizer).from_pretrained(path, **source)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SvlError(f"cannot load a model from '{path}': {str(error).splitlines()[0]}") from error
+    token = _placeholder(config, processor, image_token) if sees else None
+    if sees and token is None:  # going on would treat it as a text model
+        raise SvlError(
+            f"{config.model_type} models take images, but where in their prompts is not known: name the placeholder "
+            "with model.image_token="
+        )
+    return processor, token
 
 
 def _placeholder(config: Any, processor: Any, image_token: int | str | None) -> int | None:
