@@ -20,7 +20,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -130,18 +130,35 @@ def check_style(task: str, style: str, include_path: str | None) -> None:
     one_of(f"benchmark.tasks.{task}.style", style, ["default", *(s for s in styles if s != "default")])
 
 
-def evaluated() -> dict[tuple[str, str], str]:
-    """(data set, split) -> task, for every benchmark of svl: what nothing may be calibrated on."""
-    found = {}
-    for task in tasks(OWN):
-        config = settings(task, None)
-        found[data_set(config["dataset_path"]), config["test_split"]] = task
-    return found
+def check_apart(path: str, split: str | None, chosen: Iterable[str], include_path: str | None) -> None:
+    """Raise SvlError if calibration data are what a benchmark is scored on.
+
+    With a `split`, `path` is a data set: compared by name with those of the `chosen` tasks and of every task of svl
+    ("lmms-lab/ScienceQA" and a folder "ScienceQA" are the same). Without, it is a file: compared by content with the
+    chosen tasks' local files.
+    """
+    if split is not None:
+        for task in dict.fromkeys([*chosen, *tasks(OWN)]):
+            config = settings(task, include_path)
+            theirs = config.get("test_split") or config.get("validation_split") or ""
+            if _part(path, split) == _part(config.get("dataset_path") or "", theirs):
+                raise SvlError(
+                    f"calibration.split: '{split}' of {Path(path).name} is what benchmark task '{task}' is scored on; "
+                    "calibrate on another split"
+                )
+    elif (file := Path(path).expanduser()).is_file():
+        size = file.stat().st_size
+        for task in chosen:
+            source = find(task, include_path)
+            for other in data_files(source, settings(task, include_path)):
+                if other.stat().st_size == size and file_digest(other) == file_digest(file):
+                    raise SvlError(f"calibration.path: '{path}' is what benchmark task '{task}' is scored on")
 
 
-def data_set(path: str) -> str:
-    """What names of copies of one data set have in common: "lmms-lab/ScienceQA" and "ScienceQA" -> "scienceqa"."""
-    return re.sub(r"[^a-z0-9]", "", Path(path).name.lower())
+def _part(path: str, split: str) -> tuple[str, str]:
+    """A data set and its split, however they are written."""
+    name = re.sub(r"[^a-z0-9]", "", Path(path).name.lower())
+    return name, {"val": "validation", "dev": "validation"}.get(base := split.partition("[")[0], base)
 
 
 def _shipped() -> Path:

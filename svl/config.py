@@ -35,6 +35,8 @@ class Model:
     revision: str | None = None
     dtype: str = "auto"  # auto (as stored) | float32 | bfloat16 | float16
     device: str = "auto"
+    prompt: str = "chat"  # how conversations are written: chat (the checkpoint's template) | a style of svl.prompts
+    image_processor: dict[str, Any] = field(default_factory=dict)  # its settings, such as `size`: caps visual tokens
     layers: str | None = None  # dotted path of the decoder layers, where structure does not tell
     image_token: Any = None  # the image placeholder or its id, where config and processor do not tell
     protect: Any = "auto"  # layers that must stay: auto (those that others depend on) | none | a list
@@ -45,7 +47,13 @@ class Model:
 class Calibration:
     """Samples that statistics are measured on."""
 
-    path: str = MISSING  # parquet or JSON lines with `image` and `prompt`
+    path: str = MISSING  # a file, a folder of images, or (with `format`) a data set of the hub or a copy of it
+    format: str | None = None  # how rows of a data set become samples, see svl.data; null: own files
+    name: str | None = None  # configuration of the data set
+    split: str = "train"
+    revision: str | None = None
+    images: dict[str, str] = field(default_factory=dict)  # {name: configuration with the images, key: column}
+    prompt: str | None = None  # asked about images without a question
     samples: int | None = None  # null: all; else a subset drawn by `seed`
     seed: int = 0  # of the subset; independent of the root seed, so that random strategies share a calibration
     batch_size: int = 8

@@ -27,7 +27,6 @@ import json
 import logging
 import math
 import numbers
-import platform
 import random
 import statistics
 import sys
@@ -189,9 +188,7 @@ class Answerer(lmms):
 
     def place(self) -> dict[str, Any]:
         """What a speed depends on besides the model."""
-        device, threads = self.lvlm.device, f"{platform.machine()}, {torch.get_num_threads()} threads"
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
-        place = {"type": device.type, "name": name, "batch_size": self.batch_size}
+        place = self.lvlm.place(self.batch_size)
         return {**place, "processes": parallel.size()} if parallel.size() > 1 else place
 
     def generate_until(self, requests: list[Any]) -> list[str]:

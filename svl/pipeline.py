@@ -26,7 +26,7 @@ from tqdm import tqdm
 from svl import benchmarks, bundled, export, parallel, results
 from svl.config import PACKAGE, describe, validate
 from svl.core import Patch, Plan, Probe, Stats, layers_to_remove, one_of
-from svl.data import Examples, read_samples
+from svl.data import Examples, draw, read_samples, save
 from svl.store import Entry, Store, checkpoint_fingerprint, file_digest
 
 if TYPE_CHECKING:
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 MEASURED = frozenset({"cosine", "windows", "attention"})  # by the calibration pass
 PACKAGES = ("svl", "torch", "transformers", "lmms_eval", "datasets", "hydra-core", "wandb")
+
+
+SAMPLES = "samples.parquet"
 
 
 class Run:
@@ -56,6 +59,9 @@ class Run:
         self.fingerprint = checkpoint_fingerprint(self.path, model.revision, self.store.root / "fingerprint")
         parts = {"layers": model.layers, "image_token": model.image_token}
         self.model = {"fingerprint": self.fingerprint, "dtype": model.dtype, **parts}
+        self.written = {"prompt": model.prompt} if model.prompt != "chat" else {}  # how prompts and images are prepared
+        self.written |= {"image_processor": describe(model.image_processor)} if model.image_processor else {}
+        self.model |= self.written
         self.name = model.name or Path(model.path).name
         if cfg.export.path:
             export.check(cfg.export.path)
@@ -75,8 +81,20 @@ class Run:
     @cached_property
     def examples(self) -> Examples:
         """The calibration set."""
-        calibration = self.cfg.calibration
-        return read_samples(calibration.path, calibration.samples, calibration.seed)
+        c, tasks = self.cfg.calibration, self.cfg.benchmark.tasks
+        benchmarks.check_apart(c.path, c.split if c.format else None, tasks, self.cfg.benchmark.include_path)
+        if c.format is None:
+            return read_samples(c.path, c.samples, c.seed, c.prompt)
+        source = {
+            "format": c.format, "n": c.samples, "seed": c.seed, "name": c.name, "split": c.split,
+            "revision": c.revision, "prompt": c.prompt, "images": dict(c.images) or None,
+        }  # fmt: skip
+        if Path(c.path).expanduser().is_dir():
+            return draw(c.path, **source)
+        # what was drawn is kept: a run that is repeated needs no hub, and sees the same samples
+        drawn = lambda folder: save(draw(c.path, **source), folder / SAMPLES)  # noqa: E731
+        kept = self.store.make("data", {"path": c.path, **source}, drawn)
+        return read_samples(kept.path / SAMPLES)
 
     @cached_property
     def dense(self) -> Lvlm:
@@ -91,6 +109,10 @@ class Run:
             trust_remote_code=model.trust_remote_code,
         )  # fmt: skip
         self.loading += time.perf_counter() - began
+        if self.written:
+            from svl.prompts import styled
+
+            lvlm = styled(lvlm, model.prompt, self.written.get("image_processor"))
         return lvlm
 
     def make(self, stage: str, inputs: dict[str, Any], build: Callable[[Path], dict[str, Any]]) -> Entry:

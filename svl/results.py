@@ -23,7 +23,8 @@ from svl.store import Entry
 def summarise(pruned: Mapping[str, Entry], dense: Mapping[str, Entry], scales: Mapping[str, float]) -> dict[str, Any]:
     """`scores`, `average` (mean over tasks of main metric / scale) and `retained` (average / dense average).
 
-    The last two are None without tasks, or where a main metric is undefined for this model.
+    The last two are None without tasks, or where a main metric is undefined for this model; a share of a loss means
+    nothing, so `retained` is None for tasks whose lower values are better, too.
     """
     scores: dict[str, Any] = {}
     for task, entry in pruned.items():
@@ -38,7 +39,7 @@ def summarise(pruned: Mapping[str, Entry], dense: Mapping[str, Entry], scales: M
     if value is None or reference is None:
         return {"scores": scores, "average": None, "retained": None}
     average = {"value": value, "stderr": _error([m["stderr"] for m in main.values()], scales), "dense": reference}
-    if reference == 0:
+    if reference == 0 or not all(score.get("higher_is_better", True) for score in scores.values()):
         return {"scores": scores, "average": average, "retained": None}
     share = value / reference
     change = _error([change_error(pruned[task], dense[task], share) for task in pruned], scales)

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
+import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hydra import compose, initialize_config_dir
 from PIL import Image, ImageFile
 
+from svl import benchmarks, config, data
 from svl.core import SvlError
 from svl.data import Examples, read_samples
 
+config.register()
+ROOT = Path(__file__).parents[1]
 COLORS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (9, 9, 9)]
 
 
@@ -208,5 +215,130 @@ def test_a_corrupt_parquet_file_is_a_plain_error(tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(SvlError, match=r"calibration.path: there is no file '.*nope.parquet'"):
         read_samples(tmp_path / "nope.parquet")
-    with pytest.raises(SvlError, match="there is no file"):
+    with pytest.raises(SvlError, match=r"no image and no metadata.jsonl in the folder"):
         read_samples(tmp_path)
+
+
+# --------------------------------------------------------------------------------------- folders of images
+
+
+def test_a_folder_of_images_needs_no_file(tmp_path):
+    (tmp_path / "more").mkdir()
+    for i, content in enumerate(PICTURES):
+        (tmp_path / ("more" if i % 2 else "") / f"{i}.png").write_bytes(content)
+    (tmp_path / "notes.txt").write_text("no image")
+    examples = read_samples(tmp_path, prompt="What is it?")
+    assert [e.image.getpixel((0, 0)) for e in examples.items] == [COLORS[i] for i in (0, 2, 1, 3)]  # by path
+    assert {e.prompt for e in examples.items} == {"What is it?"}
+    assert {e.prompt for e in read_samples(tmp_path, 2).items} == {data.DESCRIBE}
+    rows = [{"file_name": f"more/{i}.png", "prompt": f"p{i}", "answer": i} for i in (3, 1)]
+    write_lines(tmp_path / "metadata.jsonl", *rows)
+    examples = read_samples(tmp_path)
+    assert [(e.prompt, e.answer, e.image.getpixel((0, 0))) for e in examples.items] == [
+        ("p3", "3", COLORS[3]),
+        ("p1", "1", COLORS[1]),
+    ]
+
+
+# ---------------------------------------------------------------------------------------------- data sets
+
+
+@pytest.fixture(scope="module")
+def standins(tmp_path_factory):
+    spec = importlib.util.spec_from_file_location("make_standins", ROOT / "scripts" / "make_standins.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    names = ["llava-instruct-mix-vsft", "coco_captions", "GQA", "ScienceQA", "A-OKVQA", "FineVision", "wikitext"]
+    return module.write(tmp_path_factory.mktemp("standins"), names)
+
+
+def chosen(choice, standins, **changes):
+    """What conf/calibration/<choice>.yaml draws, from the copy of its data set."""
+    with initialize_config_dir(str(config.CONF), version_base="1.3"):
+        c = compose("config", overrides=[f"calibration={choice}"]).calibration
+    options = {"format": c.format, "n": 5, "seed": 0, "name": c.name, "split": c.split, "prompt": c.prompt}
+    options |= {"images": dict(c.images) or None, **changes}
+    return data.draw(str(standins / c.path.split("/")[1]), **options)
+
+
+WANTED = {  # part of the first turn, part of its answer
+    "llava_instruct": ("What is in scene", "thing."),
+    "coco_captions": ("one-sentence caption", "thing, number"),
+    "gqa": ("Which colour does shape", ""),
+    "scienceqa": ("\nAnswer with the option's letter", ""),
+    "aokvqa": ("\nA. ", ""),
+    "finevision": ("Describe", "It is"),
+    "wikitext": ("is known for", ""),
+}
+
+
+@pytest.mark.parametrize("choice", WANTED)
+def test_every_data_set_gives_samples(choice, standins, tmp_path):
+    examples = chosen(choice, standins)
+    asked, said = WANTED[choice]
+    for example in examples.items:
+        assert asked in example.prompt
+        assert said in example.answer
+        assert example.plain == (choice == "wikitext")
+        assert example.plain or example.image.size == (32, 24)
+        assert example.plain or "<image>" not in example.prompt
+    assert len({e.image_bytes for e in examples.items}) > 1 or choice == "wikitext"
+    if choice in ("scienceqa", "aokvqa"):
+        assert {e.answer for e in examples.items} <= set("ABCD")
+    if choice == "wikitext":
+        assert all(len(e.prompt) >= data.CHARACTERS and "=" not in e.prompt for e in examples.items)
+    assert chosen(choice, standins).fingerprint == examples.fingerprint
+    assert chosen(choice, standins, seed=1).fingerprint != examples.fingerprint
+    data.save(examples, tmp_path / "kept.parquet")
+    kept = read_samples(tmp_path / "kept.parquet")
+    assert (kept.fingerprint, kept.answers) == (examples.fingerprint, examples.answers)
+
+
+def test_images_of_gqa_belong_to_their_questions(standins):
+    def rows(name):
+        (file,) = (standins / "GQA" / name).iterdir()
+        return pyarrow.parquet.read_table(file).to_pylist()
+
+    images = {row["id"]: row["image"]["bytes"] for row in rows("train_balanced_images")}
+    of = {row["question"]: images[row["imageId"]] for row in rows("train_balanced_instructions")}
+    assert all(of[e.prompt] == e.image_bytes for e in chosen("gqa", standins).items)
+
+
+def test_mistakes_with_data_sets_are_named(standins):
+    with pytest.raises(SvlError, match=r"calibration.format is 'choice'.*did you mean 'choices'"):
+        chosen("scienceqa", standins, format="choice")
+    with pytest.raises(SvlError, match=r"calibration\.samples is not set"):
+        chosen("scienceqa", standins, n=None)
+    with pytest.raises(SvlError, match=r"has \d+ samples in 'train', but calibration.samples is 500"):
+        chosen("scienceqa", standins, n=500)
+    with pytest.raises(SvlError, match="has no column 'caption'"):
+        chosen("scienceqa", standins, format="caption")
+    for wrong in ({"split": "tran"}, {"name": "ScienceQA-IMGS"}):
+        with pytest.raises(SvlError, match=r"calibration\.path: cannot read"):
+            chosen("scienceqa", standins, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("path", "split", "task"),
+    [
+        ("lmms-lab/ScienceQA", "test", "svl_scienceqa"),
+        ("/copies/ScienceQA", "test[:10]", "svl_scienceqa"),
+        ("HuggingFaceM4/A-OKVQA", "validation", "svl_aokvqa"),
+        ("other/AOKVQA", "val", "svl_aokvqa"),
+        ("Lin-Chen/MMStar", "val", "svl_mmstar"),
+        ("lmms-lab/MMBench", "dev", "svl_mmbench"),
+    ],
+)
+def test_nothing_is_calibrated_on_what_is_scored(path, split, task):
+    with pytest.raises(SvlError, match=f"'{re.escape(split)}' of .* is what benchmark task '{task}' is scored on"):
+        benchmarks.check_apart(path, split, [], None)
+    benchmarks.check_apart(path, "train", [], None)
+
+
+def test_no_file_is_both_calibration_set_and_benchmark(tmp_path):
+    tasks = str(ROOT / "svl" / "demo" / "tasks")
+    copied = shutil.copy(ROOT / "svl" / "demo" / "data" / "open.parquet", tmp_path / "mine.parquet")
+    with pytest.raises(SvlError, match=r"mine\.parquet' is what benchmark task 'svl_demo_open' is scored on"):
+        benchmarks.check_apart(str(copied), None, ["svl_demo_choice", "svl_demo_open"], tasks)
+    benchmarks.check_apart(str(copied), None, ["svl_demo_choice"], tasks)
+    benchmarks.check_apart(str(ROOT / "svl" / "demo" / "data" / "calibration.parquet"), None, ["svl_demo_open"], tasks)

@@ -20,7 +20,7 @@ ORDER = (
     {"regression"},
     {"config", "store", "data", "attention", "checkpoint", "card"},
     {"models", "benchmarks", "bundled", "results", "figures", "parallel"},
-    {"surgery", "skeleton"},
+    {"surgery", "skeleton", "prompts"},
     {"calibrate", *METHODS},
     {"probe"},
     {"export", "evaluate"},
