@@ -1,0 +1,553 @@
+"""Published layer-pruning methods against their formulas, brute force, and numbers that their authors give."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from svl.calibrate import Activations, _windows, calibrate, encode_answer, select
+from svl.compensation.linear import Linear
+from svl.compensation.linear_cosine import LinearCosine
+from svl.compensation.mean_update import MeanUpdate
+from svl.compensation.merge import Merge
+from svl.core import Patch, Plan, Stats, SvlError, TokenTrace, blends
+from svl.data import Example, Examples
+from svl.probe import ModelProbe
+from svl.selectors.simple import All, Last
+from svl.strategies.angular import Angular
+from svl.strategies.cosine import Cosine
+from svl.strategies.depth_shapley import DepthShapley
+from svl.strategies.interlace import Interlace
+from svl.strategies.laco import Laco
+from svl.strategies.shortened_magnitude import ShortenedMagnitude
+from svl.strategies.shortened_ppl import ShortenedPpl
+from svl.strategies.shortened_taylor import ShortenedTaylor
+from svl.strategies.sleb import Sleb
+from svl.strategies.spaced import Spaced
+from svl.strategies.streamline import Streamline
+from svl.surgery import apply
+
+# BI of LLaMA-2-7B on OpenWebText, published with arXiv 2407.16286.
+BI = (
+    ".4066 .2499 .1454 .1462 .1515 .1501 .1436 .1420 .1339 .1287 .1248 .1131 .1092 .1100 .1058 .1059 "
+    ".1062 .0839 .0756 .0637 .0616 .0466 .0440 .0365 .0347 .0308 .0332 .0299 .0332 .0337 .0603 .3072"
+)  # fmt: skip
+
+
+def states(layers: int, tokens: int, seed: int = 0, width: int = 8) -> torch.Tensor:
+    """A random residual stream [L + 1, T, d] in small steps."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(layers + 1, tokens, width, generator=generator).cumsum(0)
+
+
+def windowed(h: torch.Tensor, selector=None) -> Stats:
+    """What calibration measures on a stream: cosines of neighbours and of all pairs."""
+    pairs = _windows(list(h[:, None]))[0]
+    trace = TokenTrace(0, torch.zeros(h.shape[1], dtype=torch.bool), F.cosine_similarity(h[:-1], h[1:], dim=-1), pairs)
+    return Stats(len(h) - 1, tuple(range(len(h) - 1)), (trace,), selector or All())
+
+
+# ------------------------------------------------------------------------------- scores of activations
+
+
+def test_shortgpt_removes_the_layers_it_publishes():
+    importance = [float(x) for x in BI.split()]
+    assert Stats(32, tuple(range(32))).plan(importance, 9).removed == tuple(range(21, 30))
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+@pytest.mark.parametrize("seed", range(5))
+def test_windows_are_found_as_by_brute_force(n, seed):
+    h, depth = states(9, 7, seed).double(), 9
+    angle = {
+        s: sum(math.acos(F.cosine_similarity(h[s, t], h[s + n, t], dim=0)) for t in range(7))
+        for s in range(depth - n + 1)
+    }
+    similarity = {s: F.cosine_similarity(h[s], h[s + n], dim=-1).mean() for s in range(depth - n + 1)}
+    last = {s: math.acos(F.cosine_similarity(h[s, -1], h[s + n, -1], dim=0)) for s in range(1, depth - n + 1)}
+
+    def block(start):
+        return tuple(range(start, start + n))
+
+    assert Angular(first=0).plan(windowed(h), n).removed == block(min(angle, key=angle.get))
+    assert Angular().plan(windowed(h, Last()), n).removed == block(min(last, key=last.get))
+    assert Streamline().plan(windowed(h), n).removed == block(max(similarity, key=similarity.get))
+
+
+def test_windows_of_a_model_are_those_of_its_states(lm, samples):
+    stats = select(calibrate(lm, samples, statistics=("windows",), batch_size=3), All())
+    total, tokens = torch.zeros(5, 5, dtype=torch.float64), 0
+    for sample in Activations(lm, samples, stats).stream(range(5)):
+        h = torch.stack([sample.h(i) for i in range(5)]).double()
+        total += F.cosine_similarity(h[:, None], h[None], dim=-1).sum(-1)
+        tokens += h.shape[1]
+    measured = stats.windows()
+    assert measured.isnan().sum() == 15
+    torch.testing.assert_close(measured.nan_to_num(), (total / tokens).triu(1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(measured.diagonal(1), select(calibrate(lm, samples), All()).cosine(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_massive_activations_neither_overflow_nor_vanish(dtype):
+    """In fp16, dot products of such states are inf / inf, which some codes turn into a similarity of 0.5."""
+    h = states(4, 6, width=64)
+    h[:, 0, 3] = torch.tensor([6e4, 6e4, 5.9e4, 6e4, 5e4])
+    h[:, 2] *= 1e-3
+    h = h.to(dtype)
+    exact = F.cosine_similarity(h[:, None].double(), h[None].double(), dim=-1)
+    found = _windows(list(h[:, None]))[0]
+    i, j = torch.triu_indices(5, 5, 1)
+    torch.testing.assert_close(found.double(), exact[i, j], atol=1e-5, rtol=0)
+
+
+def test_windows_avoid_protected_layers():
+    stats = replace(windowed(states(6, 5)), removable=(0, 1, 3, 4, 5))
+    assert set(Streamline().plan(stats, 3).removed) == {3, 4, 5}
+    with pytest.raises(SvlError, match="no 4 layers in a row"):
+        Streamline().plan(stats, 4)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_spaced_layers_are_the_cheapest_that_keep_their_distance(seed):
+    stats = windowed(states(9, 5, seed))
+    importance = (1 - stats.cosine()).tolist()
+    for gap, n in itertools.product(range(3), range(1, 4)):
+        sets = [s for s in itertools.combinations(range(9), n) if all(b - a > gap for a, b in itertools.pairwise(s))]
+        assert Spaced(gap).plan(stats, n).removed == min(sets, key=lambda s: sum(importance[i] for i in s))
+    assert Spaced(0).plan(stats, 4).removed == Cosine().plan(stats, 4).removed
+    assert len(Spaced(3).plan(stats, 6).removed) == 6  # does not fit, so the gap shrinks
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_interlace_takes_one_layer_of_every_triplet(seed):
+    h = states(12, 5, seed)
+    stats, cosine = windowed(h), windowed(h).windows()
+    first = max(range(9), key=lambda i: cosine[i, i + 3])
+    single = Interlace().plan(stats, 1).removed
+    assert single == (max((first, first + 1), key=lambda i: cosine[i, i + 1]),)
+    for n in range(1, 4):
+        removed = Interlace().plan(stats, n).removed
+        assert all(b - a > 1 for a, b in itertools.pairwise(removed))
+    assert len(Interlace().plan(stats, 9).removed) == 9
+
+
+# ----------------------------------------------------------------------------------- losses of removals
+
+
+@pytest.fixture
+def plain(make_samples):
+    """The same samples as running text."""
+    return Examples("plain", tuple(replace(e, plain=True, image_bytes=None) for e in make_samples([5, 9, 12]).items))
+
+
+def naive(lvlm, examples, removed, labels=None):
+    """Loss of the rebuilt model, through its own forward pass; one sample at a time."""
+    model, total, n = apply(lvlm, Plan(lvlm.anatomy.n_layers, tuple(removed))).model, 0.0, 0
+    for example in examples.items:
+        inputs, answer = encode_answer(lvlm, example)
+        with torch.inference_mode():
+            logits = model(**inputs).logits[0].float()
+        where = [i for i in range(1, len(answer)) if answer[i]]
+        picked = F.cross_entropy(logits[[i - 1 for i in where]], inputs["input_ids"][0][where], reduction="sum")
+        total, n = total + float(picked), n + len(where)
+    return total / n
+
+
+@pytest.mark.parametrize("memory", [0, 2**31])
+def test_losses_are_those_of_rebuilt_models(lm, samples, memory):
+    probe = ModelProbe(lm, samples, memory=memory)
+    for removed in ((), (1,), (1, 3), (0, 3), (2,)):  # deeper, and back again
+        rest = [i for i in range(4) if i not in removed]
+        base, losses = probe.losses(removed, rest[:-1])
+        assert base == pytest.approx(naive(lm, samples, removed), abs=1e-5)
+        assert losses == pytest.approx({i: naive(lm, samples, (*removed, i)) for i in rest[:-1]}, abs=1e-5)
+
+
+def test_losses_of_text_count_every_next_token(llama, plain):
+    base, losses = ModelProbe(llama, plain).losses((), (1, 2))
+    total, n = 0.0, 0
+    for example in plain.items:
+        inputs = llama.encode([example.prompt])
+        with torch.inference_mode():
+            loss = llama.model(**inputs, labels=inputs["input_ids"]).loss
+        size = inputs["input_ids"].shape[1] - 1
+        total, n = total + float(loss) * size, n + size
+    assert base == pytest.approx(total / n, abs=1e-5)
+    assert losses.keys() == {1, 2}
+
+
+def test_only_the_answer_is_scored(vlm, samples):
+    for example in samples.items:
+        inputs, answer = encode_answer(vlm, example)
+        text = vlm.tokenizer.decode(inputs["input_ids"][0][answer], skip_special_tokens=True)
+        assert text.split() == [example.answer]
+        assert not (answer & (inputs["input_ids"][0] == vlm.anatomy.image_token_id)).any()
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(1, 14), min_size=1, max_size=4), st.integers(1, 4), st.integers(0, 99))
+def test_other_samples_and_their_padding_never_matter(llama, make_samples, lengths, batch_size, seed):
+    data = make_samples(lengths, image=False, seed=seed)
+    alone = [calibrate(llama, Examples("one", (e,))).traces[0] for e in data.items]
+    for one, trace in zip(alone, calibrate(llama, data, batch_size=batch_size).traces, strict=True):
+        torch.testing.assert_close(one.windows, trace.windows, atol=1e-5, rtol=0)
+    base, _ = ModelProbe(llama, data).losses((), ())
+    parts = [(ModelProbe(llama, Examples("one", (e,))).losses((), ())[0], e) for e in data.items]
+    counts = [int(encode_answer(llama, e)[1].sum()) for _, e in parts]
+    assert base == pytest.approx(sum(x * n for (x, _), n in zip(parts, counts, strict=True)) / sum(counts), abs=1e-5)
+
+
+def test_samples_without_answers_are_refused(llava, samples):
+    silent = Examples("silent", tuple(replace(e, answer="") for e in samples.items))
+    with pytest.raises(SvlError, match=r"needs answers, but 5 .* have none \(row 0\)"):
+        ModelProbe(llava, silent)
+
+
+def test_what_was_measured_is_not_measured_again(llama, samples):
+    known = {}
+
+    def remember(what, inputs, compute):
+        key = f"{what} {inputs}"
+        if key not in known:
+            known[key] = compute()
+        return known[key]
+
+    first = ModelProbe(llama, samples, remember=remember)
+    short = Sleb().plan(replace(calibrate(llama, samples), probe=first), 1)
+    again = ModelProbe(llama, samples, remember=remember)
+    assert Sleb().plan(replace(calibrate(llama, samples), probe=again), 1) == short
+    assert again.layer_forwards == 0
+    assert first.layer_forwards > 0
+
+
+class Counting:
+    """A probe whose loss is the sum of what its removed layers cost."""
+
+    def __init__(self, costs):
+        self.costs, self.asked = costs, 0
+
+    def take(self, samples):
+        return self
+
+    def losses(self, removed, candidates):
+        base = sum(self.costs[i] for i in removed)
+        self.asked += len(candidates)
+        return base, {i: base + self.costs[i] for i in candidates}
+
+
+@pytest.mark.parametrize(("n", "evaluations"), [(7, 189), (10, 255)])
+def test_sleb_evaluates_as_often_as_its_paper(n, evaluations):
+    costs = torch.randperm(32, generator=torch.Generator().manual_seed(n)).tolist()
+    probe = Counting(costs)
+    plan = Sleb().plan(Stats(32, tuple(range(32)), probe=probe), n)
+    assert probe.asked == evaluations
+    assert plan.removed == tuple(sorted(sorted(range(1, 31), key=costs.__getitem__)[:n]))
+
+
+def test_sleb_decides_like_a_search_over_rebuilt_models(lm, samples):
+    plan = Sleb().plan(replace(calibrate(lm, samples), probe=ModelProbe(lm, samples)), 2)
+    removed = []
+    for _ in range(2):
+        alive = [i for i in range(4) if i not in removed]
+        removed.append(min(alive[1:-1], key=lambda i: naive(lm, samples, (*removed, i))))
+    assert plan.removed == tuple(sorted(removed))
+    with pytest.raises(SvlError, match="after 2 of 3"):
+        Sleb().plan(replace(calibrate(lm, samples), probe=ModelProbe(lm, samples)), 3)
+
+
+def test_leaving_one_out(lm, samples):
+    stats = replace(calibrate(lm, samples), probe=ModelProbe(lm, samples))
+    base = naive(lm, samples, ())
+    effect = [naive(lm, samples, (i,)) - base for i in range(4)]
+    assert DepthShapley().plan(stats, 2).importance == pytest.approx(effect, abs=1e-5)
+    assert ShortenedPpl(protected=(0, -1)).plan(stats, 1).removed == (min((1, 2), key=effect.__getitem__),)
+
+    distance, n = 0.0, 0
+    without = apply(lm, Plan(4, (2,)))
+    for example in samples.items:
+        inputs, answer = encode_answer(lm, example)
+        with torch.inference_mode():
+            change = lm.model(**inputs).logits[0] - without.model(**inputs).logits[0]
+        where = answer.roll(-1)
+        where[-1] = False
+        distance, n = distance + float(change[where].norm(dim=-1).sum()), n + int(where.sum())
+    assert DepthShapley("logits").plan(stats, 2).importance[2] == pytest.approx(distance / n, rel=1e-4)
+
+
+def test_taylor_is_the_steepest_change_of_the_loss(llama, samples):
+    """The loss changes by sum |W dL/dW| per unit of W + s |W| sign(dL/dW), which a finite difference sees."""
+    salience = ModelProbe(llama, samples).taylor()
+    for i in range(4):
+        layer = llama.layers[i]
+        weights = [p for n, p in layer.named_parameters() if not n.endswith("bias")]
+        kept = [w.detach().clone() for w in weights]
+        for w in weights:
+            w.requires_grad_(True)
+        total, n = 0.0, 0
+        for example in samples.items:
+            inputs, answer = encode_answer(llama, example)
+            where = answer.nonzero()[:, 0]
+            logits = llama.model(**inputs).logits[0]
+            total = total + F.cross_entropy(logits[where - 1], inputs["input_ids"][0][where], reduction="sum")
+            n += len(where)
+        gradients = torch.autograd.grad(total / n, weights)
+        signs = [w.detach().abs() * g.sign() for w, g in zip(weights, gradients, strict=True)]
+        change = []
+        for step in (1e-4, -1e-4):
+            with torch.no_grad():
+                for w, old, sign in zip(weights, kept, signs, strict=True):
+                    w.copy_(old + step * sign)
+            change.append(naive(llama, samples, ()))
+        with torch.no_grad():
+            for w, old in zip(weights, kept, strict=True):
+                w.copy_(old)
+                w.requires_grad_(False)
+        assert (change[0] - change[1]) / 2e-4 == pytest.approx(salience[i], rel=2e-2)
+    plan = ShortenedTaylor(protected=(0,)).plan(replace(calibrate(llama, samples), probe=ModelProbe(llama, samples)), 1)
+    assert plan.removed == (min((1, 2, 3), key=salience.__getitem__),)
+
+
+def test_magnitudes_are_sums_over_a_layers_weights(qwen):
+    sums = [0.0] * 4
+    for name, tensor in qwen.model.state_dict().items():
+        if name.startswith(qwen.anatomy.layers) and name.endswith("weight"):
+            sums[int(name[len(qwen.anatomy.layers) + 1])] += float(tensor.double().abs().sum())
+    probe = ModelProbe(qwen, None)
+    assert probe.magnitude(1) == pytest.approx(sums, rel=1e-6)
+    plan = ShortenedMagnitude(protected=(0, -1)).plan(Stats(4, (0, 1, 2, 3), probe=probe), 1)
+    assert plan.removed == (min((1, 2), key=sums.__getitem__),)
+    assert probe.magnitude(2) != probe.magnitude(1)
+
+
+def test_protected_layers_count_from_both_ends():
+    stats = Stats(8, tuple(range(8)), probe=Counting([5, 4, 3, 2, 1, 0, 0, 0]))
+    assert ShortenedPpl(protected=(0, 1, -2, -1)).plan(stats, 2).removed == (4, 5)
+    with pytest.raises(SvlError, match="at most 2 may go"):
+        ShortenedPpl().plan(stats, 3)
+
+
+# ------------------------------------------------------------------------------------------------ merging
+
+
+def test_the_released_merge_keeps_the_last_layer_alone_and_the_papers_does_not():
+    steps = ((5, (6, 7)), (4, (5,)))
+    assert blends(steps[:1], "released") == {5: {7: 1.0}}
+    assert blends(steps[:1], "paper") == {5: {5: -1.0, 6: 1.0, 7: 1.0}}
+    assert blends(steps, "released") == {4: {7: 1.0}}
+    assert blends(steps, "paper") == {4: {5: -1.0, 6: 1.0, 7: 1.0}}
+    assert blends(((3, (4,)), (2, (3, 5))), "paper") == {2: {2: -1.0, 4: 1.0, 5: 1.0}}
+
+
+@pytest.mark.parametrize("formula", ["paper", "released"])
+def test_merged_weights_are_what_the_formula_says(lm, formula):
+    plan = Plan(4, (2, 3))
+    pruned = apply(lm, plan, Merge(formula).fit(None, plan))
+    old = [dict(layer.named_parameters()) for layer in lm.layers]
+    for name, now in pruned.layers[1].named_parameters():
+        if now.ndim < 2 and "norm" in name:
+            expected = old[1][name]
+        elif formula == "released":
+            expected = old[3][name]
+        else:
+            expected = old[2][name] + old[3][name] - old[1][name]
+        torch.testing.assert_close(now, expected, atol=1e-6, rtol=1e-5)
+    for (_, a), (_, b) in zip(pruned.layers[0].named_parameters(), lm.layers[0].named_parameters(), strict=True):
+        assert a is b or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("formula", ["paper", "released"])
+def test_laco_walks_down_as_its_threshold_lets_it(lm, samples, formula):
+    probe = ModelProbe(lm, samples)
+    stats = replace(calibrate(lm, samples), probe=probe)
+    all_gone = Laco(formula, threshold=-1.0, size=2).plan(stats, 0)
+    assert all_gone.removed == (1, 2, 3)
+    assert Laco(formula, threshold=1.0).plan(stats, 2).removed == ()
+    found = Laco(formula, size=2).plan(stats, 2)
+    assert len(found.removed) == 2
+    assert Plan.from_json(found.to_json()).merges == found.merges
+    merged = Patch(blends=blends(found.merges, formula))
+    assert Merge(formula).fit(None, found).blends == merged.blends
+
+    pruned, total = apply(lm, found, merged), 0.0
+    for example in samples.items:
+        inputs, _ = encode_answer(lm, example)
+        ends = []
+        for model in (lm, pruned):
+            with torch.inference_mode():
+                last = model.model(**inputs, output_hidden_states=True).hidden_states[-1]
+            ends.append(last.flatten())
+        total += float(F.cosine_similarity(*ends, dim=0))
+    assert probe.similarity(found, merged) == pytest.approx(total / 5, abs=1e-5)
+
+
+# ------------------------------------------------------------------------------------- maps for gaps
+
+
+class Stream:
+    """Hidden states of one removed layer (1 of 3) whose effect is given; layer 0 writes M."""
+
+    n_layers, writers = 3, ("attn", "mlp")
+
+    def __init__(self, written, gap, weights=None, bias=False):
+        self.weights = torch.ones(len(written)) if weights is None else weights
+        self.written, self.gap, self.bias = written, gap, bias
+        self.before = torch.randn(written.shape, generator=torch.Generator().manual_seed(9))
+
+    def has_bias(self, layer, writer):
+        return self.bias
+
+    def stream(self, points=(), writers=(), plan=None, patch=None):
+        assert (set(points), list(writers)) == ({1, 2}, [(0, "mlp")])
+        yield self
+
+    def h(self, i):
+        return self.before if i == 1 else self.before + self.gap
+
+    def wrote(self, layer, writer):
+        return self.written
+
+
+def rows(n, d=16, seed=0):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+PLAN = Plan(3, (1,))
+
+
+@pytest.mark.parametrize("shrink", ["identity", "zero"])
+def test_least_squares_finds_a_gap_that_is_linear(shrink):
+    written, change = rows(200), rows(16, seed=1) / 4
+    patch = Linear(ridge=0, shrink=shrink).fit(Stream(written, written @ change), PLAN)
+    torch.testing.assert_close(patch.updates[0, "mlp"].left, change.T, atol=1e-4, rtol=0)
+
+
+def test_least_squares_of_no_gap_is_the_identity():
+    written = rows(50)
+    for ridge in (0, 0.1):
+        left = Linear(ridge=ridge).fit(Stream(written, 0 * written), PLAN).updates[0, "mlp"].left
+        assert left.abs().max() < 1e-6
+    assert not Linear().fit(Stream(written, 0 * written), Plan(3, ()))
+    far = Linear(ridge=1e9, shrink="zero").fit(Stream(written, 0 * written), PLAN).updates[0, "mlp"].left
+    torch.testing.assert_close(far, -torch.eye(16), atol=1e-3, rtol=0)  # a large ridge pulls T to zero
+
+
+def test_the_ridge_means_the_same_at_any_scale_and_number_of_rows():
+    written, gap = rows(60), rows(60, seed=1)
+    fit = Linear(ridge=0.3).fit(Stream(written, gap), PLAN).updates[0, "mlp"].left
+    double = Linear(ridge=0.3).fit(Stream(written.repeat(2, 1), gap.repeat(2, 1)), PLAN).updates[0, "mlp"].left
+    scaled = Linear(ridge=0.3).fit(Stream(100 * written, 100 * gap), PLAN).updates[0, "mlp"].left
+    torch.testing.assert_close(fit, double)
+    torch.testing.assert_close(fit, scaled)
+
+
+def test_least_squares_weighs_tokens():
+    written, gap, weights = rows(80), rows(80, seed=1), torch.zeros(80)
+    weights[:40] = 1
+    half = Linear(ridge=0).fit(Stream(written[:40], gap[:40]), PLAN).updates[0, "mlp"].left
+    picked = Linear(ridge=0, rows="selected").fit(Stream(written, gap, weights), PLAN).updates[0, "mlp"].left
+    every = Linear(ridge=0, rows="all").fit(Stream(written, gap, weights), PLAN).updates[0, "mlp"].left
+    torch.testing.assert_close(half, picked)
+    assert (every - picked).abs().max() > 0.01
+
+
+def test_too_few_tokens_need_a_ridge():
+    written = rows(8)
+    with pytest.raises(SvlError, match=r"set compensation\.ridge above 0"):
+        Linear(ridge=0).fit(Stream(written, written), PLAN)
+    assert Linear(ridge=1e-3).fit(Stream(written, written), PLAN)
+    with pytest.raises(SvlError, match="leaves no token"):
+        Linear(rows="selected").fit(Stream(written, written, torch.zeros(8)), PLAN)
+    with pytest.raises(SvlError, match="not finite"):
+        Linear().fit(Stream(written, written * float("inf")), PLAN)
+
+
+def test_the_cosine_fit_turns_towards_the_gap():
+    written, change = rows(400), rows(16, seed=1) / 4
+    stream = Stream(written, written @ change)
+    for accurate in (False, True):
+        left = LinearCosine(lr=1e-2, epochs=60, batch=100, accurate=accurate).fit(stream, PLAN).updates[0, "mlp"].left
+        moved = written + written @ left.T
+        target = written + written @ change
+        if accurate:
+            moved, target = moved + stream.before - written, stream.h(2)
+        assert 1 - F.cosine_similarity(moved, target, dim=-1).mean() < 0.02
+    assert LinearCosine(epochs=0).fit(stream, PLAN).updates[0, "mlp"].left.abs().max() == 0
+
+
+def test_the_mean_update_goes_into_a_bias_where_there_is_one():
+    written, gap = rows(50), rows(50, seed=1) + 3
+    update = MeanUpdate().fit(Stream(written, gap, bias=True), PLAN).updates[0, "mlp"]
+    torch.testing.assert_close(update.shift, gap.mean(0))
+    assert update.left is None
+
+    constant = written.clone()
+    constant[:, 0] = 2.0  # a coordinate that is always the same carries a constant exactly
+    patch = MeanUpdate(ridge=0).fit(Stream(constant, gap), PLAN)
+    update = patch.updates[0, "mlp"]
+    torch.testing.assert_close(
+        (constant @ update.right.T) @ update.left.T, gap.mean(0).expand(50, -1), atol=1e-4, rtol=0
+    )
+    assert "0% of it missed" in patch.notes[0]
+
+
+@pytest.mark.parametrize("compensation", [Linear(ridge=1e-3), LinearCosine(lr=1e-3), MeanUpdate()])
+def test_maps_bring_the_pruned_model_closer(lm, make_samples, compensation):
+    data = make_samples([9, 12, 14, 10, 11, 13, 8, 12])
+    stats = select(calibrate(lm, data), All())
+    hidden, plan = Activations(lm, data, stats), Plan(4, (2,))
+    patch = compensation.fit(hidden, plan)
+    assert list(patch.updates) == [(1, "mlp")]
+
+    def distance(patch):
+        total = 0.0
+        for a, b in zip(hidden.stream([3]), hidden.stream([3], plan=plan, patch=patch), strict=True):
+            total += float(1 - F.cosine_similarity(a.h(3), b.h(3), dim=-1).mean())
+        return total
+
+    assert distance(patch) < distance(Patch())
+    first = compensation.fit(hidden, Plan(4, (0,)))
+    assert not first
+    assert "layer 0" in first.notes[0]
+
+
+def test_pruned_streams_keep_original_layer_numbers(lm, samples):
+    """What is read and written in the pruned model is what hooks on it see."""
+    plan = Plan(4, (1,))
+    pruned = apply(lm, plan)
+    hidden = Activations(lm, samples, select(calibrate(lm, samples), All()))
+    whole = Activations(pruned, samples, select(calibrate(pruned, samples), All()))
+    ours = hidden.stream([0, 1, 2, 3, 4], [(2, "mlp"), (3, "attn")], plan)
+    theirs = whole.stream([0, 1, 2, 3], [(1, "mlp"), (2, "attn")])
+    for a, b in zip(ours, theirs, strict=True):
+        for i, j in {0: 0, 1: 1, 2: 1, 3: 2, 4: 3}.items():
+            assert torch.equal(a.h(i), b.h(j))
+        for (i, j), role in zip(((2, 1), (3, 2)), ("mlp", "attn"), strict=True):
+            assert torch.equal(a.read(i, role), b.read(j, role))
+            assert torch.equal(a.wrote(i, role), b.wrote(j, role))
+        after = a.h(2) + a.wrote(2, "mlp")
+        assert not torch.equal(after, a.h(3))  # attention writes, too
+
+
+def test_one_calibration_serves_every_method(llava, samples):
+    forwards = []
+    handle = llava.layers[0].register_forward_pre_hook(lambda *_: forwards.append(1))
+    stats = calibrate(llava, samples, batch_size=2)
+    for selector in (All(), Last()):
+        for strategy in (Cosine(), Angular(), Streamline(), Interlace(), Spaced()):
+            for n in (1, 2):
+                strategy.plan(select(stats, selector), n)
+    handle.remove()
+    assert len(forwards) == 3  # batches of one pass
+
+
+def test_answers_of_every_kind_are_found(qwen):
+    one = Example(0, "x", answer="the of and")
+    with pytest.raises(SvlError, match="adds no token"):
+        encode_answer(qwen, replace(one, answer=""))
