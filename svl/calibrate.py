@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from svl import attention, surgery
-from svl.core import Patch, Plan, Stats, SvlError, TokenSelector, TokenTrace, no_token
+from svl.core import Patch, Plan, Stats, SvlError, TokenSelector, TokenTrace, Update, no_token
 from svl.data import Example, Examples
-from svl.models import Lvlm, Show
+from svl.models import Lvlm, Show, Writer
+from svl.replay import Replay, record
 
 STATISTICS = ("cosine", "windows", "attention")
 FIELDS = ("visual", "cosine", "windows", "received", "emitted", "queries", "keys")
@@ -137,8 +138,7 @@ def measure(lvlm: Lvlm, batch: Sequence[Example], statistics: Sequence[str]) -> 
     if states:
         whole["windows"] = _windows([states[i] for i in range(len(layers) + 1)]).cpu()
     if meter is not None:
-        if mapless := [i for i in layers if i not in meter.received]:
-            raise SvlError(f"layers {mapless} have no attention map to measure; {attention.WAY_OUT}")
+        meter.check(len(layers))
         for name in ("received", "emitted", "queries", "keys"):
             per_layer = getattr(meter, name)
             same = name in ("queries", "keys") and all(torch.equal(per_layer[0], per_layer[i]) for i in layers)
@@ -254,6 +254,78 @@ class Activations:
                     {key: x[b][here] for key, x in reads.items()},
                     {key: x[b][here] for key, x in writes.items()},
                 )
+
+    def walk(self, plan: Plan) -> Iterator[_Step]:
+        """Kept layers from the last one before the first removed layer on; see `core.Hidden`.
+
+        Raises:
+            SvlError: if the model does something between its layers that running them one by one leaves out.
+        """
+        first = next((i for i in plan.removed), self.n_layers) - 1
+        start, selector, kept = max(first, 0), self.stats.selector, [i for i in plan.kept if i >= first]
+        pairs = list(zip(self.examples.items, self.stats.traces, strict=True))
+        walkers = []
+        for example, trace in self.show(pairs, "record", len(pairs)):
+            inputs, present, _ = _encode(self.lvlm, [example])
+            if not bool(present.all()):
+                raise SvlError(f"calibration row {example.row} has padding of its own, which a walk cannot tell apart")
+            replay, _ = record(self.lvlm, inputs, start, check=not walkers)
+            weights = torch.ones(present.shape[1]) if selector is None else selector.weights(trace)
+            walkers.append(_Walker(replay, weights.to(present.device), replay.state, replay.state))
+        for here, following in zip(kept, [*kept[1:], self.n_layers], strict=True):
+            for walker in walkers:
+                for i in range(here, following):
+                    walker.dense = walker.run(self.lvlm.layers[i], i, walker.dense)
+            step = _Step(here, self.lvlm, walkers)
+            yield step
+            for walker in walkers:
+                walker.pruned = walker.run(self.lvlm.layers[here], here, walker.pruned, step.changed)
+
+
+@dataclass
+class _Walker:
+    """One sample on a walk: states [1, T, d] of the dense and of the pruned model."""
+
+    replay: Replay
+    weights: Tensor
+    dense: Tensor
+    pruned: Tensor
+
+    @torch.no_grad()
+    def run(self, layer: nn.Module, i: int, state: Tensor, changed: dict[str, Tensor] | None = None) -> Tensor:
+        return self.replay.run(layer, i, state, changed)
+
+
+@dataclass
+class _Step:
+    layer: int
+    lvlm: Lvlm
+    walkers: Sequence[_Walker]
+    changed: dict[str, Tensor] = field(default_factory=dict)
+
+    def rows(self, writer: str) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        layer = self.lvlm.layers[self.layer]
+        module = layer.get_submodule(self._writer(writer).module)
+        reads: dict[str, Tensor] = {}
+        with _writer_hook(module, writer, reads, {}):
+            for walker in self.walkers:
+                out = walker.run(layer, self.layer, walker.pruned, self.changed)
+                w = walker.weights if walker.weights.ndim == 1 else walker.weights[self.layer]
+                yield reads[writer][0].float(), out[0].float(), walker.dense[0].float(), w
+
+    def change(self, writer: str, delta: Tensor) -> None:
+        (name,) = self._writer(writer).matrices
+        layer = self.lvlm.layers[self.layer]
+        weight = self.changed.get(name, layer.get_parameter(name))
+        self.changed[name] = surgery.revise(weight, Update(delta=delta))
+
+    def _writer(self, role: str) -> Writer:
+        writer = self.lvlm.anatomy.writers[role][self.layer]
+        if not writer.single:
+            raise SvlError(
+                f"the writer '{role}' of layer {self.layer} is no single matrix, which this compensation needs"
+            )
+        return writer
 
 
 def select(stats: Stats, selector: TokenSelector) -> Stats:

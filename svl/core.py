@@ -402,6 +402,23 @@ class Sample(Protocol):
         ...
 
 
+class Step(Protocol):
+    """One kept layer on a walk through the pruned model."""
+
+    layer: int  # original index
+
+    def rows(self, writer: str) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Sample by sample: what `writer` reads [T, n_in], what the layer gives out [T, d], what it should, weights [T].
+
+        It should give out what the dense model passes to the next kept layer.
+        """
+        ...
+
+    def change(self, writer: str, delta: Tensor) -> None:
+        """Add `delta` [d, n_in] to the weight of `writer`; the walk goes on with the changed layer."""
+        ...
+
+
 class Hidden(Protocol):
     """Hidden states of the calibration set, streamed: nothing is kept between samples."""
 
@@ -424,6 +441,13 @@ class Hidden(Protocol):
         Gives h_i of every sample for each i in `points`, and what is read and written by each (layer, writer) of
         `writers`. With a plan (and a patch) the pruned model runs; layers keep their original indices, and h_i of a
         removed layer i is what enters the next kept one.
+        """
+        ...
+
+    def walk(self, plan: Plan) -> Iterator[Step]:
+        """Kept layers in order, from the last one before the first removed layer on, on pruned and dense states.
+
+        Keeps two hidden states per token of the calibration set. Samples run one by one, without padding.
         """
         ...
 

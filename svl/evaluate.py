@@ -22,7 +22,9 @@ Decisions (lmms-eval is pinned to 0.7.3; its stock adapters are not used, they t
 from __future__ import annotations
 
 import copy
+import gc
 import importlib.metadata
+import importlib.util
 import json
 import logging
 import math
@@ -30,6 +32,7 @@ import numbers
 import random
 import statistics
 import sys
+import tempfile
 import time
 from argparse import Namespace
 from collections import defaultdict
@@ -315,6 +318,59 @@ class Answerer(lmms):
     def generate_until_multi_round(self, requests: list[Any]) -> Any:
         """Not supported; `_load` refuses such tasks."""
         raise NotImplementedError
+
+
+def served(path: str, batch_size: int, options: dict[str, Any], template: str | None = None) -> Any:
+    """A checkpoint in vLLM, as `evaluate` takes it: lmms-eval's own adapter, with two corrections.
+
+    The adapter takes the larger of a task's cap and its own, which is no cap, and ignores stop strings.
+
+    Args:
+        path: folder, or hub id.
+        batch_size: requests that are handed over at once.
+        options: of `vllm.LLM`.
+        template: chat template to use instead of the checkpoint's own.
+
+    Raises:
+        SvlError: if vLLM is not installed.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise SvlError("evaluator=vllm needs vLLM (pip install vllm) and a GPU that it supports")
+    from lmms_eval.models.chat.vllm import VLLM
+
+    class Served(VLLM):
+        seconds, first = 0.0, ""
+
+        def clean(self) -> None:
+            """Nothing, as `Answerer.clean`."""
+
+        def close(self) -> None:
+            """Free the GPU for the next model."""
+            core = getattr(getattr(self.client, "llm_engine", None), "engine_core", None)
+            if core is not None:
+                core.shutdown()
+            del self.client
+            gc.collect()
+            torch.cuda.empty_cache()
+
+        def place(self) -> dict[str, Any]:
+            cuda = torch.cuda.is_available()
+            return {"type": "vllm", "name": torch.cuda.get_device_name() if cuda else "cpu", "batch_size": batch_size}
+
+        def _select_max_new_tokens(self, request_max_new_tokens: Any) -> int:
+            return request_max_new_tokens
+
+        def generate_until(self, requests: list[Any]) -> list[str]:
+            began = time.perf_counter()
+            answers = super().generate_until(requests)
+            self.seconds, self.first = time.perf_counter() - began, requests[0].args[0]
+            return [_cut(a.text, _settings(r)[1]) for r, a in zip(requests, answers, strict=True)]
+
+    with tempfile.TemporaryDirectory() as folder:
+        if template:  # as a file: in a text, the adapter takes a slash for a path
+            Path(folder, "template.jinja").write_text(template.replace("IMAGE", "<image>"))
+            options = {**options, "chat_template": str(Path(folder, "template.jinja"))}
+        return Served(model=path, batch_size=batch_size, **options)
 
 
 def _part(part: dict[str, Any], task: str) -> dict[str, Any]:

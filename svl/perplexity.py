@@ -50,8 +50,8 @@ def evaluate(
         SvlError: if there is no such task, metric or data, or a text has fewer than two tokens.
     """
     one_of(f"metric of task '{task}'", metric, METRICS)
-    (file,) = benchmarks.data_files(benchmarks.find(task, include_path), benchmarks.settings(task, include_path))
-    examples = read_samples(file).items
+    (texts,) = benchmarks.data_files(benchmarks.find(task, include_path), benchmarks.settings(task, include_path))
+    examples = read_samples(texts).items
     if limit is not None:
         examples = examples[: int(limit) if limit >= 1 else math.ceil(limit * len(examples))]
     began, losses, counts, sizes = time.perf_counter(), [], [], []

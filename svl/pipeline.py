@@ -12,7 +12,9 @@ import importlib.metadata
 import inspect
 import json
 import logging
+import os
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterable
@@ -57,8 +59,8 @@ class Run:
             one_of("model.protect", self.protect, ("auto", "none"))
         self.path = bundled.resolve(model.path, self.store)
         self.fingerprint = checkpoint_fingerprint(self.path, model.revision, self.store.root / "fingerprint")
-        parts = {"layers": model.layers, "image_token": model.image_token}
-        self.model = {"fingerprint": self.fingerprint, "dtype": model.dtype, **parts}
+        located = {"layers": model.layers, "image_token": model.image_token}
+        self.model = {"fingerprint": self.fingerprint, "dtype": model.dtype, **located}
         self.written = {"prompt": model.prompt} if model.prompt != "chat" else {}  # how prompts and images are prepared
         self.written |= {"image_processor": describe(model.image_processor)} if model.image_processor else {}
         self.model |= self.written
@@ -292,6 +294,8 @@ class Run:
         file = patch.manifest["files"].get("patch.safetensors") if patch else None
         weights = file[1] if file else None
         pruned = cache(lambda: self.prune(plan, patch))
+        serving = self.cfg.evaluator.name == "vllm"
+        served = cache(lambda: self.serve(plan, patch))
         what = f"{len(plan.removed)} of {plan.n_layers} layers removed" if plan.removed else "dense"
 
         limit = benchmark.limit
@@ -304,21 +308,47 @@ class Run:
             settings |= {} if style == "default" else {"style": style}
 
             def build(folder: Path) -> dict[str, Any]:
+                where = {"include_path": benchmark.include_path, "folder": folder, "describe": f"  {task}"}
+                if benchmarks.settings(task, benchmark.include_path).get("output_type") == "perplexity":
+                    from svl.perplexity import evaluate as read
+
+                    options = {"metric": metric, "limit": limit, "batch_size": benchmark.batch_size}
+                    return {**read(pruned(), task, **options, **where), "params": pruned().parameters()}
                 from svl.evaluate import evaluate
 
-                where = {"include_path": benchmark.include_path, "folder": folder, "describe": f"  {task}"}
                 where |= {"data": benchmark.data}
-                scores = evaluate(pruned(), task, batch_size=benchmark.batch_size, **settings, **where)
+                model = served() if serving else pruned()
+                scores = evaluate(model, task, batch_size=benchmark.batch_size, **settings, **where)
                 return {**scores, "params": pruned().parameters()}
 
             inputs = {"model": self.model, "removed": plan.removed, "weights": weights, "task": task}
             inputs |= {"benchmark": self.tasks[task], **settings}
+            inputs |= {"evaluator": describe(self.cfg.evaluator)} if serving else {}
             entry = self.make("score", inputs, build)
             value = entry.output["metrics"][metric]["value"]
             shown = "undefined" if value is None else f"{value:.3f}"
             return self.done("evaluate", entry, f"{what}: {task} {metric} {shown}")
 
-        return {task: evaluate(task) for task in self.tasks}
+        try:
+            return {task: evaluate(task) for task in self.tasks}
+        finally:
+            if served.cache_info().currsize:
+                served().close()
+
+    def serve(self, plan: Plan, patch: Entry | None) -> Any:
+        """The model in vLLM, which reads checkpoints: the dense one's own, or a temporary export."""
+        from svl.evaluate import served
+        from svl.prompts import STYLES
+
+        folder, made = Path(self.path), self.store.root / "tmp" / f"served-{os.getpid()}"
+        if plan.removed:
+            shutil.rmtree(made, ignore_errors=True)
+            folder = self.write(plan, patch, made)
+        benchmark, options = self.cfg.benchmark, describe(self.cfg.evaluator.options)
+        try:
+            return served(str(folder), benchmark.batch_size, options, STYLES.get(self.cfg.model.prompt))
+        finally:  # the weights are read
+            shutil.rmtree(made, ignore_errors=True)
 
     # ----------------------------------------------------------------------------------------- record
 
@@ -387,13 +417,17 @@ class Run:
         """The pruned checkpoint, if one is asked for and this run has not written it before."""
         path = self.cfg.export.path
         if path and export.key(path) != run.key:
-            model, commit = self.cfg.model, self.fingerprint.partition("@")[2] or self.cfg.model.revision
-            export.save(
-                self.path, plan, path, self.patch(patch), name=self.name, revision=commit, layers=model.layers,
-                protect=self.protect, trust_remote_code=model.trust_remote_code, result=run.output, key=run.key,
-            )  # fmt: skip
+            self.write(plan, patch, path, result=run.output, key=run.key)
         if path:
             log.info("  exported to %s", path)
+
+    def write(self, plan: Plan, patch: Entry | None, path: Path | str, **record: Any) -> Path:
+        """Save the checkpoint that is left."""
+        model, commit = self.cfg.model, self.fingerprint.partition("@")[2] or self.cfg.model.revision
+        return export.save(
+            self.path, plan, path, self.patch(patch), name=self.name, revision=commit, layers=model.layers,
+            protect=self.protect, trust_remote_code=model.trust_remote_code, **record,
+        )  # fmt: skip
 
     def track(self, run: Entry) -> None:
         """Stage `track`: mirror a finished run to the tracker, once. Failing to do so changes no result."""

@@ -23,8 +23,9 @@ from torch.nn import functional as F
 from svl import surgery
 from svl.calibrate import Show, encode_answer, silent
 from svl.core import Patch, Plan, SvlError
-from svl.data import Examples
+from svl.data import Example, Examples
 from svl.models import Lvlm
+from svl.replay import Replay, record
 
 Remember = Callable[[str, dict[str, Any], Callable[[], Any]], Any]
 log = logging.getLogger(__name__)
@@ -33,14 +34,18 @@ TOKENS = 2048  # tokens whose logits are computed at once
 
 
 @dataclass
-class _Replay:
-    """One sample, ready to run through the decoder layers from `start` on."""
+class _Scored:
+    """One sample, ready to run through the decoder layers."""
 
-    state: Tensor  # [1, T, d], enters layer `start`
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]  # what each layer is called with, besides the state
+    replay: Replay
     positions: Tensor  # [n], whose logits predict
     targets: Tensor  # [n], these tokens
     kept: dict[int, tuple[tuple[int, ...], Tensor]] = field(default_factory=dict)  # depth -> rows (see `_sweep`)
+
+    @property
+    def state(self) -> Tensor:
+        """[1, T, d], enters the first layer that may be removed."""
+        return self.replay.state
 
 
 class ModelProbe:
@@ -77,7 +82,7 @@ class ModelProbe:
         self.layer_forwards = 0  # rows through decoder layers, for cost reports
         if missing := [e.row for e in self.examples if not e.plain and not e.answer]:
             raise SvlError(f"a loss needs answers, but {len(missing)} calibration samples have none (row {missing[0]})")
-        self._replays: list[_Replay] | None = None
+        self._scored: list[_Scored] | None = None
 
     def take(self, samples: int | None) -> ModelProbe:
         """See `core.Probe`."""
@@ -89,12 +94,12 @@ class ModelProbe:
         return ModelProbe(self.lvlm, self.all, samples=samples, **options)
 
     @property
-    def replays(self) -> list[_Replay]:
+    def scored(self) -> list[_Scored]:
         """The samples, recorded on first use."""
-        if self._replays is None:
+        if self._scored is None:
             with torch.no_grad():
-                self._replays = [self._record(e) for e in self.show(self.examples, "record", len(self.examples))]
-        return self._replays
+                self._scored = [self._record(e) for e in self.show(self.examples, "record", len(self.examples))]
+        return self._scored
 
     # ------------------------------------------------------------------------------------------ the interface
 
@@ -123,16 +128,16 @@ class ModelProbe:
         @torch.no_grad()
         def compute() -> float:
             pruned, total = surgery.apply(self.lvlm, plan, patch), 0.0
-            for replay in self.replays:
+            for sample in self.scored:
                 ends = []
                 for layers, indices in ((self.layers, range(self.n_layers)), (pruned.layers, plan.kept)):
-                    state = replay.state
+                    state = sample.state
                     for layer, i in zip(layers, indices, strict=True):
                         if i >= self.start:
-                            state = self._run(layer, i, state, replay)
+                            state = self._run(layer, i, state, sample)
                     ends.append(self.norm(state).float().flatten())
                 total += float(F.cosine_similarity(ends[0], ends[1], dim=0))
-            return total / len(self.replays)
+            return total / len(self.scored)
 
         blends = {str(i): {str(k): c for k, c in terms.items()} for i, terms in patch.blends.items()}
         inputs = {"samples": len(self.examples), "removed": plan.removed, "blends": blends}
@@ -146,14 +151,14 @@ class ModelProbe:
         def compute() -> list[float]:
             weights = [w for group in groups.values() for w in group]
             sums = [torch.zeros_like(w, dtype=torch.float32) for w in weights]
-            tokens = sum(len(r.targets) for r in self.replays)
+            tokens = sum(len(r.targets) for r in self.scored)
             with _trainable(weights), torch.enable_grad():
-                for replay in self.show(self.replays, "gradients", len(self.replays)):
-                    state = replay.state
+                for sample in self.show(self.scored, "gradients", len(self.scored)):
+                    state = sample.state
                     for i in groups:
-                        state = self._run(self.layers[i], i, state, replay)
-                    logits = self.head(self.norm(state[0, replay.positions]))
-                    loss = F.cross_entropy(logits.float(), replay.targets, reduction="sum") / tokens
+                        state = self._run(self.layers[i], i, state, sample)
+                    logits = self.head(self.norm(state[0, sample.positions]))
+                    loss = F.cross_entropy(logits.float(), sample.targets, reduction="sum") / tokens
                     for total, gradient in zip(sums, torch.autograd.grad(loss, weights), strict=True):
                         total += gradient
             parts = iter([_size(w.detach().float() * g, 1) for w, g in zip(weights, sums, strict=True)])
@@ -168,31 +173,18 @@ class ModelProbe:
 
     # ------------------------------------------------------------------------------------------ machinery
 
-    def _record(self, example: Any) -> _Replay:
+    def _record(self, example: Example) -> _Scored:
         """Run one sample through the dense model and keep what its layers are called with."""
         inputs, answer = encode_answer(self.lvlm, example)
-        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        states: list[Tensor] = []
-
-        def keep(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            kwargs = dict(kwargs)
-            states.append(args[0] if args else kwargs.pop("hidden_states"))
-            calls.append((args[1:], kwargs))
-
-        handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in self.layers]
-        try:
-            logits = self.lvlm.model(**inputs, use_cache=False).logits
-        finally:
-            for handle in handles:
-                handle.remove()
+        replay, logits = record(self.lvlm, inputs, self.start, check=not hasattr(self, "norm"))
         positions = answer.nonzero()[:, 0]
         positions = positions[positions > 0]
-        replay = _Replay(states[self.start], calls, positions - 1, inputs["input_ids"][0, positions])
+        scored = _Scored(replay, positions - 1, inputs["input_ids"][0, positions])
         if not hasattr(self, "norm"):
-            self._find_tail(replay, logits)
-        return replay
+            self._find_tail(scored, logits)
+        return scored
 
-    def _find_tail(self, replay: _Replay, logits: Tensor) -> None:
+    def _find_tail(self, sample: _Scored, logits: Tensor) -> None:
         """Find the final norm and the language head, and check that layers and tail give the model's own logits."""
         model, anatomy = self.lvlm.model, self.lvlm.anatomy
         owner = model.get_submodule(anatomy.layers.rpartition(".")[0])
@@ -208,9 +200,9 @@ class ModelProbe:
             return z if cap is None else cap * torch.tanh(z / cap)
 
         self.head = tail
-        state = replay.state
+        state = sample.state
         for i in range(self.start, self.n_layers):
-            state = self._run(self.layers[i], i, state, replay)
+            state = self._run(self.layers[i], i, state, sample)
         error = (self.head(self.norm(state)).float() - logits.float()).abs().max()
         if head is None or not float(error) <= 1e-2 * float(logits.float().abs().max()):
             raise SvlError(
@@ -218,11 +210,9 @@ class ModelProbe:
                 "strategies that try removals out cannot be used; choose one that reads statistics"
             )
 
-    def _run(self, layer: nn.Module, i: int, state: Tensor, replay: _Replay) -> Tensor:
-        args, kwargs = replay.calls[i]
-        output = layer(state, *args, **kwargs)
+    def _run(self, layer: nn.Module, i: int, state: Tensor, sample: _Scored) -> Tensor:
         self.layer_forwards += len(state)
-        return output[0] if isinstance(output, tuple) else output
+        return sample.replay.run(layer, i, state)
 
     def _try(
         self,
@@ -231,17 +221,17 @@ class ModelProbe:
         removed: Collection[int],
         candidates: Collection[int],
     ) -> dict[int, float]:
-        """Sums of `measure(logits, base logits, targets)` (logits: fp32 [n, V]) per answer token, by row of `_sweep`."""
+        """Sums of `measure(logits [n, V], base logits, targets)` per answer token, by row of `_sweep`."""
 
         @torch.no_grad()
         def compute() -> dict[str, float]:
             tokens, total = 0, dict.fromkeys((BASE, *candidates), 0.0)
-            for replay, rows, states in self._sweep(removed, candidates):
+            for sample, rows, states in self._sweep(removed, candidates):
                 base: Tensor | None = None
-                for logits, i in self._logits(states, rows, replay.positions):
+                for logits, i in self._logits(states, rows, sample.positions):
                     base = logits if base is None else base  # the first row
-                    total[i] += measure(logits, base, replay.targets)
-                tokens += len(replay.targets)
+                    total[i] += measure(logits, base, sample.targets)
+                tokens += len(sample.targets)
             return {str(i): value / tokens for i, value in total.items()}
 
         inputs = {"samples": len(self.examples), "removed": sorted(removed), "candidates": sorted(candidates)}
@@ -249,36 +239,36 @@ class ModelProbe:
 
     def _sweep(
         self, removed: Collection[int], candidates: Collection[int]
-    ) -> Iterator[tuple[_Replay, tuple[int, ...], Tensor]]:
-        """For every sample: the rows (`BASE` for the base, then candidates ascending) and their states that leave the end.
+    ) -> Iterator[tuple[_Scored, tuple[int, ...], Tensor]]:
+        """For every sample: rows (`BASE`, then candidates ascending) and their states that leave the last layer.
 
         The batch that enters layer i is the base with the candidates below i.
         """
         gone, tried = frozenset(removed), tuple(sorted(candidates))
         depths = self._depths(tried)
-        for replay in self.show(self.replays, f"{len(tried)} removals", len(self.replays)):
+        for sample in self.show(self.scored, f"{len(tried)} removals", len(self.scored)):
             rows: tuple[int, ...] = (BASE,)
-            begin, states = self.start, replay.state
-            for depth, (key, kept) in sorted(replay.kept.items(), reverse=True):
+            begin, states = self.start, sample.state
+            for depth, (key, kept) in sorted(sample.kept.items(), reverse=True):
                 if key == (*sorted(i for i in gone if i < depth), BASE, *(i for i in tried if i < depth)):
                     begin, rows, states = depth, (BASE, *(i for i in tried if i < depth)), kept
                     break
-            for depth in [d for d in replay.kept if d > begin]:
-                del replay.kept[depth]
+            for depth in [d for d in sample.kept if d > begin]:
+                del sample.kept[depth]
             for i in range(begin, self.n_layers):
                 if i in depths and i > begin:
-                    replay.kept[i] = ((*sorted(k for k in gone if k < i), *rows), states)
+                    sample.kept[i] = ((*sorted(k for k in gone if k < i), *rows), states)
                 if i in gone:
                     continue
-                after = self._run(self.layers[i], i, states, replay)
+                after = self._run(self.layers[i], i, states, sample)
                 if i in tried:
                     after, rows = torch.cat([after, states[:1]]), (*rows, i)
                 states = after
-            yield replay, rows, states
+            yield sample, rows, states
 
     def _depths(self, tried: tuple[int, ...]) -> set[int]:
         """Where to keep states: as many depths as `memory` allows, evenly spaced between the candidates."""
-        state = sum(r.state.nbytes for r in self.replays)
+        state = sum(r.state.nbytes for r in self.scored)
         for step in range(1, len(tried)):
             depths = set(tried[step::step])
             if sum(state * (1 + sum(i < d for i in tried)) for d in depths) <= self.memory:

@@ -31,6 +31,13 @@ class Regression:
         self.energy += float((w * y * y).sum())
         self.weight += float(w.sum())
 
+    def with_rows_of(self, other: Regression) -> Regression:
+        """The regression on the rows of both, which have some each."""
+        both = Regression()
+        both.gram, both.cross = self.gram + other.gram, self.cross + other.cross  # type: ignore[operator]
+        both.energy, both.weight = self.energy + other.energy, self.weight + other.weight
+        return both
+
     def solve(self, ridge: float) -> Tensor:
         """B, fp64 [n_in, n_out].
 

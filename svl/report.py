@@ -35,11 +35,12 @@ from svl.store import Entry, Store
 
 HELP = """svl-report: tables and figures of finished runs
 
-  svl-report experiment=NAME [store=DIR] [out=DIR]
+  svl-report experiment=NAME [store=DIR] [out=DIR] [paper=FILE]
 
   experiment  name of the experiment or sweep
   store       where finished runs are (default: the environment variable SVL_STORE, or outputs/store)
   out         where the report goes (default: outputs/report/NAME)
+  paper       a CSV file for the numbers in the layout of experiments/paper; refused if a sample limit was used
 
 Prints a table and writes report.md, table.md, results.csv and the figures (PNG and PDF)."""
 
@@ -57,7 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         store = Store(settings.get("store") or os.environ.get("SVL_STORE") or "outputs/store")
         report = Report.read(store, settings.get("experiment"))
         report.show(Console())
+        paper = report.paper() if "paper" in settings else None
         files = report.write(Path(settings.get("out") or Path("outputs/report") / report.name))
+        if paper is not None:
+            with whole(Path(settings["paper"])) as path:
+                path.write_text(paper, encoding="utf-8")
+            files.append(Path(settings["paper"]))
         print("\nWritten (figures also as PDF):", *files, sep="\n  ")
         if command := report.wandb_sync():
             print(f"\nUpload to Weights & Biases:\n  {command}")
@@ -69,12 +75,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _settings(words: Iterable[str]) -> dict[str, str]:
     """`key=value` words as a dict."""
-    settings, known = {}, ("experiment", "store", "out")
+    settings, known = {}, ("experiment", "store", "out", "paper")
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or key not in known:
             hint = did_you_mean(key, known)
-            raise SvlError(f"'{word}' is not understood{hint}; use experiment=NAME [store=DIR] [out=DIR]")
+            raise SvlError(f"'{word}' is not understood{hint}; use experiment=NAME [store=DIR] [out=DIR] [paper=FILE]")
         settings[key] = value
     return settings
 
@@ -216,8 +222,15 @@ class Section:
         ]
         return sorted(rows, key=lambda row: (row.ratio, row.runs[0]["n_remove"], row.label))
 
+    def lower(self, task: str | None) -> bool:
+        """Whether lower values of a benchmark (None: of any) are better."""
+        scores = self.runs[-1]["scores"]
+        return any(not scores[t].get("higher_is_better", True) for t in (scores if task is None else (task,)))
+
     def scale(self, task: str | None) -> int:
         """100 where all values of a benchmark (None: the averages) are fractions, to be shown in %; else 1."""
+        if self.lower(task):
+            return 1
         values = [value for run in self.runs for key in ("value", "dense") if (value := _main(run, task).get(key))]
         return 100 if all(abs(value) <= 1 for value in values) else 1
 
@@ -231,9 +244,11 @@ class Section:
         units = [" %" if size == 100 else "" for size in scale.values()]
         header = ["strategy", "ratio", "removed", *map(str.__add__, heads, units), "retained %", "params", "speed"]
 
-        dense = [_number(Estimate(_main(run, task).get("dense")), size) for task, size in scale.items()]
+        places = {task: 3 if self.lower(task) else 1 for task in scale}  # losses are small numbers
+        dense = [_number(Estimate(_main(run, task).get("dense")), scale[task], places[task]) for task in scale]
+        retained = "–" if self.lower(None) else "100.0"
         table = [
-            ["dense", "0 %", f"0 / {cost['layers_dense']}", *dense, "100.0", _count(cost.get("params_dense")), "×1.00"]
+            ["dense", "0 %", f"0 / {cost['layers_dense']}", *dense, retained, _count(cost.get("params_dense")), "×1.00"]
         ]
         for row in self.rows:
             first, seeds = row.runs[0], len(row.runs)
@@ -242,8 +257,8 @@ class Section:
                     row.label if seeds == 1 else f"{row.label} ({seeds} seeds)",
                     f"{100 * row.ratio:g} %",
                     f"{first['n_remove']} / {first['cost']['layers_dense']}",
-                    *(_number(Estimate(row.score(task).value), scale[task]) for task in tasks),
-                    _number(row.score(None), scale[None]),
+                    *(_number(Estimate(row.score(task).value), scale[task], places[task]) for task in tasks),
+                    _number(row.score(None), scale[None], places[None]),
                     _number(Estimate(row.retained.value), 100),
                     _count(first["cost"].get("params")),
                     "–" if row.speed.value is None else f"×{row.speed.value:.2f}",
@@ -256,7 +271,8 @@ class Section:
                 for i, row in enumerate(self.rows, 1)
                 if row.ratio == ratio and (v := row.score(None).value) is not None
             }
-            best |= {i for i, value in rivals.items() if len(rivals) > 1 and value == max(rivals.values())}
+            winner = min if self.lower(None) else max
+            best |= {i for i, value in rivals.items() if len(rivals) > 1 and value == winner(rivals.values())}
         return header, table, best
 
     def notes(self) -> list[str]:
@@ -301,11 +317,12 @@ class Section:
         return shown
 
 
-def _number(estimate: Estimate, scale: float) -> str:
-    """Value and error with one decimal, both times `scale`."""
+def _number(estimate: Estimate, scale: float, places: int = 1) -> str:
+    """Value and error with so many decimals, both times `scale`."""
     if estimate.value is None:
         return "–"
-    return f"{scale * estimate.value:.1f}" + (f" ± {scale * estimate.error:.1f}" if estimate.error is not None else "")
+    error = "" if estimate.error is None else f" ± {scale * estimate.error:.{places}f}"
+    return f"{scale * estimate.value:.{places}f}{error}"
 
 
 def _count(n: int | None) -> str:
@@ -478,6 +495,33 @@ class Report:
         if command := self.wandb_sync():
             parts += ["## Weights & Biases", f"```bash\n{command}\n```"]
         return "\n\n".join(parts) + "\n"
+
+    def paper(self) -> str:
+        """Main metrics and averages in the layout and the units of experiments/paper (CSV), the dense model first.
+
+        Raises:
+            SvlError: if a sample limit was used: such numbers are no results.
+        """
+        out = io.StringIO()
+        table = csv.writer(out, lineterminator="\n")
+        table.writerow(["model", "method", "pruning_ratio", "benchmark", "score", "samples_per_second"])
+        for section in self.sections:
+            first = section.runs[-1]
+            if first["limit"] is not None:
+                raise SvlError(f"'{section.title}' is no table for a paper: run it without benchmark.limit")
+            tasks = [*first["scores"], None]
+            dense = {task: Estimate(_main(first, task).get("dense")) for task in tasks}
+            lines = [("dense", 0.0, dense, first["cost"].get("samples_per_second_dense"))]
+            for row in section.rows:
+                scores = {task: row.score(task) for task in tasks}
+                lines.append((row.label, row.ratio, scores, row.runs[0]["cost"].get("samples_per_second")))
+            for label, ratio, scores, speed in lines:
+                for task, estimate in scores.items():
+                    name = "average" if task is None else task.removeprefix("svl_")
+                    value = "" if estimate.value is None else f"{section.scale(task) * estimate.value:.1f}"
+                    rate = f"{speed:.2f}" if speed and task is None else ""
+                    table.writerow([first["model"], label, ratio, name, value, rate])
+        return out.getvalue()
 
     def _csv(self) -> str:
         """Tidy results: one row per run and metric, in the units of the result."""

@@ -8,6 +8,7 @@ start at once.
 from __future__ import annotations
 
 import io
+import json
 import random
 from pathlib import Path
 
@@ -32,6 +33,71 @@ TEMPLATE = (
     "{% if item['type'] == 'image' %}MARK{% else %}{{ item['text'] }}{% endif %}{% endfor %}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %} assistant{% endif %}"
 )
+
+
+# --------------------------------------------------------------------------------- results of families as a table
+
+
+def pytest_addoption(parser):
+    parser.addoption("--families", metavar="FILE", help="write results of tests marked `column` to this JSON file")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "column(*names): the test's result, by its `family`, fills these of the table")
+    if config.getoption("--families") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_Table(Path(config.getoption("--families"))))
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if mark := item.get_closest_marker("column"):
+            item.user_properties.append(("column", [item.callspec.params["family"], list(mark.args)]))
+
+
+@pytest.fixture
+def verdict(request):
+    """Says what a passing test has shown ("exact", "refused"), and facts for the table."""
+
+    def say(word: str, **facts):
+        request.node.user_properties.append(("verdict", [word, facts]))
+
+    return say
+
+
+class _Table:
+    """Collects results by family and column; one failed test fails its cell. Cells that no test filled stay."""
+
+    def __init__(self, file: Path):
+        self.file, self.cells, self.facts = file, {}, {}
+
+    def pytest_runtest_logreport(self, report):
+        properties = dict(report.user_properties)
+        if "column" not in properties or (report.when != "call" and report.passed):
+            return
+        family, columns = properties["column"]
+        word, facts = properties.get("verdict", ["", {}])
+        for column in columns:
+            self.cells.setdefault((family, column), []).append(word if report.passed else report.outcome)
+            self.facts.setdefault(family, {}).update(
+                {f"{column}_note" if k == "note" else k: v for k, v in facts.items()}
+            )
+
+    def pytest_sessionfinish(self):
+        import torch
+        import transformers
+
+        table = json.loads(self.file.read_text()) if self.file.exists() else {"families": {}}
+        for (family, column), words in self.cells.items():
+            row = table["families"].setdefault(family, {})
+            bad = [word for word in words if word in ("failed", "skipped")]
+            row[column] = bad[0] if bad else next(filter(None, words), "exact")
+        for family, facts in self.facts.items():
+            table["families"][family].update(facts)
+        table["versions"] = {"torch": torch.__version__.partition("+")[0], "transformers": transformers.__version__}
+        self.file.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------- tiny checkpoints
 
 
 def _tokenizer(kind: str):
@@ -215,6 +281,7 @@ def make_samples():
                     row,
                     " ".join(chance.choices(WORDS.split(), k=length)),
                     png(seed + row, 16 + 8 * (row % 2), 16 + 8 * (row % 3)) if image else None,
+                    WORDS.split()[row % 5],
                 )
                 for row, length in enumerate(lengths)
             ),
