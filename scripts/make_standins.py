@@ -339,7 +339,7 @@ def finevision() -> tuple[dict[str, Any], Rows]:
 def wikitext() -> tuple[dict[str, Any], Rows]:
     """Lines: headings, paragraphs and empty ones."""
     lines = []
-    for i in range(12):
+    for i in range(60):
         lines += [
             "",
             f" = Article {i} = \n",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import re
+import shutil
 import sys
+import tempfile
 import time
 import traceback
 from contextlib import suppress
@@ -22,7 +25,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from svl import config
+from svl import config, parallel
 from svl.core import SvlError, did_you_mean
 from svl.store import cannot_write
 
@@ -48,6 +51,8 @@ class CountJobs(Callback):
 @hydra.main(version_base="1.3", config_path=str(config.CONF), config_name="config")
 def app(cfg: DictConfig) -> None:
     """Run one configuration."""
+    if parallel.rank() > 0:
+        logging.getLogger("svl").setLevel(logging.ERROR)
     info = HydraConfig.get()
     sweeping = info.mode == RunMode.MULTIRUN
     if not sweeping and (swept := info.sweeper.get("params")):
@@ -82,6 +87,10 @@ def progress(done: int) -> str:
 
 def main() -> None:
     """Entry point: mistakes in the input become one line and exit code 1; bugs keep their traceback."""
+    if parallel.rank() > 0:  # of several processes, the first one speaks and writes
+        scratch = tempfile.mkdtemp()
+        atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+        sys.argv += [f"hydra.run.dir={scratch}", f"hydra.sweep.dir={scratch}"]
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         app()
         return

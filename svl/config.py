@@ -19,7 +19,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from svl.core import SvlError, did_you_mean, layers_to_remove
+from svl.core import SvlError, did_you_mean, layers_to_remove, one_of
 
 PACKAGE = Path(__file__).parent
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # installed, or a checkout
@@ -87,6 +87,14 @@ class Benchmark:
 
 
 @dataclass
+class Evaluator:
+    """What answers the questions."""
+
+    name: str = "transformers"  # | vllm
+    options: dict[str, Any] = field(default_factory=dict)  # of vllm.LLM
+
+
+@dataclass
 class Paths:
     """Where results go."""
 
@@ -111,6 +119,7 @@ class Svl:
     strategy: Any = MISSING
     compensation: Any = MISSING
     benchmark: Benchmark = field(default_factory=Benchmark)
+    evaluator: Evaluator = field(default_factory=Evaluator)
     tracker: Any = MISSING
     paths: Paths = field(default_factory=Paths)
     export: Export = field(default_factory=Export)
@@ -214,6 +223,12 @@ def validate(cfg: DictConfig) -> dict[str, Any]:
     for task, settings in cfg.benchmark.tasks.items():
         if settings.scale <= 0:
             raise SvlError(f"benchmark.tasks.{task}.scale is {settings.scale:g}, but must be above 0")
+    one_of("evaluator.name", cfg.evaluator.name, ("transformers", "vllm"))
+    if cfg.benchmark.tasks and cfg.evaluator.name == "vllm":
+        if importlib.util.find_spec("vllm") is None:
+            raise SvlError("evaluator=vllm needs vLLM (pip install vllm) and a GPU that it supports")
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise SvlError("evaluator=vllm starts processes itself: run it without torchrun, see evaluator.options")
     if cfg.benchmark.tasks and importlib.util.find_spec("lmms_eval") is None:
         raise SvlError("benchmarks need lmms-eval: pip install 'svl[eval]', or run with benchmark=none")
     return {group: build(cfg[group], group) for group in METHODS}

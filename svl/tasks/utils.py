@@ -29,7 +29,7 @@ from svl.demo.tasks.utils import (  # noqa: F401 (some are for the YAML files be
 )
 
 LETTERS = "ABCDEFGHIJ"
-_SAID = re.compile(r"\b(?:answer|option|choice)\b(?:\s+is|\s*:)?\s*\(?([A-J])\b(?!')")
+_SAID = re.compile(r"\b(?i:answer|option|choice)\b(?:\s+is|\s*:)?\s*\(?([A-J])\b(?!')")
 _LISTED = re.compile(r"^\s*([A-J])[.:)]\s+(.+?)\s*$", re.MULTILINE)
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 
