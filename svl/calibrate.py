@@ -264,7 +264,7 @@ class Activations:
         first = next((i for i in plan.removed), self.n_layers) - 1
         start, selector, kept = max(first, 0), self.stats.selector, [i for i in plan.kept if i >= first]
         pairs = list(zip(self.examples.items, self.stats.traces, strict=True))
-        walkers = []
+        walkers: list[_Walker] = []
         for example, trace in self.show(pairs, "record", len(pairs)):
             inputs, present, _ = _encode(self.lvlm, [example])
             if not bool(present.all()):
@@ -323,7 +323,7 @@ class _Step:
         writer = self.lvlm.anatomy.writers[role][self.layer]
         if not writer.single:
             raise SvlError(
-                f"the writer '{role}' of layer {self.layer} is no single matrix, which this compensation needs"
+                f"the writer '{role}' of layer {self.layer} has several matrices; this compensation needs one"
             )
         return writer
 

@@ -408,7 +408,7 @@ class Step(Protocol):
     layer: int  # original index
 
     def rows(self, writer: str) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Sample by sample: what `writer` reads [T, n_in], what the layer gives out [T, d], what it should, weights [T].
+        """Per sample: what `writer` reads [T, n_in], what the layer gives out and what it should [T, d], weights [T].
 
         It should give out what the dense model passes to the next kept layer.
         """

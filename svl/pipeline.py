@@ -192,11 +192,12 @@ class Run:
             plan = self.strategy.plan(measured, n_remove)
             if source:
                 score_example(measured, source.path, folder)
+            data = self.examples.fingerprint if source or losses else None
             honoured = cfg.n_remove is None and len(plan.removed) == n_remove
             protected = source.output["protected"] if source else self.dense.anatomy.protected
             provenance = {
                 "ratio": cfg.ratio if honoured else len(plan.removed) / plan.n_layers, "n_remove": len(plan.removed),
-                "model_fingerprint": self.fingerprint, "calibration": self.examples.fingerprint if source or losses else None,
+                "model_fingerprint": self.fingerprint, "calibration": data,
             }  # fmt: skip
             provenance |= {"protected": {str(i): why for i, why in protected.items()}} if protected else {}
             (folder / "plan.json").write_text(dataclasses.replace(plan, provenance=provenance).to_json())

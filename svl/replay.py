@@ -68,7 +68,7 @@ def record(lvlm: Lvlm, inputs: dict[str, Tensor], start: int, check: bool = Fals
             state = replay.run(lvlm.layers[i], i, state)
         if not torch.allclose(state.float(), states[-1].float(), rtol=1e-2, atol=1e-2 * float(state.abs().max())):
             raise SvlError(
-                f"'{lvlm.name}' does more between its decoder layers than pass on a state, so they cannot be run one by "
+                f"'{lvlm.name}' does more between its decoder layers than pass on a state, so they cannot run one by "
                 "one; choose a strategy and a compensation that only read statistics"
             )
     return replay, logits

@@ -36,7 +36,7 @@ class Refit:
         rows: selected (tokens weighted by the selector) | all.
     """
 
-    ridges: tuple[float, ...] = (0.3, 1.0, 3.0)
+    ridges: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
     fold: int = 5
     layers: str = "all"
     rows: str = "all"
