@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw
 
 GRID, CELL = 4, 16
 SIDE = GRID * CELL  # image side in pixels
+COUNT = (4, 8)  # shapes of a scene, at least and at most
 
 COLORS = {
     "red": (214, 40, 40),
@@ -60,10 +61,16 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """The shapes of an image and its background (two RGB colours and a pattern)."""
+    """The shapes of an image, its background (two RGB colours and a pattern), and the cells along each side."""
 
     things: tuple[Thing, ...]
     background: tuple[tuple[int, int, int], tuple[int, int, int], str]
+    grid: int = GRID
+
+    @property
+    def side(self) -> int:
+        """Side of the image in pixels."""
+        return self.grid * CELL
 
     @property
     def split(self) -> str:
@@ -106,10 +113,10 @@ def _shade(tone: int, rng: random.Random) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def draw_scene(rng: random.Random, split: str) -> Scene:
-    """A random scene of `split` with 4 to 8 shapes, no two of the same colour and shape."""
+def draw_scene(rng: random.Random, split: str, grid: int = GRID, count: tuple[int, int] = COUNT) -> Scene:
+    """A random scene of `split`: `count` shapes (at least, at most), no two of the same colour and shape."""
     while True:
-        cells = rng.sample([(x, y) for x in range(GRID) for y in range(GRID)], rng.randint(4, 8))
+        cells = rng.sample([(x, y) for x in range(grid) for y in range(grid)], rng.randint(*count))
         names = rng.sample([(c, s) for c in COLORS for s in SHAPES], len(cells))
         things = []
         for (x, y), (color, shape) in zip(cells, names, strict=True):
@@ -118,7 +125,7 @@ def draw_scene(rng: random.Random, split: str) -> Scene:
             things.append(Thing(color, shape, size, x, y, rng.randint(-slack, slack), rng.randint(-slack, slack)))
         tone = rng.choice((20, 45, 70, 175, 205, 235))
         first, second = (_shade(tone, rng), _shade(tone, rng))
-        scene = Scene(tuple(things), (first, second, rng.choice(("plain", "gradient", "stripes", "checks"))))
+        scene = Scene(tuple(things), (first, second, rng.choice(("plain", "gradient", "stripes", "checks"))), grid)
         if scene.split == split:
             return scene
 
@@ -149,12 +156,12 @@ def _corner(thing: Thing) -> tuple[int, int]:
 
 
 def render(scene: Scene) -> np.ndarray:
-    """The scene as uint8 RGB [SIDE, SIDE, 3]."""
+    """The scene as uint8 RGB [side, side, 3]."""
     first, second, pattern = scene.background
-    rows, columns = np.mgrid[0:SIDE, 0:SIDE]
+    rows, columns = np.mgrid[0 : scene.side, 0 : scene.side]
     mix = {
-        "plain": np.zeros((SIDE, SIDE)),
-        "gradient": (rows + columns) / (2 * SIDE - 2),
+        "plain": np.zeros((scene.side, scene.side)),
+        "gradient": (rows + columns) / (2 * scene.side - 2),
         "stripes": (rows // 8 % 2).astype(float),
         "checks": ((rows // 8 + columns // 8) % 2).astype(float),
     }[pattern][..., None]
@@ -170,8 +177,8 @@ def render(scene: Scene) -> np.ndarray:
 
 def patch_labels(scene: Scene, patch: int) -> np.ndarray:
     """Attributes under every square patch, int64 [n, n, 3]: colour, shape and size number, 0 for background."""
-    n = SIDE // patch
-    covered = np.zeros((len(scene.things), SIDE, SIDE), dtype=np.float32)
+    n = scene.side // patch
+    covered = np.zeros((len(scene.things), scene.side, scene.side), dtype=np.float32)
     for i, thing in enumerate(scene.things):
         top, left = _corner(thing)
         side = SIZES[thing.size]

@@ -55,6 +55,18 @@ def short_answer(doc: dict[str, Any], results: list[str]) -> dict[str, dict[str,
     return {"accuracy": item, f"accuracy_{doc['kind']}": item}
 
 
+def read_answer(doc: dict[str, Any], results: list[str]) -> dict[str, dict[str, Any]]:
+    """Yes or no, a letter or one word, read as the question's kind asks: the items of `short_answer`."""
+    read = {"existence": read_yes_no, "compare": read_yes_no, "choice": read_letter}.get(doc["kind"], normalise)
+    return short_answer(doc, [read(results[0]) or ""])
+
+
+def description(doc: dict[str, Any], results: list[str]) -> dict[str, dict[str, Any]]:
+    """A list of shapes, exact match of the whole list: an item for accuracy."""
+    answer = normalise(results[0])
+    return {"accuracy": {"score": float(answer == normalise(doc["answer"])), "answer": answer}}
+
+
 # --------------------------------------------------------------------------------------- aggregation
 
 
