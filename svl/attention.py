@@ -43,6 +43,11 @@ class Meter:
     keys: dict[int, Tensor] = field(default_factory=dict)
     _visible: dict[tuple[int, bool], tuple[Tensor | None, tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
+    def check(self, n_layers: int) -> None:
+        """Raise SvlError if some layer had no attention map (it is a convolution, or linear attention)."""
+        if mapless := [i for i in range(n_layers) if i not in self.received]:
+            raise SvlError(f"layers {mapless} have no attention map to measure; {WAY_OUT}")
+
     def visible(self, mask: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
         """How many queries of each modality see key j, and keys of each modality query i sees, under `mask`."""
         key = (id(mask), causal)
@@ -109,7 +114,7 @@ def measured_attention(
     h_kv, k = key.shape[1], key.shape[2]
     groups = h // h_kv
     scaling = d**-0.5 if scaling is None else scaling
-    layer = getattr(module, "layer_idx", None)
+    layer: Any = getattr(module, "layer_idx", None)
     if layer is None or (meter is not None and not t == k == meter.modality.shape[-1]):
         meter = None  # a decoding step, or attention to something else than the sequence itself
     if meter is not None:

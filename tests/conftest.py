@@ -51,7 +51,8 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     for item in items:
         if mark := item.get_closest_marker("column"):
-            item.user_properties.append(("column", [item.callspec.params["family"], list(mark.args)]))
+            parameters = item.callspec.params
+            item.user_properties.append(("column", [parameters.get("family") or parameters["name"], list(mark.args)]))
 
 
 @pytest.fixture

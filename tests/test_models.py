@@ -12,9 +12,8 @@ from torch import nn
 
 import svl
 from svl.core import SvlError
-from svl.models import find_anatomy
+from svl.models import Writer, _placeholder, find_anatomy
 
-WRITERS = {"attn": "self_attn.o_proj", "mlp": "mlp.down_proj"}
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
@@ -33,7 +32,11 @@ def test_anatomy_is_found_by_structure(kind, layers, token, request):
     """The vision towers are as deep as the decoder; LLaVA's is as wide, with writers of its own."""
     lvlm = request.getfixturevalue(kind)
     anatomy = lvlm.anatomy
-    assert (anatomy.layers, anatomy.n_layers, anatomy.hidden_size, anatomy.writers) == (layers, 4, 32, WRITERS)
+    assert (anatomy.layers, anatomy.n_layers, anatomy.hidden_size) == (layers, 4, 32)
+    assert anatomy.writers == {
+        role: (Writer(name, {f"{name}.weight": False}, (f"{name}.bias",) if kind == "llama" else ()),) * 4
+        for role, name in (("attn", "self_attn.o_proj"), ("mlp", "mlp.down_proj"))
+    }
     assert anatomy.image_token_id == (token and lvlm.tokenizer.convert_tokens_to_ids(token))
     assert lvlm.sees == (token is not None)
     assert anatomy.removable == (0, 1, 2, 3)
@@ -66,17 +69,56 @@ def test_layers_of_unknown_structure_can_be_named():
     assert find_anatomy(model, "transformer.h").writers == {}
 
 
-def test_layers_that_take_visual_features_by_position_are_protected():
-    """DeepStack (Qwen3-VL): the i-th feature is added after decoder layer i, whichever layer that is."""
+def deepstack():
+    """Qwen3-VL: the i-th feature is added after decoder layer i, whichever layer that is."""
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
     vision = {"depth": 3, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16,
               "deepstack_visual_indexes": [0, 2]}  # fmt: skip
     text = {**SMALL, "num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 20}
     with torch.device("meta"):
-        model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(vision_config=vision, text_config=text))
-    anatomy = find_anatomy(model)
-    assert (anatomy.protected, anatomy.removable) == ((0, 1), (2, 3))
+        return Qwen3VLForConditionalGeneration(Qwen3VLConfig(vision_config=vision, text_config=text))
+
+
+@pytest.mark.parametrize(
+    ("protect", "protected", "waived"),
+    [("auto", (0, 1), ()), ("none", (), (0, 1)), ([1, 3], (1, 3), (0,)), ([], (), (0, 1))],
+    ids=str,
+)
+def test_the_user_decides_which_layers_are_protected(protect, protected, waived):
+    anatomy = find_anatomy(deepstack(), protect=protect)
+    assert (tuple(anatomy.protected), anatomy.waived) == (protected, waived)
+    assert anatomy.removable == tuple(i for i in range(4) if i not in protected)
+    reasons = {0: "DeepStack", 1: "DeepStack", 3: "model.protect names it"}
+    assert all(reasons[i] in why for i, why in anatomy.protected.items())
+
+
+@pytest.mark.parametrize(
+    ("protect", "message"),
+    [("non", r"model\.protect is 'non'.*did you mean 'none'"), (7, r"model\.protect is '7'"),
+     ([1, 4], r"model\.protect names layers \[4\], but the model has layers 0\.\.3")],
+)  # fmt: skip
+def test_wrong_protection_is_refused(protect, message):
+    with pytest.raises(SvlError, match=message):
+        find_anatomy(deepstack(), protect=protect)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"cross_layer_interval": 2}, "fixed intervals.*cross_layer_interval"),
+        ({"kv_source_layers": [0, 0]}, "keys and values of others.*kv_source_layers"),
+        ({"is_encoder_decoder": True}, "an encoder and a decoder"),
+    ],
+)
+def test_layers_that_cannot_be_taken_apart_are_refused_with_the_reason(fields, message):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=20, **SMALL))
+    for name, value in fields.items():
+        setattr(model.config, name, value)
+    with pytest.raises(SvlError, match=f"layers of llama cannot be removed: .*{message}"):
+        find_anatomy(model)
 
 
 # ---------------------------------------------------------------------------------------------- loading
@@ -173,6 +215,25 @@ def test_a_damaged_checkpoint_is_one_plain_error(damage, message, checkpoint, tm
 def test_wrong_options_are_refused(option, message, checkpoint):
     with pytest.raises(SvlError, match=message):
         svl.load(checkpoint("llama"), **option)
+
+
+@pytest.mark.parametrize("token", ["<image>", 4])
+def test_the_user_may_name_the_image_token(token, checkpoint, tmp_path):
+    """Where the config does not say, or says it otherwise."""
+    shutil.copytree(checkpoint("llava"), tmp_path / "other")
+    edit(image_token_index=7, image_token_id=7)(tmp_path / "other")
+    assert svl.load(tmp_path / "other", device="cpu").anatomy.image_token_id == 7
+    assert svl.load(tmp_path / "other", device="cpu", image_token=token).anatomy.image_token_id == 4
+    with pytest.raises(SvlError, match=r"model\.image_token '<imag>' is no token.*did you mean '<image>'"):
+        svl.load(tmp_path / "other", device="cpu", image_token="<imag>")
+
+
+def test_a_processor_may_know_the_image_token(llava):
+    class Unaware:
+        vision_config = None
+
+    assert _placeholder(Unaware, llava.processor, None) == 4
+    assert _placeholder(Unaware, llava.tokenizer, None) is None
 
 
 # --------------------------------------------------------------------------------------------- encoding

@@ -12,7 +12,7 @@ import torch
 import svl
 from svl import surgery
 from svl.core import Patch, Plan, SvlError, Update
-from svl.surgery import apply, load_patch, pruned_config, save_patch
+from svl.surgery import apply, load_patch, pruned_config, pruned_fields, save_patch
 
 REMOVED = [(1,), (0, 3), (1, 2), (0, 1, 2), (1, 2, 3)]
 UPDATE = Update(torch.randn(32, 2, generator=torch.Generator().manual_seed(1)) / 6,
@@ -152,7 +152,7 @@ def test_a_patch_multiplies_what_the_named_projection_writes(role, lm, samples, 
     """With its bias: (I + left right) (W x + b), seen where the projection adds to the residual stream."""
     pruned = apply(lm, Plan(4, (2,)), Patch({(1, role): UPDATE}))
     reference = apply(lm, Plan(4, (2,)))
-    writer = reference.layers[1].get_submodule(lm.anatomy.writers[role])
+    writer = reference.layers[1].get_submodule(lm.anatomy.writers[role][1].module)
     writer.register_forward_hook(lambda _, __, out: out + out @ (UPDATE.left @ UPDATE.right).T)
     inputs = encode(lm, samples.items)
     assert (writer.bias is not None) == (lm.name == "llama")
@@ -176,14 +176,59 @@ def test_patches_survive_their_file(tmp_path):
         assert torch.equal(again.updates[key].right, update.right)
 
 
+def test_added_matrices_and_shifts_go_to_the_one_projection(llama, samples, encode):
+    delta, shift = torch.randn(32, 48) / 8, torch.randn(32)
+    pruned = apply(llama, Plan(4, (2,)), Patch({(1, "mlp"): Update(delta=delta, shift=shift)}))
+    writer, dense = pruned.layers[1].mlp.down_proj, llama.layers[1].mlp.down_proj
+    torch.testing.assert_close(writer.weight, dense.weight + delta)
+    torch.testing.assert_close(writer.bias, dense.bias + shift)
+
+
+# ------------------------------------------------------------------------------------------------ self-check
+
+
+def test_the_self_check_passes_what_is_right(lm):
+    inputs = surgery.example(lm)
+    assert (inputs["input_ids"] == lm.anatomy.image_token_id).any() == lm.sees
+    for removed in REMOVED:
+        plan = Plan(4, removed)
+        assert surgery.check(lm, apply(lm, plan), plan, inputs) < 1e-6
+        assert all(not layer._forward_hooks for layer in lm.layers)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_self_check_stops_what_is_wrong(dtype, checkpoint):
+    """Another layer removed than planned, two layers swapped, one weight changed a little."""
+    lvlm = svl.load(checkpoint("llava"), device="cpu", dtype=dtype)
+    plan, inputs = Plan(4, (1,)), surgery.example(lvlm)
+    swapped = apply(lvlm, plan)
+    swapped.layers[0], swapped.layers[1] = swapped.layers[1], swapped.layers[0]
+    touched = apply(lvlm, plan, Patch({(2, "mlp"): UPDATE}))
+    broken = apply(lvlm, plan)
+    broken.layers[0].mlp.down_proj.weight = torch.nn.Parameter(broken.layers[0].mlp.down_proj.weight * float("nan"))
+    for wrong in (apply(lvlm, Plan(4, (2,))), swapped, touched, broken):
+        with pytest.raises(SvlError, match=r"surgery on 'llava' failed its check: without layers \[1\], logits are"):
+            surgery.check(lvlm, wrong, plan, inputs)
+    assert surgery.check(lvlm, apply(lvlm, plan), plan, inputs) < 1e-2
+
+
+def test_the_self_check_works_without_a_template(checkpoint, caplog):
+    lvlm = svl.load(checkpoint("llava"), device="cpu", name="untemplated")
+    lvlm.processor.chat_template = None
+    with caplog.at_level("INFO"):
+        inputs = surgery.example(lvlm)
+    assert "pixel_values" not in inputs
+    assert "no chat template" in caplog.text
+
+
 # ----------------------------------------------------------------------------------------------- errors
 
 
 def test_plans_that_do_not_fit_are_refused(llava):
     with pytest.raises(SvlError, match="plan is for 5 decoder layers, but 'llava' has 4"):
         apply(llava, Plan(5, (1,)))
-    protected = replace(llava, anatomy=replace(llava.anatomy, protected=(0, 1)))
-    with pytest.raises(SvlError, match=r"removes layers \[1\], which 'llava' needs"):
+    protected = replace(llava, anatomy=replace(llava.anatomy, protected={0: "it starts", 1: "it matters"}))
+    with pytest.raises(SvlError, match=r"removes layers \[1\], which 'llava' needs: it matters \(protect=none removes"):
         apply(protected, Plan(4, (1, 2)))
 
 
@@ -204,7 +249,10 @@ def test_patches_of_absent_weights_are_refused(key, llava):
         ("moe_layers", [0, 1, 2, 3], [0, 1]),  # an index set, though as long as the model is deep
         ("max_window_layers", 2, 1),
         ("first_k_dense_replace", 4, 2),
+        ("num_kv_shared_layers", 2, 1),
+        ("num_kv_shared_layers", 0, 0),
         ("other", [1, 2, 3], [1, 2, 3]),  # not per layer
+        ("other_token_ids", [1, 2, 3, 4], [1, 2, 3, 4]),  # nor is this
     ],
 )
 def test_depth_dependent_config_fields_follow_the_plan(field, value, pruned, llama):
@@ -223,6 +271,35 @@ def test_the_text_part_of_a_config_is_pruned_and_no_other(vlm):
     assert new.vision_config.num_hidden_layers == 4
     if vlm.name == "qwen":
         assert new.text_config.layer_types == ["full_attention"] * 2
+
+
+def test_fields_by_layer_number_follow_the_plan():
+    fields = {"num_hidden_layers": 4, "per_layer_config": {"1": {"head_dim": 8}, "3": {"head_dim": 16}}}
+    assert pruned_fields(fields, Plan(4, (0, 1))) == {"num_hidden_layers": 2, "per_layer_config": {1: {"head_dim": 16}}}
+
+
+@pytest.mark.parametrize("removed", [(1,), (0, 3), (2, 3, 4)], ids=str)
+def test_layers_with_experts_at_intervals_become_a_list(removed):
+    """Every second layer but layer 3 has experts: what is left of them has, whatever its new number."""
+    plan = Plan(6, removed)
+    fields = pruned_fields({"decoder_sparse_step": 2, "mlp_only_layers": [3], "num_hidden_layers": 6}, plan)
+    assert fields["decoder_sparse_step"] == 1
+    sparse = [i for i in range(6) if (i + 1) % 2 == 0 and i != 3]
+    assert [i not in fields["mlp_only_layers"] for i in range(len(plan.kept))] == [i in sparse for i in plan.kept]
+
+
+def test_a_config_that_would_be_read_otherwise_is_refused(llama):
+    class Stubborn(type(llama.model.config)):
+        """Wants two layers."""
+
+        def __post_init__(self, **kwargs):
+            super().__post_init__(**kwargs)
+            self.num_hidden_layers = max(2, self.num_hidden_layers)
+
+    config = Stubborn(**{k: v for k, v in llama.model.config.to_dict().items() if k != "model_type"})
+    assert pruned_config(config, Plan(4, (0, 1))).num_hidden_layers == 2
+    with pytest.raises(SvlError, match=r"llama cannot do without layers \[0, 1, 2\]: with 'num_hidden_layers' 1, it"):
+        pruned_config(config, Plan(4, (0, 1, 2)))
 
 
 def test_unknown_fields_that_may_be_per_layer_are_refused(llama):
