@@ -17,9 +17,12 @@ from svl.compensation.linear import Linear
 from svl.compensation.linear_cosine import LinearCosine
 from svl.compensation.mean_update import MeanUpdate
 from svl.compensation.merge import Merge
-from svl.core import Patch, Plan, Stats, SvlError, TokenTrace, blends
+from svl.compensation.refit import Refit
+from svl.core import Patch, Plan, Stats, SvlError, TokenTrace, Update, blends
 from svl.data import Example, Examples
 from svl.probe import ModelProbe
+from svl.regression import Regression
+from svl.replay import record
 from svl.selectors.simple import All, Last
 from svl.strategies.angular import Angular
 from svl.strategies.cosine import Cosine
@@ -551,3 +554,104 @@ def test_answers_of_every_kind_are_found(qwen):
     one = Example(0, "x", answer="the of and")
     with pytest.raises(SvlError, match="adds no token"):
         encode_answer(qwen, replace(one, answer=""))
+
+
+# ------------------------------------------------------------------------------------------------- refit
+
+
+def test_a_walk_visits_kept_layers_with_the_states_of_both_models(lm, samples):
+    """Without changes, what layers give out is the pruned model's stream, and what they should is the dense one's."""
+    plan = Plan(4, (2,))
+    hidden = Activations(lm, samples, select(calibrate(lm, samples), All()))
+    dense = list(hidden.stream([3, 4]))
+    pruned = list(hidden.stream([3, 4], [(1, "mlp"), (3, "mlp")], plan))
+    seen = []
+    for step in hidden.walk(plan):
+        seen.append(step.layer)
+        after = {1: 3, 3: 4}[step.layer]  # the dense state that the next kept layer gets
+        for (x, out, wanted, w), d, p in zip(step.rows("mlp"), dense, pruned, strict=True):
+            torch.testing.assert_close(x, p.read(step.layer, "mlp"), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(out, p.h(after), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(wanted, d.h(after), atol=1e-4, rtol=1e-4)
+            assert torch.equal(w, d.weights)
+    assert seen == [1, 3]
+
+
+def test_a_walk_goes_on_with_what_was_changed(lm, samples):
+    plan = Plan(4, (2,))
+    hidden = Activations(lm, samples, select(calibrate(lm, samples), All()))
+    width = lm.layers[1].get_submodule(lm.anatomy.writers["mlp"][1].module).weight.shape
+    delta = torch.randn(width, generator=torch.Generator().manual_seed(3)) / 20
+    changed = list(hidden.stream([3, 4], plan=plan, patch=Patch({(1, "mlp"): Update(delta=delta)})))
+    for step in hidden.walk(plan):
+        if step.layer == 1:
+            step.change("mlp", delta)
+        after = {1: 3, 3: 4}[step.layer]
+        for (_, out, _, _), p in zip(step.rows("mlp"), changed, strict=True):
+            torch.testing.assert_close(out, p.h(after), atol=1e-4, rtol=1e-4)
+
+
+def test_refit_is_the_regression_it_says(lm, samples):
+    """Against a dense solve over all tokens at once, for the layer before the gap."""
+    plan = Plan(4, (1, 2))
+    hidden = Activations(lm, samples, select(calibrate(lm, samples), All()))
+    patch = Refit(ridges=(0.5,)).fit(hidden, plan)
+    assert list(patch.updates) == [(0, "mlp"), (3, "mlp")]
+    x, gap, scale = [], [], []
+    for sample in hidden.stream([1, 3], [(0, "mlp")]):
+        x.append(sample.read(0, "mlp").double())
+        gap.append((sample.h(3) - sample.h(1)).double())
+        scale.append(sample.h(3).double().square().sum(-1))
+    x, gap, root = torch.cat(x), torch.cat(gap), torch.cat(scale).rsqrt()[:, None]
+    ridge = 0.5 * (root * x).square().sum(0).mean()
+    stacked = torch.cat([root * x, ridge.sqrt() * torch.eye(x.shape[1], dtype=x.dtype)])
+    target = torch.cat([root * gap, torch.zeros(x.shape[1], gap.shape[1], dtype=x.dtype)])
+    exact = torch.linalg.lstsq(stacked, target).solution.mT
+    torch.testing.assert_close(patch.updates[0, "mlp"].delta.double(), exact, atol=1e-4, rtol=1e-3)
+
+
+def test_refit_brings_the_pruned_model_closer_than_one_map_does(lm, make_samples):
+    data = make_samples([9, 12, 14, 10, 11, 13, 8, 12, 9, 10])
+    hidden, plan = Activations(lm, data, select(calibrate(lm, data), All())), Plan(4, (1,))
+
+    def distance(patch):
+        pairs = zip(hidden.stream([4]), hidden.stream([4], plan=plan, patch=patch), strict=True)
+        return sum(float(((a.h(4) - b.h(4)).norm(dim=-1) / a.h(4).norm(dim=-1)).mean()) for a, b in pairs)
+
+    errors = [distance(p) for p in (Refit().fit(hidden, plan), Refit(layers="gaps").fit(hidden, plan), Patch())]
+    assert errors == sorted(errors)
+    assert Refit(layers="gaps").fit(hidden, plan).updates.keys() == {(0, "mlp")}
+    assert not Refit().fit(hidden, Plan(4, ()))
+    for wrong in ({"ridges": ()}, {"ridges": (0.0,)}, {"fold": 1}, {"layers": "some"}, {"rows": "none"}):
+        with pytest.raises(SvlError, match=f"compensation.{next(iter(wrong))}"):
+            Refit(**wrong)
+
+
+def test_layers_that_cannot_run_alone_are_refused(llama, samples):
+    owner = llama.model.get_submodule(llama.anatomy.layers.rpartition(".")[0])
+    layer, forward = owner.layers[2], owner.layers[2].forward
+    calls = []
+
+    def moody(*args, **kwargs):
+        calls.append(1)
+        return forward(*args, **kwargs) * (1 if len(calls) % 2 else 2)
+
+    layer.forward = moody
+    try:
+        with pytest.raises(SvlError, match="does more between its decoder layers"):
+            record(llama, encode_answer(llama, samples.items[0])[0], 0, check=True)
+    finally:
+        layer.forward = forward
+
+
+def test_a_regression_adds_up():
+    x, y, w = rows(30, 4), rows(30, 3, seed=1), torch.rand(30, generator=torch.Generator().manual_seed(2))
+    whole, first, second = Regression(), Regression(), Regression()
+    whole.add(x, y, w)
+    first.add(x[:10], y[:10], w[:10])
+    second.add(x[10:], y[10:], w[10:])
+    torch.testing.assert_close(whole.solve(0.1), first.with_rows_of(second).solve(0.1))
+    solution = whole.solve(0)
+    left = (w[:, None] * (y - x @ solution.float()) ** 2).sum() / (w[:, None] * y**2).sum()
+    assert whole.left_over(solution) == pytest.approx(float(left), abs=1e-5)
+    assert whole.left_over(0 * solution) == 1
