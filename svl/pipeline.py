@@ -364,8 +364,8 @@ class Run:
         made = {**names, "model": self.name, **plan.provenance}
         plan = dataclasses.replace(plan, provenance=made)
         (self.folder / "plan.json").write_text(plan.to_json())
-        patch = self.compensate(stats, plan)
         self.check(plan)
+        patch = self.compensate(stats, plan)
         dense = self.score(Plan(plan.n_layers, ()), None)
         pruned = self.score(plan, patch)
         if parallel.rank() > 0:  # the first process does the rest

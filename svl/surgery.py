@@ -110,6 +110,7 @@ def _plain(value: Any) -> Any:
 def check_foldable(lvlm: Lvlm) -> None:
     """Raise SvlError if a norm stands between projections and residual stream: it would undo updates."""
     norms = {name for layer in lvlm.layers for name, _ in layer.named_children() if name in POST_NORMS}
+    norms |= {"norm_after" for layer in lvlm.layers if getattr(layer, "norm_after", False)}
     if norms:
         raise SvlError(
             f"'{lvlm.name}' normalises after its projections ({', '.join(sorted(norms))}), which renormalises what a "
