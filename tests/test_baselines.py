@@ -595,7 +595,7 @@ def test_refit_is_the_regression_it_says(lm, samples):
     """Against a dense solve over all tokens at once, for the layer before the gap."""
     plan = Plan(4, (1, 2))
     hidden = Activations(lm, samples, select(calibrate(lm, samples), All()))
-    patch = Refit(ridges=(0.5,)).fit(hidden, plan)
+    patch = Refit(ridges=(0.5,), targets=("mlp",)).fit(hidden, plan)
     assert list(patch.updates) == [(0, "mlp"), (3, "mlp")]
     x, gap, scale = [], [], []
     for sample in hidden.stream([1, 3], [(0, "mlp")]):
@@ -620,9 +620,16 @@ def test_refit_brings_the_pruned_model_closer_than_one_map_does(lm, make_samples
 
     errors = [distance(p) for p in (Refit().fit(hidden, plan), Refit(layers="gaps").fit(hidden, plan), Patch())]
     assert errors == sorted(errors)
-    assert Refit(layers="gaps").fit(hidden, plan).updates.keys() == {(0, "mlp")}
+    assert Refit(layers="gaps").fit(hidden, plan).updates.keys() == {(0, "mlp"), (0, "attn")}
     assert not Refit().fit(hidden, Plan(4, ()))
-    for wrong in ({"ridges": ()}, {"ridges": (0.0,)}, {"fold": 1}, {"layers": "some"}, {"rows": "none"}):
+    for wrong in (
+        {"ridges": ()},
+        {"ridges": (0.0,)},
+        {"fold": 1},
+        {"layers": "some"},
+        {"rows": "none"},
+        {"targets": ("qkv",)},
+    ):
         with pytest.raises(SvlError, match=f"compensation.{next(iter(wrong))}"):
             Refit(**wrong)
 

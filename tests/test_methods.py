@@ -354,7 +354,7 @@ def test_scp_scales_its_directions_in_the_named_targets_only(targets, gain, lm, 
     rest = torch.eye(32) - V @ V.mT
     for name, new in pruned.layers[0].named_parameters():
         old = lm.layers[0].get_parameter(name)
-        if any(name.startswith(lm.anatomy.writers[t]) for t in targets):
+        if any(name.startswith(lm.anatomy.writers[t][0].module) for t in targets):
             torch.testing.assert_close(V.mT @ new, (1 + gain) * V.mT @ old, atol=1e-5, rtol=0)
             torch.testing.assert_close(rest @ new, rest @ old, atol=1e-5, rtol=0)
             assert not torch.equal(new, old)
@@ -392,7 +392,7 @@ def test_compensation_errors_are_plain(llava, llama, make_samples, samples):
     hidden = Activations(llava, samples, select(calibrate(llava, samples), All()))
     with pytest.raises(SvlError, match="rank is 33, but the model is only 32 wide"):
         Subspace(rank=33).fit(hidden, PLAN)
-    partial = replace(llava, anatomy=replace(llava.anatomy, writers={"mlp": "mlp.down_proj"}))
+    partial = replace(llava, anatomy=replace(llava.anatomy, writers={"mlp": llava.anatomy.writers["mlp"]}))
     with pytest.raises(SvlError, match="targets for this model is 'attn'"):
         Subspace(targets=("attn",)).fit(replace(hidden, lvlm=partial), PLAN)
     for wrong in ({"rank": -1}, {"rows": "none"}, {"anchor": "both"}, {"scope": "all"}, {"targets": ("qkv",)}):

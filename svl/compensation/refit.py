@@ -1,15 +1,16 @@
 """Refit: every kept layer behind a removal learns, in closed form, to give what the dense model would pass on.
 
 Going up from the kept layer before the first removed one, on the states of the already pruned and refitted model, the
-down_proj of layer i becomes W + D, where D minimises over tokens
+down_proj of layer i, and then its o_proj, becomes W + D, where D minimises over tokens
 
     sum_t |g_t - D x_t|^2 / |h_t|^2 + ridge |D|^2,    g_t = h_t - h'_t.
 
-x_t is what down_proj reads, h'_t what the layer gives out so far, h_t what the dense model passes to the next kept
+x_t is what the projection reads, h'_t what the layer gives out so far, h_t what the dense model passes to the next kept
 layer. So the layer before a gap bridges it, and the layers behind it correct what is left of the error and of their own
 reaction to it, with all the freedom of their weights and not of a d x d map of their outputs. Relative errors keep
-massive activations from ruling the fit; the ridge pulls towards the model as it is. For each layer it is the one, of
-`ridges`, that does best on every `fold`-th sample after a fit on the others; the final fit is on all of them.
+massive activations from ruling the fit; the ridge pulls towards the model as it is. For each projection it is the one,
+of `ridges`, that does best on every `fold`-th sample after a fit on the others; the final fit is on all of them. That
+o_proj also moves what the MLP of its layer reads is left to the layers above.
 
 This is ours; see experiments/baselines for how it compares with SCP and with ReplaceMe's map.
 
@@ -32,18 +33,23 @@ class Refit:
     Attributes:
         ridges: candidates, relative to the mean squared norm of a coordinate of x; one alone is taken as it is.
         fold: which share of the samples chooses the ridge: one in so many.
+        targets: projections that are refitted: "mlp" (down_proj), "attn" (o_proj), or both in this order; the second
+            one of a layer is fitted to what the first leaves.
         layers: all (kept ones from the first gap on) | gaps (only those before a removed run).
         rows: selected (tokens weighted by the selector) | all.
     """
 
     ridges: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
     fold: int = 5
+    targets: tuple[str, ...] = ("mlp", "attn")
     layers: str = "all"
     rows: str = "all"
     needs: ClassVar[frozenset[str]] = frozenset({"hidden"})
 
     def __post_init__(self) -> None:
         one_of("compensation.layers", self.layers, ("all", "gaps"))
+        for target in self.targets:
+            one_of("compensation.targets", target, ("mlp", "attn"))
         one_of("compensation.rows", self.rows, ("selected", "all"))
         if not self.ridges or min(self.ridges) <= 0:
             raise SvlError("compensation.ridges must be numbers above 0")
@@ -56,7 +62,8 @@ class Refit:
         Raises:
             SvlError: if the model lacks the projection, its layers cannot be run one by one, or no token is selected.
         """
-        one_of("the writer that compensation needs", "mlp", tuple(hidden.writers))
+        for target in self.targets:
+            one_of("compensation.targets for this model", target, tuple(hidden.writers))
         if not plan.removed:
             return Patch()
         before = {start - 1 for start, _ in plan.runs}
@@ -64,17 +71,19 @@ class Refit:
         for step in hidden.walk(plan):
             if self.layers == "gaps" and step.layer not in before:
                 continue
-            seen, held = Regression(), Regression()
-            for n, (x, given, wanted, w) in enumerate(step.rows("mlp")):
-                w = (0 * w + 1 if self.rows == "all" else w).to(wanted.device)
-                scaled = w / wanted.square().sum(-1).clamp(min=1e-30)
-                (held if n % self.fold == self.fold - 1 else seen).add(x, wanted - given, scaled)
-            ridge, whole = self.ridges[0], seen if held.gram is None else seen.with_rows_of(held)
-            if len(self.ridges) > 1 and held.gram is not None:
-                ridge = min(self.ridges, key=lambda r: held.left_over(seen.solve(r)))
-            change = whole.solve(ridge)
-            delta = change.mT.float().contiguous()
-            step.change("mlp", delta)
-            updates[step.layer, "mlp"] = Update(delta=delta.cpu())
-            notes.append(f"layer {step.layer}: ridge {ridge:g}, {whole.left_over(change):.0%} of the gap left")
+            for writer in self.targets:
+                seen, held = Regression(), Regression()
+                for n, (x, given, wanted, w) in enumerate(step.rows(writer)):
+                    w = (0 * w + 1 if self.rows == "all" else w).to(wanted.device)
+                    scaled = w / wanted.square().sum(-1).clamp(min=1e-30)
+                    (held if n % self.fold == self.fold - 1 else seen).add(x, wanted - given, scaled)
+                ridge, whole = self.ridges[0], seen if held.gram is None else seen.with_rows_of(held)
+                if len(self.ridges) > 1 and held.gram is not None:
+                    ridge = min(self.ridges, key=lambda r: held.left_over(seen.solve(r)))
+                change = whole.solve(ridge)
+                delta = change.mT.float().contiguous()
+                step.change(writer, delta)
+                updates[step.layer, writer] = Update(delta=delta.cpu())
+                left = f"{whole.left_over(change):.0%} of the gap left"
+                notes.append(f"layer {step.layer} {writer}: ridge {ridge:g}, {left}")
         return Patch(updates, notes=tuple(notes))
