@@ -1,6 +1,6 @@
 """Score a text model (or the language side of an LVLM) on running text: how well it predicts every next token.
 
-Tasks say `output_type: perplexity` in their YAML and name a local file with a `text` column. lmms-eval has none like it,
+Tasks say `output_type: perplexity` in their YAML and name a local file with a `text` column. lmms-eval has none,
 so this is our own: one forward pass per batch, no generation, fp32 losses. Each sample is read on its own, without a
 chat template; its first token has no prediction.
 """

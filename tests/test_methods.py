@@ -29,9 +29,9 @@ from svl.surgery import apply
 GROUPS = ("strategy", "selector", "compensation")
 FILES = {group: sorted(Path(CONF, group).glob("*.yaml")) for group in GROUPS}
 # where the defaults do nothing on four layers
-OPTIONS = {"manual": {"layers": [1, 3]}} | dict.fromkeys(
-    ("shortened_ppl", "shortened_taylor", "shortened_magnitude"), {"protected": [0]}
-)
+OPTIONS = {"manual": {"layers": [1, 3]}} | {
+    f"shortened_{x}": {"protected": [0]} for x in ("ppl", "taylor", "magnitude")
+}
 COMBINATIONS = [  # all pairs
     (strategy, selector, compensation)
     for strategy, selector, compensation in itertools.product(*FILES.values())
