@@ -16,7 +16,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ class _Pass(threading.Thread):
 
     def __init__(self, lvlm: Offloaded, work: Callable[[Lvlm, Any], Any], batch: Any):
         super().__init__(daemon=True, name="svl offloaded pass")
-        replica = Lvlm(_replica(lvlm.model), lvlm.processor, lvlm.anatomy, lvlm.name)
+        replica = replace(lvlm, model=_replica(lvlm.model))
         for i, layer in enumerate(replica.layers):
             layer.register_forward_pre_hook(lambda *_, i=i: self._arrive(i))
         self._work: Callable[[], Any] | None = lambda: work(replica, batch)

@@ -72,7 +72,8 @@ class Skeleton:
                 if file not in files:
                     files[file] = stack.enter_context(safe_open(file, "pt"))
                 state[key] = files[file].get_slice(key)
-            info, _ = convert_and_load_state_dict_in_model(self.model, state, settings)
+            with _no_progress_bar():
+                info, _ = convert_and_load_state_dict_in_model(self.model, state, settings)
         if problems := [*info.mismatched_keys, *info.conversion_errors]:
             raise SvlError(f"'{self.folder}' does not fit its config.json: {problems[0]}")
 
@@ -137,6 +138,19 @@ def _parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _transforms(model: Any) -> list[Any]:

@@ -99,7 +99,8 @@ def in_memory(lvlm: Lvlm, plan: Plan, patch: Patch | None, folder: Path) -> Path
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_exports_are_what_surgery_in_memory_and_save_pretrained_give(name, tmp_path):
+@pytest.mark.column("export")
+def test_exports_are_what_surgery_in_memory_and_save_pretrained_give(name, tmp_path, verdict):
     source = tmp_path / "source"
     FAMILIES[name]().model.save_pretrained(source)
     before = digests(source)
@@ -109,6 +110,7 @@ def test_exports_are_what_surgery_in_memory_and_save_pretrained_give(name, tmp_p
         with pytest.raises(SvlError, match=re.escape(str(refusal))):
             export.save(source, Plan(8, (1,)), tmp_path / "out")
         assert {p.name for p in tmp_path.iterdir()} == {"source"}
+        verdict("refused", note=str(refusal))
         return
     plan = some_plan(lvlm)
     for case, patch in {"plain": None, "patched": some_patch(lvlm, plan)}.items():
@@ -362,7 +364,7 @@ REFUSALS: dict[str, tuple[Any, str]] = {
     ),
     "two layouts": (
         lambda f: rewrite(f, lambda t: {k.replace("model.layers.1.", "layers.1."): v for k, v in t.items()}),
-        "does not number decoder layers in one way",
+        "number decoder layers in one way",
     ),
     "other width": (lambda f: set_config(f, intermediate_size=40), "not known: .* does not fit"),
     "no decoder": (lambda f: set_config(f, model_type="vit"), "vit model, which has no decoder layers"),
@@ -567,7 +569,7 @@ torch.save(results, sys.argv[2])
 def reloaded(request, checkpoint, samples, tmp_path_factory):
     """Exports of all three models by the command, compensated, and what a process without svl makes of them."""
     folder = tmp_path_factory.mktemp("export")
-    plan = Plan(4, (0, 2), (0.1, 0.4, 0.2, 0.3), {"strategy": "test", "ratio": 0.5})
+    plan = Plan(4, (0, 2), (0.1, 0.4, 0.2, 0.3), provenance={"strategy": "test", "ratio": 0.5})
     (folder / "plan.json").write_text(plan.to_json())
     cases, pruned = {}, {}
     for kind in ("llava", "qwen", "llama"):

@@ -156,7 +156,8 @@ def test_every_family(name, tmp_path):
         for layer in which.layers:
             layer.register_forward_hook(lambda _, args, out: states.append(out[0] if isinstance(out, tuple) else out))
         with torch.inference_mode():
-            return [*states, which.model(**inputs, use_cache=False).logits]
+            logits = which.model(**inputs, use_cache=False).logits
+        return [*states, logits]
 
     expected = [work(replace(lvlm, model=offload._replica(model)), inputs) for inputs in (family.inputs, other)]
     opened = offload.assemble(bones, None, name, "cpu")
