@@ -58,8 +58,8 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 # Questions per scene, until which step.
 GROUND = {"list": 1, "describe": 3, "cell": 3, "place": 3, "attribute": 2}
 FIND = {"list": 1, "describe": 1, "place": 2, "attribute": 3, "existence": 3, "count": 1, "relation1": 1}
-MIX = {"describe": 1, "cell": 1, "place": 1, "existence": 1, "attribute": 1, "count": 2, "compare": 1, "relation1": 2,
-       "relation2": 2, "choice": 2}  # fmt: skip
+MIX = {"describe": 1, "cell": 1, "place": 1, "existence": 3, "attribute": 2, "count": 2, "compare": 1, "relation1": 2,
+       "relation2": 1, "choice": 1}  # fmt: skip
 CURRICULUM = ((60, GROUND), (160, FIND), (10**9, MIX))
 TEXTS, TEXT_LENGTH, TEXT_EVERY, TEXT_BATCH = 256, 128, 4, 4
 
@@ -555,8 +555,8 @@ def main() -> None:
         first = state["step"]
 
     held_out = [
-        pack(tokenizer, [s for _, s in zip(range(16), smol.stream(i, "validation", MIX), strict=False)])
-        for i in range(3)
+        pack(tokenizer, [s for _, s in zip(range(12), smol.stream(i, "validation", MIX), strict=False)])
+        for i in range(4)
     ]
     batches = torch.utils.data.DataLoader(
         Batches(tokenizer, args.seed, first, args.steps, args.batch), batch_size=None, num_workers=1, prefetch_factor=4
