@@ -67,10 +67,10 @@ token `<reponame>` became `<image>`, so the vocabulary has not changed. SmolLM2'
 {command}
 ```
 
-{images} images in {steps} steps, on two CPU cores shared with other work. Vision tower: from scratch, to say what every
-cell holds. Projector: first regressed onto sums of SmolLM2's embeddings of the words for what a patch shows, without
-the language model, then trained together with LoRA (rank 16, all linear layers) on {questions} questions and answers.
-KL divergence from SmolLM2 on texts that it wrote itself keeps its language.
+{images} images in {steps} steps of about a dozen questions each, on two CPU cores shared with other work. Vision tower:
+from scratch, to say what every cell holds. Projector: first regressed onto sums of SmolLM2's embeddings of the words
+for what a patch shows, without the language model, then trained together with LoRA (rank 16, all linear layers). KL
+divergence from SmolLM2 on texts that it wrote itself keeps its language.{note}
 
 ![training](training.png)
 
@@ -247,6 +247,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--log", type=Path, required=True, help="log.jsonl of the training run")
     parser.add_argument("--command", required=True, help="how the model was trained")
+    parser.add_argument("--note", default="", help="what else to know about the run")
     parser.add_argument("--batch", type=int, default=8, help="images per training step")
     parser.add_argument("--store", type=Path, default=Path("outputs/store"))
     parser.add_argument("--questions", type=int, default=240, help="questions that single layers are scored on")
@@ -295,7 +296,7 @@ def main() -> None:
     steps = max(row["step"] for row in trained)
     (SMOL / "README.md").write_text(CARD.format(
         parameters=lvlm.parameters() / 1e6, size=(SMOL / "trained.safetensors").stat().st_size / 1e6,
-        command=args.command, steps=steps, images=steps * args.batch, questions="lists, descriptions and short",
+        command=args.command, steps=steps, images=steps * args.batch, note=args.note and f" {args.note}",
         total=len(rows), accuracy=accuracy, perplexity=language, texts=own["essays"]["n"],
         few_questions=len(few), few_texts=args.texts,
     ))  # fmt: skip
