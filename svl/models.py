@@ -44,6 +44,7 @@ REFUSED = {
     "kv_source_layers": "its layers read keys and values of others by their numbers",
     "deepstack_layer_map": "visual features enter its layers by their numbers",
 }
+NO_ATTENTION = ("linear_attention", "conv", "mamba", "recurrent", "moe")  # kinds of layers that have no attention map
 LAST_IS_FULL = ("gemma4_text", "gemma4_unified_text")  # configs that turn their last layer into full attention
 
 
@@ -114,6 +115,11 @@ class Lvlm:
     processor: Any
     anatomy: Anatomy
     name: str = "model"
+
+    def must_be_whole(self, what: str) -> None:
+        """Raise SvlError if decoder layers are not in memory (`model.offload`), so that `what` is impossible."""
+        if any(p.is_meta for p in self.layers.parameters()):
+            raise SvlError(f"{what} needs all of '{self.name}' in memory: set model.offload=false, or do without it")
 
     def map(
         self, work: Callable[[Lvlm, Any], Any], batches: Sequence[Any], show: Show, what: str = ""
@@ -284,7 +290,7 @@ def tied_layers(config: Any) -> dict[int, str]:
         for i, mode in enumerate(text.kv_sharing_modes):
             if mode == "store":
                 found[i] = "later layers reuse its keys and values"
-    attention = [i for i, kind in enumerate(types) if kind.endswith("attention") and kind != "linear_attention"]
+    attention = [i for i, kind in enumerate(types) if kind not in NO_ATTENTION]
     if attention and len(attention) < len(types):
         found[attention[-1]] = "it is the last layer with attention, and generation needs one"
     if crossing := getattr(text, "cross_attention_layers", None):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -54,7 +55,7 @@ def pruned_config(config: Any, plan: Plan) -> Any:
     try:
         new = type(text).from_dict(copy.deepcopy(after))
         getattr(new, "kv_sharing_modes", None)  # computed, and checked, only when it is asked for
-    except ValueError as error:
+    except (ValueError, StrictDataclassError) as error:
         reason = str(error).splitlines()[0]
         raise SvlError(f"{text.model_type} cannot do without layers {list(plan.removed)}: {reason}") from error
     new.dtype = text.dtype
@@ -165,6 +166,7 @@ def apply(lvlm: Lvlm, plan: Plan, patch: Patch | None = None) -> Lvlm:
     Raises:
         SvlError: if the plan is for another depth or removes protected layers, or the patch does not fit.
     """
+    lvlm.must_be_whole("running the pruned model")
     anatomy, model = lvlm.anatomy, lvlm.model
     anatomy.check(plan, lvlm.name)
     new_index = {old: new for new, old in enumerate(plan.kept)}
