@@ -261,6 +261,7 @@ class Activations:
         Raises:
             SvlError: if the model does something between its layers that running them one by one leaves out.
         """
+        self.lvlm.must_be_whole("refitting layer by layer")
         first = next((i for i in plan.removed), self.n_layers) - 1
         start, selector, kept = max(first, 0), self.stats.selector, [i for i in plan.kept if i >= first]
         pairs = list(zip(self.examples.items, self.stats.traces, strict=True))

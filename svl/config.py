@@ -35,6 +35,7 @@ class Model:
     revision: str | None = None
     dtype: str = "auto"  # auto (as stored) | float32 | bfloat16 | float16
     device: str = "auto"
+    offload: bool = False  # leave decoder layers on disk and read each once per calibration pass: for large models
     prompt: str = "chat"  # how conversations are written: chat (the checkpoint's template) | a style of svl.prompts
     image_processor: dict[str, Any] = field(default_factory=dict)  # its settings, such as `size`: caps visual tokens
     layers: str | None = None  # dotted path of the decoder layers, where structure does not tell

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from svl import benchmarks, bundled, export, parallel, results
 from svl.config import PACKAGE, describe, validate
-from svl.core import Patch, Plan, Probe, Stats, layers_to_remove, one_of
+from svl.core import Patch, Plan, Probe, Stats, SvlError, layers_to_remove, one_of
 from svl.data import Examples, draw, read_samples, save
 from svl.store import Entry, Store, checkpoint_fingerprint, file_digest
 
@@ -75,6 +75,9 @@ class Run:
         needs = self.strategy.needs | self.compensation.needs
         self.measures = bool(self.strategy.needs & MEASURED)  # otherwise the selector plays no part in choosing layers
         self.needs = needs & (MEASURED | {"hidden"})  # what asks for the calibration pass
+        if model.offload and (cfg.benchmark.tasks or "probe" in needs):
+            what = "benchmarks run" if cfg.benchmark.tasks else "this strategy tries"
+            raise SvlError(f"model.offload leaves the model on disk, but {what} it whole; see README, Large models")
         if self.needs:
             self.needs |= self.selector.needs
         if self.needs or "probe" in needs:
@@ -101,11 +104,11 @@ class Run:
     @cached_property
     def dense(self) -> Lvlm:
         """The model as it comes."""
-        from svl import models
+        from svl import models, offload
 
         model, began = self.cfg.model, time.perf_counter()
         commit = self.fingerprint.partition("@")[2] or model.revision  # the very one that keys are made of
-        lvlm = models.load(
+        lvlm: Lvlm = (offload.load if model.offload else models.load)(
             self.path, dtype=model.dtype, device=model.device, revision=commit, layers=model.layers,
             image_token=model.image_token, protect=self.protect, name=self.name,
             trust_remote_code=model.trust_remote_code,
@@ -137,7 +140,8 @@ class Run:
         """Stage `stats`: per-token measurements; None if nothing asks for data. Independent of method and ratio."""
         if not self.needs:
             return None
-        asked = sorted(set(self.cfg.calibration.statistics) | (self.needs & MEASURED))
+        extra = () if self.cfg.model.offload else self.cfg.calibration.statistics  # all batches are under way at once
+        asked = sorted(set(extra) | (self.needs & MEASURED))
 
         def build(folder: Path) -> dict[str, Any]:
             from svl import calibrate
@@ -265,6 +269,9 @@ class Run:
             SvlError: if it does not.
         """
         if not plan.removed:
+            return
+        if self.cfg.model.offload:
+            log.warning("  model.offload: the check that pruning equals skipping layers is left out")
             return
 
         def build(folder: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ ORDER = (
     {"config", "store", "data", "attention", "checkpoint", "card"},
     {"models", "benchmarks", "bundled", "results", "figures", "parallel"},
     {"surgery", "skeleton", "prompts", "replay"},
-    {"calibrate", *METHODS, "perplexity"},
+    {"calibrate", "offload", *METHODS, "perplexity"},
     {"probe"},
     {"export", "evaluate"},
     {"pipeline"},

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 
 import pytest
 import torch
 from families import FAMILIES
+from safetensors.torch import load_file
 
 import svl
 from svl import models, offload, skeleton
 from svl.calibrate import STATISTICS, Activations, calibrate, select, silent
 from svl.compensation.subspace import Subspace
-from svl.core import SvlError
+from svl.core import Plan, SvlError
 from svl.models import Lvlm
 from svl.selectors.tis import Tis
 from svl.skeleton import Skeleton
@@ -165,3 +170,42 @@ def test_every_family(name, tmp_path):
         assert len(a) == len(b) == bones.anatomy.n_layers + 1
         for x, y in zip(a, b, strict=True):
             torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5, equal_nan=True)
+
+
+def test_a_run_with_offload_gives_the_same_plan_and_export(tmp_path):
+    """The whole method, as a user runs it; and what needs the model in memory says so at once."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "svl", "strategy=short_lvlm", "tracker=none", "calibration.samples=4"]
+        return subprocess.run(
+            [*command, "calibration.batch_size=2", *arguments], cwd=tmp_path, env=environment, capture_output=True,
+            text=True, check=False,
+        )  # fmt: skip
+
+    plans = []
+    for offloaded in ("true", "false"):
+        where = [f"paths.store=store-{offloaded}", f"paths.outputs=out-{offloaded}", f"export.path=pruned-{offloaded}"]
+        done = run("benchmark=none", f"model.offload={offloaded}", *where)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert ("layers, which stay on disk" in done.stdout) == (offloaded == "true")
+        (file,) = (tmp_path / f"out-{offloaded}").rglob("plan.json")
+        plans.append(json.loads(file.read_text()))
+    assert plans[0]["removed"] == plans[1]["removed"]
+    assert plans[0]["importance"] == pytest.approx(plans[1]["importance"], abs=1e-5)
+    ours, theirs = (load_file(tmp_path / f"pruned-{x}" / "model.safetensors") for x in ("true", "false"))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], atol=1e-5, rtol=1e-5)
+    refused = run("benchmark=demo", "model.offload=true", "paths.store=store", "paths.outputs=out")
+    assert refused.returncode == 1
+    assert refused.stderr.splitlines()[-1].startswith("error: model.offload leaves the model on disk, but benchmarks")
+
+
+def test_what_needs_the_whole_model_says_so(checkpoint, samples):
+    lvlm = offload.load(checkpoint("llama"), device="cpu")
+    hidden = Activations(lvlm, samples, calibrate(lvlm, samples), 2)
+    with pytest.raises(SvlError, match="needs all of 'llama' in memory"):
+        list(hidden.stream([1], plan=Plan(4, (0,))))
+    with pytest.raises(SvlError, match="needs all of 'llama' in memory"):
+        list(hidden.walk(Plan(4, (1,))))
