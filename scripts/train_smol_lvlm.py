@@ -459,8 +459,9 @@ def ship(model: Smol, tokenizer, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.to(torch.bfloat16).contiguous() if v.is_floating_point() else v for k, v in tensors.items()}
     save_file(tensors, folder / "trained.safetensors", {"format": "pt"})
+    language = {k: v for k, v in model.language.config.to_dict().items() if not k.endswith("name_or_path")}
     LlavaConfig(
-        vision_config=model.vision.config.to_dict(), text_config=model.language.config.to_dict(),
+        vision_config=model.vision.config.to_dict(), text_config=language,
         image_token_index=tokenizer.convert_tokens_to_ids(UNUSED_TOKEN), image_seq_length=N * N,
         tie_word_embeddings=True,
         vision_feature_layer=-1, vision_feature_select_strategy="default", dtype=torch.bfloat16,
