@@ -335,9 +335,7 @@ def compare(pieces: Iterable[Piece], pruned: Any, dense: Skeleton) -> None:
         if place.converter is None and tuple(parameters[place.name].shape) != shapes[name]
     ]  # fmt: skip
     if wrong := [*wrong, *skeleton.lacking(pruned, places)]:
-        raise SvlError(
-            f"'{dense.folder}' cannot be exported file by file: '{wrong[0]}' depends on the number of layers"
-        )
+        raise SvlError(f"the layout of '{dense.folder}' is not known: '{wrong[0]}' does not fit the pruned model")
 
 
 # ------------------------------------------------------------------------------------------------------- the Hub

@@ -797,7 +797,7 @@ class Hub(BaseHTTPRequestHandler):
                     self.repos[found[1]][value["path"]] = base64.b64decode(value["content"])
                 elif line["key"] == "lfsFile":
                     self.repos[found[1]][value["path"]] = self.objects[value["oid"]]
-            self.answer({"commitUrl": f"{where}/commit/1", "commitOid": "1" * 40, "success": True})
+            self.answer({"commitUrl": f"{where}/{found[1]}/commit/{'1' * 40}", "commitOid": "1" * 40, "success": True})
         else:
             self.answer({"error": f"no {self.path}"}, 404)
 
