@@ -555,7 +555,9 @@ class LLM:
 def test_vllm_answers_for_dense_and_pruned_checkpoints(alone, tmp_path):
     (tmp_path / "vllm").mkdir()
     (tmp_path / "vllm" / "__init__.py").write_text(textwrap.dedent(FAKE))
-    served = command(tmp_path, *SAMPLE, "evaluator=vllm", PYTHONPATH=str(tmp_path))
+    served = command(
+        tmp_path, *SAMPLE, "evaluator=vllm", PYTHONPATH=f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    )
     assert served.returncode == 0, served.stderr
     ours, theirs = stored(alone), stored(tmp_path)
     assert {key: found[1] for key, found in theirs.items()} == {key: found[1] for key, found in ours.items()}
