@@ -1,9 +1,9 @@
 """Measure smol_lvlm and write its model card: accuracy per kind of question, with and without the image; perplexity
 beside SmolLM2's; what each single layer's removal costs; where the image is read; which layers look redundant.
 
-    python scripts/card_smol_lvlm.py --log runs/smol_lvlm/log.jsonl
+    python scripts/card_smol_lvlm.py --command "..."
 
-Writes README.md and figures beside the weights. `--questions` and `--texts` say how much every single-layer removal is
+Reads the training log beside the weights. Writes README.md and figures beside the weights. `--questions` and `--texts` say how much every single-layer removal is
 scored on; the tables use everything.
 """
 
@@ -245,7 +245,7 @@ def table(head: str, rows: Iterable[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--log", type=Path, required=True, help="log.jsonl of the training run")
+    parser.add_argument("--log", type=Path, default=SMOL / "log.jsonl", help="of the training run")
     parser.add_argument("--command", required=True, help="how the model was trained")
     parser.add_argument("--note", default="", help="what else to know about the run")
     parser.add_argument("--batch", type=int, default=8, help="images per training step")
