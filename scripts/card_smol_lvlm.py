@@ -3,8 +3,8 @@ beside SmolLM2's; what each single layer's removal costs; where the image is rea
 
     python scripts/card_smol_lvlm.py --command "..."
 
-Reads the training log beside the weights. Writes README.md and figures beside the weights. `--questions` and `--texts` say how much every single-layer removal is
-scored on; the tables use everything.
+Reads the training log beside the weights, and writes README.md and figures there. `--questions` and `--texts` say how
+much every single-layer removal is scored on; the tables use everything.
 """
 
 from __future__ import annotations
