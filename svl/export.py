@@ -104,13 +104,16 @@ def save(
     limit = in_bytes(shard_size)
     folder = skeleton.local(source, revision)
     base = str(source) if folder != Path(source).expanduser().absolute() else None
-    dense = skeleton.build(folder, layers=layers, protect=protect, trust_remote_code=trust_remote_code)
+    dense = skeleton.build(
+        folder, layers=layers, protect=protect, trust_remote_code=trust_remote_code, shapes_only=True
+    )
     name = name or Path(str(source)).name
     dense.anatomy.check(plan, name)
     pieces = list(plan_pieces(dense, plan, patch or Patch()))
 
     config, auto = models.describe(folder, None, trust_remote_code)
-    pruned = skeleton.hollow(auto, surgery.pruned_config(config, plan), dense.model.dtype, trust_remote_code)
+    smaller = surgery.pruned_config(config, plan)
+    pruned = skeleton.hollow(auto, smaller, dense.model.dtype, trust_remote_code, shapes_only=True)
     compare(pieces, pruned, dense)
     changed = sorted({f"{i}.{role}" for i, role in patch.updates} | {f"{i}.*" for i in patch.blends}) if patch else []
     pruned.config.architectures = [type(pruned).__name__]

@@ -94,8 +94,9 @@ def build(
     image_token: int | None = None,
     protect: str | Sequence[int] = "auto",
     trust_remote_code: bool = False,
+    shapes_only: bool = False,
 ) -> Skeleton:
-    """The skeleton of a checkpoint folder; reads headers only. Arguments are those of `models.load`.
+    """The skeleton of a checkpoint folder; reads headers only. Arguments are those of `models.load` and `hollow`.
 
     Raises:
         SvlError: if the checkpoint cannot be read at file level, holds no model with decoder layers, or does not fit
@@ -105,7 +106,7 @@ def build(
     config, auto = models.describe(folder, None, trust_remote_code)
     if dtype == "auto":
         dtype = config.dtype or next(t for s in stored.values() if (t := checkpoint.DTYPES[s.dtype]).is_floating_point)
-    model = hollow(auto, config, dtype, trust_remote_code)
+    model = hollow(auto, config, dtype, trust_remote_code, shapes_only)
     places = match(model, stored)
     anatomy = models.find_anatomy(model, layers, image_token=image_token, protect=protect)
     skeleton = Skeleton(folder, model, anatomy, stored, places)
@@ -117,11 +118,26 @@ def build(
     return skeleton
 
 
-def hollow(auto: Any, config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
-    """The model that a config describes, in evaluation mode, its parameters on the meta device."""
+def hollow(
+    auto: Any, config: Any, dtype: torch.dtype, trust_remote_code: bool = False, shapes_only: bool = False
+) -> Any:
+    """The model that a config describes, in evaluation mode, its parameters on the meta device.
+
+    With `shapes_only`, so are its buffers, which takes a fraction of the time.
+    """
+    from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
+
     trust = {"trust_remote_code": True} if trust_remote_code else {}
-    with _parameters_on_meta():
+    with ExitStack() as stack:
+        for context in (
+            (torch.device("meta"), meta_device_safe_creation_ops(), no_init_weights())
+            if shapes_only
+            else (_parameters_on_meta(),)
+        ):
+            stack.enter_context(context)
         model = auto.from_config(config, dtype=dtype, **trust)
+    if shapes_only:
+        model.tie_weights()  # left out without initialisation
     return model.requires_grad_(False).eval()
 
 
