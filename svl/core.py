@@ -2,7 +2,7 @@
 
 A *strategy* reads statistics and writes a plan; a plan is data; one surgeon executes data. A *selector* says which
 tokens of a sample count; a *compensation* computes what is folded into kept weights. Method files import this
-module and torch, nothing else of svl.
+module, torch and, for least squares, `svl.regression`; nothing else of svl.
 
 Words have one meaning each: layers are 0-based, `h_i` enters layer i (`h_L` leaves the last one, before the final
 norm), `ratio` is the fraction of decoder layers removed, importance is higher for layers to keep.
