@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from svl import attention
-from svl.calibrate import FIELDS, Activations, calibrate, measure, select
+from svl.calibrate import FIELDS, STATISTICS, Activations, calibrate, measure, select
 from svl.core import Stats, SvlError
 from svl.data import Examples
 from svl.models import Lvlm, find_anatomy
@@ -247,7 +247,7 @@ def test_massive_activations_in_half_precision_give_correct_cosines(dtype, llava
     states: list[torch.Tensor] = []
     for layer in lvlm.layers:
         layer.register_forward_hook(lambda _, args, out: states.extend([args[0][0], out[0]]))
-    (trace,) = measure(lvlm, samples.items[:1], ["cosine", "attention"])
+    (trace,) = measure(lvlm, samples.items[:1], STATISTICS)
     assert states[-1].dtype == dtype
     assert states[-1].abs().max() >= 1e4
     tokens = [[h.double().tolist() for h in state] for state in states]

@@ -335,7 +335,7 @@ def test_mistakes_are_explained(run, monkeypatch):
     for limit in (0, 1.5, -1):
         with pytest.raises(SvlError, match=rf"limit is {limit}, but must be a whole number"):
             run("svl_demo_existence", limit=limit)
-    with pytest.raises(SvlError, match="style is 'qwen'.*one of: default"):
+    with pytest.raises(SvlError, match=r"style is 'qwen'.*one of: default"):
         run("svl_demo_existence", style="qwen")
 
 

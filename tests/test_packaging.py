@@ -72,9 +72,10 @@ def test_metadata(wheel):
     assert "\nLicense-Expression: Apache-2.0\n" in metadata
     assert b"Apache License" in archive.read(f"{info}/licenses/LICENSE")
     assert "lmms-eval==" in "".join(line for line in metadata.splitlines() if "extra == 'eval'" in line)
-    assert archive.read(f"{info}/entry_points.txt").decode().split("\n")[:3] == [
+    assert archive.read(f"{info}/entry_points.txt").decode().split("\n")[:4] == [
         "[console_scripts]",
         "svl = svl.cli:main",
+        "svl-export = svl.export:main",
         "svl-report = svl.report:main",
     ]
 
