@@ -32,7 +32,18 @@ from svl.core import SvlError
 log = logging.getLogger(__name__)
 
 # Raise a stage's number when its meaning changes: older artifacts are then no longer found.
-SCHEMA = {"checkpoint": 1, "data": 1, "stats": 1, "probe": 1, "plan": 1, "patch": 1, "score": 1, "run": 1, "track": 1}
+SCHEMA = {
+    "checkpoint": 1,
+    "data": 1,
+    "stats": 1,
+    "probe": 1,
+    "plan": 1,
+    "patch": 1,
+    "check": 1,
+    "score": 1,
+    "run": 1,
+    "track": 1,
+}
 MINIMUM_FREE = 16 * 2**20  # bytes that must be free before a stage starts
 
 
