@@ -238,6 +238,7 @@ def _write_shard(path: Path, pieces: Sequence[Piece], advance: Callable[[int], N
                     _write(target, data)
                     left -= len(data)
                     advance(len(data))
+                    del block, data  # before the next one is computed
                 if left:
                     raise RuntimeError(f"{source.name} was computed with {-left} bytes too many")
 
