@@ -29,7 +29,7 @@ import svl
 from svl.calibrate import _encode, _forward, calibrate
 from svl.config import PACKAGE
 from svl.data import Examples
-from svl.models import Lvlm, find_anatomy
+from svl.loading import Lvlm, find_anatomy
 
 LIBC = ctypes.CDLL("libc.so.6")
 

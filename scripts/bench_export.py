@@ -48,7 +48,7 @@ OURS = (
     """
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.llama import modeling_llama
-from svl import card, checkpoint, export, models, skeleton, surgery
+from svl import card, checkpoint, export, loading, skeleton, surgery
 from svl.core import Plan
 """,
     """
@@ -59,7 +59,7 @@ MEMORY = (
     OURS[0],
     """
 model = AutoModelForCausalLM.from_pretrained(source)
-lvlm = models.Lvlm(model, None, models.find_anatomy(model))
+lvlm = loading.Lvlm(model, None, loading.find_anatomy(model))
 surgery.apply(lvlm, Plan.from_json(Path(plan).read_text())).model.save_pretrained(out)
 """,
 )

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from svl import bundled, models
+from svl import bundled, loading
 from svl.calibrate import encode_answer
 from svl.core import layers_to_remove
 from svl.data import read_samples
@@ -27,7 +27,7 @@ from svl.store import Store
 class Naive:
     """Every candidate with a forward pass of its own through everything."""
 
-    def __init__(self, lvlm: models.Lvlm, examples):
+    def __init__(self, lvlm: loading.Lvlm, examples):
         self.lvlm, self.layer_forwards = lvlm, 0
         self.inputs = [encode_answer(lvlm, e) for e in examples]
 
@@ -61,7 +61,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     path = bundled.resolve(arguments.model, Store(arguments.store))
-    lvlm = models.load(path, dtype="float32", device="cpu", name=arguments.model.rpartition(":")[2])
+    lvlm = loading.load(path, dtype="float32", device="cpu", name=arguments.model.rpartition(":")[2])
     examples = read_samples(arguments.calibration, arguments.samples)
     n_layers, n = lvlm.anatomy.n_layers, layers_to_remove(arguments.ratio, lvlm.anatomy.n_layers)
     searches = {"naive": Naive(lvlm, examples.items), "ours": ModelProbe(lvlm, examples)}

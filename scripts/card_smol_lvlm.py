@@ -32,7 +32,7 @@ from svl.config import PACKAGE
 from svl.core import Plan, Stats
 from svl.data import read_samples
 from svl.demo import smol
-from svl.models import Lvlm
+from svl.loading import Lvlm
 from svl.selectors import simple, tis
 from svl.store import Store
 

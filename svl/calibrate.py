@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from svl import attention, surgery
 from svl.core import Patch, Plan, Stats, SvlError, TokenSelector, TokenTrace, Update, no_token
 from svl.data import Example, Examples
-from svl.models import Lvlm, Show, Writer
+from svl.loading import Lvlm, Show, Writer
 from svl.replay import Replay, record
 
 STATISTICS = ("cosine", "windows", "attention")

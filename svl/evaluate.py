@@ -54,7 +54,7 @@ from tqdm import tqdm
 
 from svl import benchmarks, parallel, results
 from svl.core import SvlError, one_of
-from svl.models import Lvlm
+from svl.loading import Lvlm
 
 NEW_TOKENS = 128  # cap where neither the caller nor the task sets one
 RESAMPLES = 500

@@ -96,7 +96,7 @@ def save(
         SvlError: before anything is written, if `path` exists, the source cannot be exported at file level (quantised,
             pickled, incomplete, of unknown layout), plan or patch do not fit it, or the disk has too little room.
     """
-    from svl import card, checkpoint, models, skeleton, surgery
+    from svl import card, checkpoint, loading, skeleton, surgery
 
     path = Path(path).expanduser().absolute()
     if path.exists():
@@ -111,7 +111,7 @@ def save(
     dense.anatomy.check(plan, name)
     pieces = list(plan_pieces(dense, plan, patch or Patch()))
 
-    config, auto = models.describe(folder, None, trust_remote_code)
+    config, auto = loading.describe(folder, None, trust_remote_code)
     smaller = surgery.pruned_config(config, plan)
     pruned = skeleton.hollow(auto, smaller, dense.model.dtype, trust_remote_code, shapes_only=True)
     compare(pieces, pruned, dense)

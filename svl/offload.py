@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from svl import models, skeleton
+from svl import loading, skeleton
 from svl.core import SvlError
-from svl.models import Lvlm, Show
+from svl.loading import Lvlm, Show
 from svl.skeleton import Skeleton
 
 log = logging.getLogger(__name__)
@@ -157,15 +157,15 @@ def load(
     name: str | None = None,
     trust_remote_code: bool = False,
 ) -> Offloaded:
-    """A checkpoint with its decoder layers left on disk; arguments and errors are those of `models.load`."""
-    folder = skeleton.local(models.check_source(path, dtype), revision)
-    config, auto = models.describe(folder, None, trust_remote_code)
-    processor, token = models.load_processor(folder, config, auto, image_token, trust_remote_code=trust_remote_code)
+    """A checkpoint with its decoder layers left on disk; arguments and errors are those of `loading.load`."""
+    folder = skeleton.local(loading.check_source(path, dtype), revision)
+    config, auto = loading.describe(folder, None, trust_remote_code)
+    processor, token = loading.load_processor(folder, config, auto, image_token, trust_remote_code=trust_remote_code)
     bones = skeleton.build(
-        folder, dtype=models.DTYPES[dtype], layers=layers, image_token=token, protect=protect,
+        folder, dtype=loading.DTYPES[dtype], layers=layers, image_token=token, protect=protect,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    return assemble(bones, processor, name or Path(path).name, models.find_device(device))
+    return assemble(bones, processor, name or Path(path).name, loading.find_device(device))
 
 
 def assemble(bones: Skeleton, processor: Any, name: str, device: torch.device | str) -> Offloaded:

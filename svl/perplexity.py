@@ -20,7 +20,7 @@ from tqdm import tqdm
 from svl import benchmarks
 from svl.core import SvlError, one_of
 from svl.data import read_samples
-from svl.models import Lvlm
+from svl.loading import Lvlm
 from svl.results import spread
 
 METRICS = ("loss", "perplexity", "bits_per_byte")

@@ -32,7 +32,7 @@ from svl.data import Examples, draw, read_samples, save
 from svl.store import Entry, Store, checkpoint_fingerprint, file_digest
 
 if TYPE_CHECKING:
-    from svl.models import Lvlm
+    from svl.loading import Lvlm
 
 log = logging.getLogger(__name__)
 MEASURED = frozenset({"cosine", "windows", "attention"})  # by the calibration pass
@@ -104,11 +104,11 @@ class Run:
     @cached_property
     def dense(self) -> Lvlm:
         """The model as it comes."""
-        from svl import models, offload
+        from svl import loading, offload
 
         model, began = self.cfg.model, time.perf_counter()
         commit = self.fingerprint.partition("@")[2] or model.revision  # the very one that keys are made of
-        lvlm: Lvlm = (offload.load if model.offload else models.load)(
+        lvlm: Lvlm = (offload.load if model.offload else loading.load)(
             self.path, dtype=model.dtype, device=model.device, revision=commit, layers=model.layers,
             image_token=model.image_token, protect=self.protect, name=self.name,
             trust_remote_code=model.trust_remote_code,

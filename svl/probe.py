@@ -24,7 +24,7 @@ from svl import surgery
 from svl.calibrate import Show, encode_answer, silent
 from svl.core import Patch, Plan, SvlError
 from svl.data import Example, Examples
-from svl.models import Lvlm
+from svl.loading import Lvlm
 from svl.replay import Replay, record
 
 Remember = Callable[[str, dict[str, Any], Callable[[], Any]], Any]

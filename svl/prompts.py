@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from svl.core import SvlError, did_you_mean, one_of
-from svl.models import Lvlm
+from svl.loading import Lvlm
 
 _CONTENT = (
     "{%- macro said(message) -%}{%- if message['content'] is string -%}{{ message['content'] }}{%- else -%}"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from svl.core import SvlError
-from svl.models import Lvlm
+from svl.loading import Lvlm
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from svl import checkpoint, models
+from svl import checkpoint, loading
 from svl.checkpoint import Stored
 from svl.core import SvlError
-from svl.models import Anatomy
+from svl.loading import Anatomy
 
 
 @dataclass(frozen=True)
@@ -96,19 +96,19 @@ def build(
     trust_remote_code: bool = False,
     shapes_only: bool = False,
 ) -> Skeleton:
-    """The skeleton of a checkpoint folder; reads headers only. Arguments are those of `models.load` and `hollow`.
+    """The skeleton of a checkpoint folder; reads headers only. Arguments are those of `loading.load` and `hollow`.
 
     Raises:
         SvlError: if the checkpoint cannot be read at file level, holds no model with decoder layers, or does not fit
             the model that its config.json describes.
     """
     stored = checkpoint.read(folder)
-    config, auto = models.describe(folder, None, trust_remote_code)
+    config, auto = loading.describe(folder, None, trust_remote_code)
     if dtype == "auto":
         dtype = config.dtype or next(t for s in stored.values() if (t := checkpoint.DTYPES[s.dtype]).is_floating_point)
     model = hollow(auto, config, dtype, trust_remote_code, shapes_only)
     places = match(model, stored)
-    anatomy = models.find_anatomy(model, layers, image_token=image_token, protect=protect)
+    anatomy = loading.find_anatomy(model, layers, image_token=image_token, protect=protect)
     skeleton = Skeleton(folder, model, anatomy, stored, places)
     if missing := lacking(model, places):
         raise SvlError(

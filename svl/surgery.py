@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from svl.core import Patch, Plan, SvlError, Update
-from svl.models import Anatomy, Lvlm
+from svl.loading import Anatomy, Lvlm
 
 log = logging.getLogger(__name__)
 

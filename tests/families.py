@@ -1,7 +1,7 @@
 """A tiny random model of every supported family, with a real image input: what the family tests are run on.
 
 `FAMILIES[name]()` builds a `Family` (once per process). Adding a family means adding one function here, and an entry to
-the tables of `svl.models` and `svl.surgery` if structure does not tell all. Decoders have 6 layers of width 32 unless
+the tables of `svl.loading` and `svl.surgery` if structure does not tell all. Decoders have 6 layers of width 32 unless
 their kind of layer needs more; weights are large enough that attention is uneven and every layer is another one.
 """
 

@@ -597,7 +597,7 @@ FAMILY = {  # of conf/model: a tiny model of it in tests/families.py
 @pytest.mark.parametrize("name", FAMILY)
 def test_every_model_file_is_of_a_family_that_can_be_pruned(name):
     families = importlib.import_module("families")
-    from svl.models import find_anatomy
+    from svl.loading import find_anatomy
     from svl.prompts import STYLES
 
     with initialize_config_dir(str(config.CONF), version_base="1.3"):

@@ -23,7 +23,7 @@ from transformers import (
 import svl
 from svl import bundled
 from svl.core import SvlError
-from svl.models import find_anatomy
+from svl.loading import find_anatomy
 from svl.store import Store
 
 WEIGHT = "model.layers.{}.self_attn.v_proj.weight"
@@ -31,7 +31,7 @@ WIDTH, RANK = 16, 3
 
 
 def tiny_tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", bundled.UNUSED_TOKEN]

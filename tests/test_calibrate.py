@@ -16,7 +16,7 @@ from svl import attention
 from svl.calibrate import FIELDS, STATISTICS, Activations, calibrate, measure, select
 from svl.core import Stats, SvlError
 from svl.data import Examples
-from svl.models import Lvlm, find_anatomy
+from svl.loading import Lvlm, find_anatomy
 from svl.selectors.simple import All, Random, Visual
 from svl.selectors.tis import Tis
 

@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from svl import benchmarks, results
 from svl.core import SvlError
 from svl.demo.tasks import utils
-from svl.models import Lvlm, find_anatomy
+from svl.loading import Lvlm, find_anatomy
 
 pytest.importorskip("lmms_eval")
 evaluation = importlib.import_module("svl.evaluate")

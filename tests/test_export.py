@@ -29,10 +29,10 @@ from families import FAMILIES, LLAMA, build, config
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from svl import card, checkpoint, export, models, surgery
+from svl import card, checkpoint, export, loading, surgery
 from svl.checkpoint import Piece, Stored
 from svl.core import Patch, Plan, SvlError, Update
-from svl.models import Lvlm
+from svl.loading import Lvlm
 
 ENVIRONMENT = {
     **{k: v for k, v in os.environ.items() if not k.startswith(("SVL_", "HF_"))},
@@ -48,9 +48,9 @@ def digests(folder: Path) -> dict[str, str]:
 
 def loaded(folder: Path) -> Lvlm:
     """A checkpoint in memory, as it comes; no processor."""
-    _, auto = models.describe(folder)
+    _, auto = loading.describe(folder)
     model = auto.from_pretrained(folder)
-    return Lvlm(model.eval(), None, models.find_anatomy(model), folder.name)
+    return Lvlm(model.eval(), None, loading.find_anatomy(model), folder.name)
 
 
 def some_plan(lvlm: Lvlm) -> Plan:
@@ -120,7 +120,7 @@ def test_exports_are_what_surgery_in_memory_and_save_pretrained_give(name, tmp_p
         assert record["removed"] == list(plan.removed)
         assert record["compensated"] == sorted(f"{i}.{role}" for i, role in patch.updates) if patch else True
     assert digests(source) == before
-    _, info = models.describe(ours)[1].from_pretrained(ours, output_loading_info=True)
+    _, info = loading.describe(ours)[1].from_pretrained(ours, output_loading_info=True)
     assert not any(info.values())
 
 
@@ -135,7 +135,7 @@ def family(tmp_path):
         folder = tmp_path / f"{name}-{len(list(tmp_path.iterdir()))}"
         FAMILIES[name]().model.save_pretrained(folder)
         if dtype != torch.float32 or options:
-            _, auto = models.describe(folder)
+            _, auto = loading.describe(folder)
             model = auto.from_pretrained(folder, dtype=dtype)
             shutil.rmtree(folder)
             model.save_pretrained(folder, **options)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from svl import attention, calibrate, surgery
 from svl.core import Patch, Plan, SvlError, Update
-from svl.models import Lvlm, find_anatomy
+from svl.loading import Lvlm, find_anatomy
 from svl.surgery import apply
 
 # Families that cannot be supported, and the one error that says why.

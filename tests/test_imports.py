@@ -19,7 +19,7 @@ ORDER = (
     {"core"},
     {"regression"},
     {"config", "store", "data", "attention", "checkpoint", "card"},
-    {"models", "benchmarks", "bundled", "results", "figures", "parallel"},
+    {"loading", "benchmarks", "bundled", "results", "figures", "parallel"},
     {"surgery", "skeleton", "prompts", "replay"},
     {"calibrate", "offload", *METHODS, "perplexity"},
     {"probe"},

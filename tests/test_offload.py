@@ -15,11 +15,11 @@ from families import FAMILIES
 from safetensors.torch import load_file
 
 import svl
-from svl import models, offload, skeleton
+from svl import loading, offload, skeleton
 from svl.calibrate import STATISTICS, Activations, calibrate, select, silent
 from svl.compensation.subspace import Subspace
 from svl.core import Plan, SvlError
-from svl.models import Lvlm
+from svl.loading import Lvlm
 from svl.selectors.tis import Tis
 from svl.skeleton import Skeleton
 from svl.strategies.cosine import Cosine
@@ -146,7 +146,7 @@ def test_every_family(name, tmp_path):
     """Logits and all hidden states of two different samples, against the model in memory."""
     family = FAMILIES[name]()
     family.model.save_pretrained(tmp_path)
-    _, auto = models.describe(tmp_path)
+    _, auto = loading.describe(tmp_path)
     try:
         bones = skeleton.build(tmp_path, image_token=family.image_token_id)
     except SvlError:

@@ -12,7 +12,7 @@ from torch import nn
 
 import svl
 from svl.core import SvlError
-from svl.models import Writer, _placeholder, find_anatomy
+from svl.loading import Writer, _placeholder, find_anatomy
 
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 
