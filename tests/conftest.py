@@ -102,7 +102,7 @@ class _Table:
 
 
 def _tokenizer(kind: str):
-    from tokenizers import Tokenizer, pre_tokenizers, processors
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     bos = "<s>" if kind != "qwen" else None  # Qwen has none

@@ -31,7 +31,7 @@ WIDTH, RANK = 16, 3
 
 
 def tiny_tokenizer():
-    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", bundled.UNUSED_TOKEN]
