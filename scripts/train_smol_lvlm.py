@@ -11,7 +11,8 @@ LLaVA's recipe, with what makes it learn from thousands of images instead of mil
   output is regressed onto the sum of the (centred) word embeddings of size, colour, shape, row and column.
 * *Stage 2*: projector and LoRA on all linear layers of the frozen decoder (bfloat16). All questions of a scene share
   one image prefix and are packed into one sequence under a block mask, so that each is trained exactly as the
-  conversation it is evaluated as. Listing, describing and locating come first: their answers speak of the whole image.
+  conversation it is evaluated as, or as one turn of two. Listing, describing and locating come first: their answers
+  speak of the whole image; letters of options last, also asked without need of the image.
 * *Language is kept*: texts that the language model wrote itself before training are in the mix, and on them the
   adapted model is held to the original's next-token distribution.
 * The learning rate is constant after warm-up and falls linearly over the last third, so a run may be resumed with
@@ -60,7 +61,10 @@ GROUND = {"list": 1, "describe": 3, "cell": 3, "place": 3, "attribute": 2}
 FIND = {"list": 1, "describe": 1, "place": 2, "attribute": 3, "existence": 3, "count": 1, "relation1": 1}
 MIX = {"describe": 1, "cell": 1, "place": 1, "existence": 3, "attribute": 2, "count": 2, "compare": 1, "relation1": 2,
        "relation2": 1, "choice": 1}  # fmt: skip
-CURRICULUM = ((60, GROUND), (160, FIND), (10**9, MIX))
+REASON = {"describe": 1, "cell": 1, "existence": 2, "attribute": 1, "count": 3, "compare": 2, "relation1": 1,
+          "relation2": 2, "choice": 2, "letter": 2}  # fmt: skip
+CURRICULUM = ((60, GROUND), (160, FIND), (420, MIX), (10**9, REASON))
+TURNS_EVERY = 3  # from REASON on, the questions of every third batch are asked in conversations of two turns
 TEXTS, TEXT_LENGTH, TEXT_EVERY, TEXT_BATCH = 256, 128, 4, 4
 
 
@@ -229,14 +233,14 @@ def pixels(images: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().div_(255).sub_(0.5).div_(0.25)
 
 
-def pack(tokenizer, samples: list[tuple[scenes.Scene, list[scenes.Question]]]) -> dict[str, Tensor]:
-    """One batch: every scene's questions behind one shared image prefix.
+def pack(tokenizer, samples: list[tuple[scenes.Scene, list[scenes.Question]]], turns: int = 1) -> dict[str, Tensor]:
+    """One batch: every scene's questions behind one shared image prefix, in conversations of `turns` questions.
 
     `ids`, `positions`, `labels` [B, T] (labels: the token that follows, -100 where nothing is asked), `block` [B, T]
-    (0 prefix, k > 0 question k, -1 padding), `kind` [B, T] (index of the question's kind at its labelled positions,
-    else -1), `pixels`.
+    (0 prefix, k > 0 conversation k, -1 padding), `kind` [B, T] (index of the question's kind at its labelled
+    positions, else -1), `pixels`.
     """
-    opening = tokenizer(OPEN, add_special_tokens=False)["input_ids"]
+    opening, again = tokenizer([OPEN, f"\n{OPEN}"], add_special_tokens=False)["input_ids"]
     prefix = opening + [0] * (N * N)
     kinds = list(smol.KINDS)
     texts = [f"{q.prompt}{BETWEEN}" for _, questions in samples for q in questions]
@@ -252,14 +256,18 @@ def pack(tokenizer, samples: list[tuple[scenes.Scene, list[scenes.Question]]]) -
     for _, questions in samples:
         ids, positions, block = list(prefix), list(range(len(prefix))), [0] * len(prefix)
         labels, kind = [-100] * len(prefix), [-1] * len(prefix)
-        for k, question in enumerate(questions, 1):
-            asked, answer = next(encoded)
-            tokens = asked + answer[:-1]  # nothing follows the end of the answer
-            ids += tokens
-            positions += range(len(prefix), len(prefix) + len(tokens))
-            block += [k] * len(tokens)
-            labels += [-100] * (len(asked) - 1) + answer
-            kind += [-1] * (len(asked) - 1) + [kinds.index(question.kind)] * len(answer)
+        for k in range(0, len(questions), turns):
+            start, closing = len(ids), []
+            for turn, question in enumerate(questions[k : k + turns]):
+                asked, answer = next(encoded)
+                if turn:  # the answer's end, which no label followed, and the next turn's opening
+                    asked = closing + again + asked
+                ids += asked + answer[:-1]
+                labels += [-100] * (len(asked) - 1) + answer
+                kind += [-1] * (len(asked) - 1) + [kinds.index(question.kind)] * len(answer)
+                closing = answer[-1:]
+            positions += range(len(prefix), len(prefix) + len(ids) - start)
+            block += [1 + k // turns] * (len(ids) - start)
         rows.append((ids, positions, block, labels, kind))
     length = max(len(row[0]) for row in rows)
     fill = (tokenizer.pad_token_id, 0, -1, -100, -1)
@@ -280,7 +288,8 @@ class Batches(torch.utils.data.IterableDataset):
             mix = next(mix for until, mix in CURRICULUM if step < until)
             stream = smol.stream(f"{self.seed}/{step}", "train", mix)
             samples = [sample for _, sample in zip(range(self.size), stream, strict=False)]
-            yield pack(self.tokenizer, samples[RANK::WORLD])
+            reasons = mix is REASON and step % TURNS_EVERY == 0
+            yield pack(self.tokenizer, samples[RANK::WORLD], turns=2 if reasons else 1)
 
 
 def answers(model: Smol, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -556,7 +565,7 @@ def main() -> None:
         first = state["step"]
 
     held_out = [
-        pack(tokenizer, [s for _, s in zip(range(12), smol.stream(i, "validation", MIX), strict=False)])
+        pack(tokenizer, [s for _, s in zip(range(12), smol.stream(i, "validation", REASON), strict=False)])
         for i in range(4)
     ]
     batches = torch.utils.data.DataLoader(

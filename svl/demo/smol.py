@@ -47,6 +47,10 @@ def _line(rng: random.Random) -> tuple[str, Callable[[Thing], bool]]:
     return f"{COLUMNS[i]} column", lambda t: t.x == i
 
 
+def _plural(phrase: str) -> str:
+    return phrase + ("es" if phrase.endswith("cross") else "s")
+
+
 def _group(scene: Scene, rng: random.Random) -> Group:
     """Shapes named by one or two attributes, taken from the scene three times out of four, sometimes with a place."""
     model = rng.choice(scene.things)
@@ -56,7 +60,7 @@ def _group(scene: Scene, rng: random.Random) -> Group:
     words = " ".join(getattr(model, a) for a in ("size", "color") if a in used)
     noun = model.shape if "shape" in used else "shape"
     one = f"{words} {noun}".strip()
-    many = one + ("es" if noun == "cross" else "s")
+    many = _plural(one)
     if rng.random() < 0.25:
         line, within = _line(rng)
         where = f" in the {line}"
@@ -115,11 +119,16 @@ def _count(scene: Scene, rng: random.Random) -> Question | None:
 
 
 def _compare(scene: Scene, rng: random.Random) -> Question | None:
-    (_, first, test), (_, second, other) = _group(scene, rng), _group(scene, rng)
-    a, b = sum(map(test, scene.things)), sum(map(other, scene.things))
-    if first == second or a + b == 0 or (a <= b and rng.random() < 0.35):
+    """Two groups named alike: where one is broader than the other, the words alone give the answer away."""
+    asked = rng.choice(("color", "shape", "size"))
+    values = tuple({"color": COLORS, "shape": SHAPES, "size": SIZES}[asked])
+    a, b = (getattr(rng.choice(scene.things), asked) if rng.random() < 0.75 else rng.choice(values) for _ in range(2))
+    held = [getattr(thing, asked) for thing in scene.things]
+    more = held.count(a) > held.count(b)
+    if a == b or (not more and rng.random() < 0.4):
         return None
-    return Question("compare", f"Are there more {first} than {second}?", "yes" if a > b else "no")
+    first, second = (_plural(v) if asked == "shape" else f"{v} shapes" for v in (a, b))
+    return Question("compare", f"Are there more {first} than {second}?", "yes" if more else "no")
 
 
 def _relation(steps: int) -> Callable[[Scene, random.Random], Question | None]:
@@ -150,6 +159,15 @@ def _choice(scene: Scene, rng: random.Random) -> Question | None:
     options = [base.answer, *rng.sample([o for o in pool if o != base.answer], 3)]
     rng.shuffle(options)
     return Question("choice", base.text, LETTERS[options.index(base.answer)], tuple(options))
+
+
+def _letter(scene: Scene, rng: random.Random) -> Question:
+    """What a lettered option says, or which letter says it: read off the question, whatever the image."""
+    options = tuple(rng.sample(list(rng.choice((COLORS, SHAPES))), 4))
+    i = rng.randrange(4)
+    if rng.random() < 0.3:
+        return Question("letter", f"What is option {LETTERS[i]}?", options[i], options)
+    return Question("letter", f"Which option is {options[i]}?", LETTERS[i], options)
 
 
 def _describe(scene: Scene, rng: random.Random) -> Question:
@@ -188,7 +206,7 @@ ASKED: dict[str, Callable[[Scene, random.Random], Question | None]] = {
     "choice": _choice,
     "describe": _describe,
 }
-KINDS = ASKED | {"cell": _cell, "place": _where, "list": _list}
+KINDS = ASKED | {"cell": _cell, "place": _where, "list": _list, "letter": _letter}
 
 
 def ask(scene: Scene, rng: random.Random, kind: str) -> Question | None:
