@@ -72,6 +72,11 @@ def read(scene: scenes.Scene, question: scenes.Question) -> str:
     if match := re.fullmatch(r"What (color|shape|size) is (.+)\?", text):
         value = getattr(referred(scene, match[2]), match[1])
         return next(o[0] for o in options.split("\n") if o[3:] == value) if options else value
+    lettered = dict(line.split(". ") for line in options.split("\n")) if options else {}
+    if match := re.fullmatch(r"What is option (.)\?", text):
+        return lettered[match[1]]
+    if match := re.fullmatch(r"Which option is (.+)\?", text):
+        return next(letter for letter, value in lettered.items() if value == match[1])
     order = sorted(scene.things, key=lambda t: 3 * t.y + t.x)
     if match := re.fullmatch(r"Describe the (.+)\.", text):
         return ", ".join(f"{t.size} {t.color} {t.shape}" for t in order if fits(t, f" in the {match[1]}")) or "nothing"
