@@ -29,6 +29,7 @@ from svl.strategies.cosine import Cosine
 from svl.strategies.depth_shapley import DepthShapley
 from svl.strategies.interlace import Interlace
 from svl.strategies.laco import Laco
+from svl.strategies.runs import Runs
 from svl.strategies.shortened_magnitude import ShortenedMagnitude
 from svl.strategies.shortened_ppl import ShortenedPpl
 from svl.strategies.shortened_taylor import ShortenedTaylor
@@ -63,6 +64,25 @@ def windowed(h: torch.Tensor, selector=None) -> Stats:
 def test_shortgpt_removes_the_layers_it_publishes():
     importance = [float(x) for x in BI.split()]
     assert Stats(32, tuple(range(32))).plan(importance, 9).removed == tuple(range(21, 30))
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 4, 6, 8])
+@pytest.mark.parametrize("seed", range(4))
+def test_runs_are_the_best_of_all_sets(n, seed):
+    h, depth, spared = states(9, 7, seed).double(), 9, {0, 7} if seed % 2 else set()
+    stats = windowed(h).without(spared)
+
+    def cost(removed: tuple[int, ...]) -> float:
+        kept = [-1, *(i for i in range(depth) if i not in removed), depth]
+        gaps = [(a + 1, b) for a, b in itertools.pairwise(kept) if b - a > 1]
+        return sum(1 - float(F.cosine_similarity(h[a], h[b], dim=-1).mean()) for a, b in gaps)
+
+    if n > depth - len(spared):
+        with pytest.raises(SvlError, match="at most 7 may go"):
+            Runs().plan(stats, n)
+        return
+    choices = [c for c in itertools.combinations(range(depth), n) if not spared & set(c)]
+    assert Runs().plan(stats, n).removed == min(choices, key=cost)
 
 
 @pytest.mark.parametrize("n", [1, 2, 5])
