@@ -94,7 +94,7 @@ each prose.
 
 ![single layers](layers.png)
 
-Where the image is read, and which layers look redundant (on the 64 calibration questions). Left: the share of their
+Where the image is read, and which layers look redundant (on 64 calibration questions). Left: the share of their
 attention that text tokens pay to the image, and that the last token (which predicts the answer) does; a uniform share
 is the dotted line. Right: cosine of a layer's input and output, averaged over the tokens that each selector takes.
 
@@ -144,7 +144,7 @@ def prose(lvlm: Lvlm, limit: int | None = None) -> dict[str, dict]:
 
 def reading(lvlm: Lvlm) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Per layer: share of attention to the image by kind of token, and cosine by selector."""
-    stats = calibrate(lvlm, read_samples(DATA / "smol_calibration.parquet"), statistics=("cosine", "attention"))
+    stats = calibrate(lvlm, read_samples(DATA / "smol_calibration.parquet", 64), statistics=("cosine", "attention"))
     share: dict[str, list[np.ndarray]] = {"text tokens": [], "last token": [], "uniform": []}
     for trace in stats.traces:
         assert trace.emitted is not None

@@ -45,7 +45,7 @@ def draw(seed: int) -> dict[str, list[Pair]]:
     drawn = {
         "smol_short": short,
         "smol_describe": take(fresh, lines, lambda q: f"describe {'nothing' if q.answer == smol.EMPTY else 'shapes'}"),
-        "smol_calibration": fill("calibration", every, dict.fromkeys(every, 8), lambda q: q.kind),
+        "smol_calibration": fill("calibration", every, dict.fromkeys(every, 24), lambda q: q.kind),
     }
     for name, pairs in drawn.items():
         random.Random(f"{seed}/{name}").shuffle(pairs)

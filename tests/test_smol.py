@@ -160,7 +160,7 @@ def test_no_scene_is_shared(data):
 def test_kinds_and_answers_are_balanced(data):
     held_out = data["smol_short"] + data["smol_describe"]
     assert Counter(row["kind"] for row in held_out) == dict.fromkeys(smol.ASKED, 75)
-    assert Counter(row["kind"] for row in data["smol_calibration"]) == dict.fromkeys(smol.ASKED, 8)
+    assert Counter(row["kind"] for row in data["smol_calibration"]) == dict.fromkeys(smol.ASKED, 24)
     for kind, most in {"existence": 38, "compare": 38, "choice": 19, "count": 19}.items():
         assert max(Counter(row["answer"] for row in held_out if row["kind"] == kind).values()) == most
 
