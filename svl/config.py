@@ -96,6 +96,16 @@ class Evaluator:
 
 
 @dataclass
+class Efficiency:
+    """How speed and memory of the pruned model are measured beside the dense one, see svl.measure."""
+
+    batch_size: int = 1
+    new_tokens: int = 32  # of every answer
+    warmup: int = 1  # rounds that do not count
+    repeats: int = 0  # rounds; 0: nothing is measured
+
+
+@dataclass
 class Paths:
     """Where results go."""
 
@@ -121,6 +131,7 @@ class Svl:
     compensation: Any = MISSING
     benchmark: Benchmark = field(default_factory=Benchmark)
     evaluator: Evaluator = field(default_factory=Evaluator)
+    efficiency: Efficiency = field(default_factory=Efficiency)
     tracker: Any = MISSING
     paths: Paths = field(default_factory=Paths)
     export: Export = field(default_factory=Export)
@@ -218,6 +229,11 @@ def validate(cfg: DictConfig) -> dict[str, Any]:
         value = OmegaConf.select(cfg, name)
         if value is not None and value < 1:
             raise SvlError(f"{name} is {value}, but must be at least 1")
+    for name, least in {"batch_size": 1, "new_tokens": 2, "warmup": 0, "repeats": 0}.items():
+        if cfg.efficiency[name] < least:
+            raise SvlError(f"efficiency.{name} is {cfg.efficiency[name]}, but must be at least {least}")
+    if cfg.efficiency.repeats and cfg.model.offload:
+        raise SvlError("efficiency cannot be measured with model.offload, which leaves layers on disk")
     limit = cfg.benchmark.limit
     if limit is not None and not (0 < limit < 1 or (limit >= 1 and limit == int(limit))):
         raise SvlError(f"benchmark.limit is {limit:g}, but must be a whole number of samples, or a share below 1")

@@ -202,9 +202,7 @@ class Lvlm:
 
     def place(self, batch_size: int) -> dict[str, Any]:
         """What a speed depends on besides the model."""
-        cpu = f"{platform.machine()}, {torch.get_num_threads()} threads"
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu
-        return {"type": self.device.type, "name": name, "batch_size": batch_size}
+        return place(self.device, batch_size)
 
     def parameters(self) -> int:
         """Number of parameters, tied ones counted once."""
@@ -445,6 +443,13 @@ def find_device(device: str) -> torch.device:
     if device == "auto":
         device = str(torch.accelerator.current_accelerator() or "cpu") if torch.accelerator.is_available() else "cpu"
     return torch.device(device)
+
+
+def place(device: torch.device, batch_size: int) -> dict[str, Any]:
+    """What a speed depends on besides the model: type and name of the device, and the batch size."""
+    cpu = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    return {"type": device.type, "name": name, "batch_size": batch_size}
 
 
 def load_processor(

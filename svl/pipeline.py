@@ -80,7 +80,7 @@ class Run:
             raise SvlError(f"model.offload leaves the model on disk, but {what} it whole; see README, Large models")
         if self.needs:
             self.needs |= self.selector.needs
-        if self.needs or "probe" in needs:
+        if self.needs or "probe" in needs or cfg.efficiency.repeats:
             self.examples  # noqa: B018 (read now, so that bad data is found before the model is loaded)
 
     @cached_property
@@ -343,6 +343,33 @@ class Run:
             if served.cache_info().currsize:
                 served().close()
 
+    def efficiency(self, plan: Plan, patch: Entry | None) -> Entry | None:
+        """Stage `efficiency`: what the pruned model costs beside the dense one; None if that is not asked for.
+
+        Clocks tell of a machine, so unlike other stages' its key has the device and the versions.
+        """
+        settings = describe(self.cfg.efficiency)
+        if not settings["repeats"] or not plan.removed or parallel.rank() > 0:
+            return None
+
+        def build(folder: Path) -> dict[str, Any]:
+            from svl.measure import measure
+
+            example = next((e for e in self.examples.items if e.image_bytes is not None), self.examples.items[0])
+            image = example.image if example.image_bytes is not None and self.dense.sees else None
+            return measure(self.dense, self.prune(plan, patch), example.prompt, image, show=self.show, **settings)
+
+        from svl.loading import find_device, place
+
+        inputs = {
+            "model": self.model, "removed": plan.removed, "weights": patch and patch.key, "settings": settings,
+            "examples": self.examples.fingerprint, "versions": self.store.versions,
+            "device": place(find_device(self.cfg.model.device), settings["batch_size"]),
+        }  # fmt: skip
+        entry = self.make("efficiency", inputs, build)
+        parts = ", ".join(f"{part} x{ratio['value']:.2f}" for part, ratio in entry.output["speedup"].items())
+        return self.done("measure", entry, f"{parts} (ideal x{entry.output['ideal']:.2f})")
+
     def serve(self, plan: Plan, patch: Entry | None) -> Any:
         """The model in vLLM, which reads checkpoints: the dense one's own, or a temporary export."""
         from svl.evaluate import served
@@ -375,6 +402,7 @@ class Run:
         patch = self.compensate(stats, plan)
         dense = self.score(Plan(plan.n_layers, ()), None)
         pruned = self.score(plan, patch)
+        measured = self.efficiency(plan, patch)
         if parallel.rank() > 0:  # the first process does the rest
             return {}
         if plan.removed and pruned:
@@ -389,6 +417,7 @@ class Run:
         }  # fmt: skip
         stages: dict[str, list[Entry | None]]
         stages = {"calibrate": [stats], "plan": [planned], "compensate": [patch], "evaluate": [*pruned.values()]}
+        stages |= {"measure": [measured]} if measured else {}
         settings = self.settings()
         keys = {stage: [e.key for e in entries if e] for stage, entries in stages.items()}
         keys["dense"] = [e.key for e in dense.values()]
@@ -402,6 +431,7 @@ class Run:
                 **identification,
                 "plan": json.loads(plan.to_json()),
                 "cost": results.cost(pruned, dense, plan),
+                "efficiency": measured and measured.output,
                 **results.summarise(pruned, dense, scales),
                 "compensated": patch.output["changed"] if patch else [],
                 "seconds": {s: round(sum(e.output["work"] for e in es if e), 3) for s, es in stages.items()},

@@ -41,6 +41,7 @@ SCHEMA = {
     "patch": 1,
     "check": 1,
     "score": 1,
+    "efficiency": 1,
     "run": 1,
     "track": 1,
 }

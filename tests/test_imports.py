@@ -20,7 +20,7 @@ ORDER = (
     {"regression"},
     {"config", "store", "data", "attention", "checkpoint", "card"},
     {"loading", "benchmarks", "bundled", "results", "figures", "parallel"},
-    {"surgery", "skeleton", "prompts", "replay"},
+    {"surgery", "skeleton", "prompts", "replay", "measure"},
     {"calibrate", "offload", *METHODS, "perplexity"},
     {"probe"},
     {"export", "evaluate"},

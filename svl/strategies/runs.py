@@ -32,7 +32,8 @@ class Runs:
         distance = (1 - stats.windows()).tolist()
         # best[end][m]: cost and layers of the best choice of m layers below `end`, of which layer end - 1 stays; there
         # is one more kept "layer" at the end.
-        best: list[list[tuple[float, tuple[int, ...]]]] = [[(0.0, ())] + [(math.inf, ())] * n_remove]
+        nothing: tuple[float, tuple[int, ...]] = (0.0, ())
+        best = [[nothing] + [(math.inf, ())] * n_remove]
         for end in range(1, stats.n_layers + 2):
             row = list(best[-1])
             for start in range(end - 2, -1, -1):  # the run [start, end - 1)
