@@ -9,6 +9,7 @@ The Python API is the pipeline's own stages; they are imported on first use, so 
     ...  # the README has the rest
 """
 
+import sys
 from importlib import import_module
 from typing import Any
 
@@ -31,3 +32,35 @@ def __getattr__(name: str) -> Any:
     if name in _WHERE:
         return getattr(import_module(f"svl.{_WHERE[name]}"), name)
     raise AttributeError(f"module 'svl' has no attribute {name!r}")
+
+
+class _OnTransformers:
+    """Finder that lets transformers' Auto classes know the ports of svl.models, as soon as transformers is imported.
+
+    Doing so at once would make `import svl` take as long as importing transformers and torch.
+    """
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> Any:
+        """The spec of transformers, which registers the ports when it is executed; None for all other modules."""
+        if name != "transformers":
+            return None
+        spec = next((s for f in sys.meta_path if f is not cls and (s := f.find_spec(name, path, target))), None)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            execute(module)
+            if cls in sys.meta_path:
+                sys.meta_path.remove(cls)  # type: ignore[arg-type]
+            import_module("svl.models").register()
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+if "transformers" in sys.modules:
+    import_module("svl.models").register()
+else:
+    sys.meta_path.insert(0, _OnTransformers)  # type: ignore[arg-type]

@@ -29,11 +29,18 @@ Show = Callable[[Iterable[Any], str, int], Iterable[Any]]
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Paths that hold layer stacks of their own which are not the language decoder.
 NOT_DECODER = ("vision", "visual", "image", "audio", "qformer", "perceiver", "resampler", "merger", "abstractor")
-# Parameters of a layer that write into the residual stream, by role; names as used across Hugging Face decoders.
+# Parameters of a layer that write into the residual stream, by role; names as used across Hugging Face decoders. Of
+# several patterns the first that some parameter fits counts: beside a c_proj, a w2 is no output but a gate.
 WRITERS = {
-    "attn": re.compile(r"(self_attn|cross_attn|linear_attn|conv)\.(o_proj|out_proj|dense)\.(weight|bias)"),
-    "mlp": re.compile(
-        r"((mlp|feed_forward|ffn|experts)\.(.+\.)?)?(down_proj|dense_4h_to_h|fc2|w2)(\.weight|\.bias|_bias)?"
+    "attn": (
+        re.compile(r"attn\.c_proj\.(weight|bias)"),
+        re.compile(r"(self_attn|cross_attn|linear_attn|conv)\.(o_proj|out_proj|dense)\.(weight|bias)"),
+    ),
+    "mlp": (
+        re.compile(r"mlp\.c_proj\.(weight|bias)"),
+        re.compile(
+            r"((mlp|feed_forward|ffn|experts)\.(.+\.)?)?(down_proj|dense_4h_to_h|fc2|w2)(\.weight|\.bias|_bias)?"
+        ),
     ),
 }
 IMAGE_TOKEN_FIELDS = ("image_token_id", "image_token_index", "image_patch_id")
@@ -314,9 +321,10 @@ def _writers(layers: nn.ModuleList, hidden: int) -> dict[str, tuple[Writer, ...]
     return {role: tuple(w for w in writers if w) for role, writers in found.items() if all(writers)}
 
 
-def _writer(layer: nn.Module, names: re.Pattern[str], hidden: int) -> Writer | None:
-    """What of `layer` has one of `names` and writes vectors of width `hidden`; None if nothing does, or in doubt."""
-    parameters = {n: p for n, p in layer.named_parameters() if names.fullmatch(n)}
+def _writer(layer: nn.Module, patterns: tuple[re.Pattern[str], ...], hidden: int) -> Writer | None:
+    """What of `layer` is named by `patterns` and writes vectors of width `hidden`; None if nothing does, or in doubt."""
+    named = [{n: p for n, p in layer.named_parameters() if names.fullmatch(n)} for names in patterns]
+    parameters = next((found for found in named if found), {})
     biases = tuple(n for n, p in parameters.items() if p.ndim == 1)
     matrices: dict[str, bool] = {}
     for name, p in parameters.items():
@@ -337,6 +345,8 @@ def _flipped(layer: nn.Module, name: str, p: Tensor, hidden: int) -> bool | None
     if p.ndim == 2:
         if name.endswith("_bias"):  # of experts, [E, d]: a matrix of E columns, as far as its changes go
             return True if p.shape[1] == hidden else None
+        if type(layer.get_submodule(name.rpartition(".")[0])).__name__ == "Conv1D":
+            return None  # GPT-2's matrices are stored as [n_in, d]
         return False if len(p) == hidden else None
     rows, columns = p.shape[-2] == hidden, p.shape[-1] == hidden
     if rows and columns:  # experts as wide inside as outside: those that feed them tell
