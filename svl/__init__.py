@@ -54,13 +54,13 @@ class _OnTransformers:
             execute(module)
             if cls in sys.meta_path:
                 sys.meta_path.remove(cls)  # type: ignore[arg-type]
-            import_module("svl.models").register()
+            import_module("svl.models")
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
 if "transformers" in sys.modules:
-    import_module("svl.models").register()
+    import_module("svl.models")
 else:
     sys.meta_path.insert(0, _OnTransformers)  # type: ignore[arg-type]

@@ -1,13 +1,13 @@
 """Ports: models of the paper that transformers does not have, in the style of its own folders.
 
-After `import svl`, transformers' Auto classes know them. They read original checkpoints and run none of the code that
-comes with those. Adding one means a folder here with a function `register`.
+Importing this package makes them known to transformers' Auto classes, and `import svl` does so as soon as transformers
+is there. They read original checkpoints and run none of the code that comes with those. Adding one means a folder here
+whose `register` does the same for it.
 """
 
+import transformers  # noqa: F401 # first, as it imports this package when it is through
 
-def register() -> None:
-    """Make the ports known to transformers' Auto classes; once is enough, more often does no harm."""
-    from svl.models import qwen_vl
+from svl.models import qwen_vl
 
-    for port in (qwen_vl,):
-        port.register()
+for port in (qwen_vl,):
+    port.register()

@@ -11,6 +11,7 @@ import base64
 import binascii
 import unicodedata
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ class QWenTokenizer(PreTrainedTokenizer):
             return [self.ranks[word]]
         parts = [bytes([byte]) for byte in word]
         while len(parts) > 1:
-            made = [self.ranks.get(a + b, len(self.ranks)) for a, b in zip(parts, parts[1:], strict=False)]
+            made = [self.ranks.get(a + b, len(self.ranks)) for a, b in pairwise(parts)]
             best = min(range(len(made)), key=made.__getitem__)
             if made[best] == len(self.ranks):
                 break
