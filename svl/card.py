@@ -36,6 +36,7 @@ def write(
     base: str | None = None,
     compensated: Sequence[str] = (),
     result: dict[str, Any] | None = None,
+    port: bool = False,
 ) -> None:
     """Write README.md into `folder`.
 
@@ -49,6 +50,7 @@ def write(
         base: hub id of the dense model, if it has one.
         compensated: weights that were changed, as "<original layer>.<writer>".
         result: of the run that made the plan, as in its result.json.
+        port: whether the model's code is in svl, not in transformers.
     """
     result = result or {}
     inherited = metadata(source / "README.md")
@@ -63,7 +65,7 @@ def write(
         "---\n" + yaml.safe_dump(front, sort_keys=False, allow_unicode=True) + "---",
         f"# {name}, {len(plan.kept)} of {plan.n_layers} decoder layers",
         _summary(plan, name, compensated),
-        _usage(auto, source),
+        _usage(auto, source, port),
         *_recipe(plan, result),
         *_scores(result),
         f"## Plan\n\n```json\n{plan.to_json()}```",
@@ -78,11 +80,17 @@ def _summary(plan: Plan, name: str, compensated: Sequence[str]) -> str:
     return f"{removed} by [svl](https://arxiv.org/abs/2507.23362), an implementation of Short-LVLM and its baselines."
 
 
-def _usage(auto: str, source: Path) -> str:
-    sees = any((source / f"{name}_config.json").is_file() for name in ("processor", "preprocessor"))
+def _usage(auto: str, source: Path, port: bool) -> str:
+    sees = port or any((source / f"{name}_config.json").is_file() for name in ("processor", "preprocessor"))
     reader = "AutoProcessor" if sees else "AutoTokenizer"
-    code = f"from transformers import {auto}, {reader}\n\nmodel = {auto}.from_pretrained(PATH)\n"
-    return f"It loads with plain transformers:\n\n```python\n{code}processor = {reader}.from_pretrained(PATH)\n```"
+    needs = (
+        "It needs svl, which has the model's code, beside transformers:"
+        if port
+        else "It loads with plain transformers:"
+    )
+    code = "import svl\n" if port else ""
+    code += f"from transformers import {auto}, {reader}\n\nmodel = {auto}.from_pretrained(PATH)\n"
+    return f"{needs}\n\n```python\n{code}processor = {reader}.from_pretrained(PATH)\n```"
 
 
 def _recipe(plan: Plan, result: dict[str, Any]) -> list[str]:

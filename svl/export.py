@@ -1,5 +1,7 @@
 """A pruned checkpoint for others: from a plan and a checkpoint on disk to a new one, which needs no svl to load.
 
+(One of a model that transformers does not have, see svl.models, needs it for the model's code, and its card says so.)
+
     svl-export plan=FILE source=DIR|hub-id out=DIR [patch=FILE] [protect=none] [shard_size=5GB] [push_to_hub=OWNER/NAME]
                [layers=PATH] [revision=NAME] [name=NAME] [trust_remote_code=true]
 
@@ -131,7 +133,7 @@ def save(
         pruned.config.save_pretrained(temporary)
         card.write(
             temporary, plan, title=path.name, name=name, auto=auto.__name__, source=folder, base=base,
-            compensated=changed, result=result,
+            compensated=changed, result=result, port=type(pruned).__module__.startswith("svl."),
         )  # fmt: skip
     return path
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -141,25 +141,6 @@ class QwenVLResampler(nn.Module):
         return self.attn(query, key, x, need_weights=False)[0]
 
 
-class QwenVLVisionModel(nn.Module):
-    """Pixels [B, 3, size, size] to visual tokens [B, Q, d]."""
-
-    def __init__(self, config: QwenVLVisionConfig):
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size, bias=False)
-        self.positional_embedding = nn.Parameter(torch.empty(POSITIONS, config.width))
-        self.ln_pre = nn.LayerNorm(config.width, eps=1e-6)
-        self.transformer = QwenVLVisionEncoder(config)
-        self.attn_pool = QwenVLResampler(config)
-        self.ln_post = nn.LayerNorm(config.output_dim, eps=1e-6)
-        self.proj = nn.Parameter(torch.empty(config.output_dim, config.output_dim))
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        x = self.conv1(pixel_values.to(self.conv1.weight.dtype)).flatten(2).mT
-        x = self.ln_pre(x + resized(self.positional_embedding, x.shape[1]))
-        return self.ln_post(self.attn_pool(self.transformer(x))) @ self.proj
-
-
 # ------------------------------------------------------------------------------------------------ decoder
 
 
@@ -222,20 +203,23 @@ class QwenVLDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.ln_2(hidden_states))
 
 
+# ------------------------------------------------------------------------------------------------- models
+
+
 class QwenVLPreTrainedModel(PreTrainedModel):
     config: QwenVLConfig
     config_class = QwenVLConfig
     base_model_prefix = "transformer"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["QwenVLDecoderLayer", "QwenVLVisionLayer", "QwenVLResampler"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-    _keys_to_ignore_on_load_unexpected = [r"attn\.masked_bias", r"rotary_emb\.inv_freq"]  # noqa: RUF012
+    _no_split_modules: ClassVar[list[str]] = ["QwenVLDecoderLayer", "QwenVLVisionLayer", "QwenVLResampler"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"attn\.masked_bias", r"rotary_emb\.inv_freq"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _can_record_outputs = {"hidden_states": QwenVLDecoderLayer, "attentions": QwenVLAttention}  # noqa: RUF012
+    _can_record_outputs: ClassVar[dict[str, Any]] = {"hidden_states": QwenVLDecoderLayer, "attentions": QwenVLAttention}
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -246,6 +230,32 @@ class QwenVLPreTrainedModel(PreTrainedModel):
             init.trunc_normal_(module.query, std=0.02)
             side = math.isqrt(module.config.n_queries)
             init.copy_(module.pos_embed, sincos_2d(side, module.config.output_dim))
+
+
+class QwenVLVisionModel(QwenVLPreTrainedModel):
+    """Pixels [B, 3, size, size] to visual tokens [B, Q, d]."""
+
+    config: QwenVLVisionConfig
+    config_class = QwenVLVisionConfig
+    base_model_prefix = "visual"
+    input_modalities = ("image",)
+    _can_record_outputs: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, config: QwenVLVisionConfig):
+        super().__init__(config)
+        self.conv1 = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size, bias=False)
+        self.positional_embedding = nn.Parameter(torch.empty(POSITIONS, config.width))
+        self.ln_pre = nn.LayerNorm(config.width, eps=1e-6)
+        self.transformer = QwenVLVisionEncoder(config)
+        self.attn_pool = QwenVLResampler(config)
+        self.ln_post = nn.LayerNorm(config.output_dim, eps=1e-6)
+        self.proj = nn.Parameter(torch.empty(config.output_dim, config.output_dim))
+        self.post_init()
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        x = self.conv1(pixel_values.to(self.conv1.weight.dtype)).flatten(2).mT
+        x = self.ln_pre(x + resized(self.positional_embedding, x.shape[1]))
+        return self.ln_post(self.attn_pool(self.transformer(x))) @ self.proj
 
 
 class QwenVLModel(QwenVLPreTrainedModel):
@@ -334,7 +344,7 @@ class QwenVLModel(QwenVLPreTrainedModel):
 class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
     """Qwen-VL with its language head."""
 
-    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "transformer.wte.weight"}
 
     def __init__(self, config: QwenVLConfig):
         super().__init__(config)
