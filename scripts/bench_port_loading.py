@@ -124,9 +124,9 @@ def main() -> None:
         if not given.keep:
             shutil.rmtree(given.folder, ignore_errors=True)
     print(
-        f"{given.model}, {given.layers or 'all'} layers, {given.format}: {found['size'] / 1e9:.2f} GB on disk, loaded in "
-        f"{found['seconds']:.1f} s, peak {found['above'] / 1e9:.2f} GB = {found['peak']:.3f} x above the interpreter's "
-        f"{found['base'] / 1e9:.2f} GB; {time.perf_counter() - began:.0f} s in all"
+        f"{given.model}, {given.layers or 'all'} layers, {given.format}: {found['size'] / 1e9:.2f} GB on disk, loaded "
+        f"in {found['seconds']:.1f} s, peak {found['above'] / 1e9:.2f} GB = {found['peak']:.3f} x above the "
+        f"interpreter's {found['base'] / 1e9:.2f} GB; {time.perf_counter() - began:.0f} s in all"
     )
 
 

@@ -119,21 +119,26 @@ def inputs(config: str, case: str) -> tuple[Tensor, Tensor, int]:
 # ------------------------------------------------------------------------------------------------- strings
 
 PIECES = [
-    "Hello, world!", "What is in the picture?", "  two  blanks, three   blanks ", "I'm sure they'll say we've DON'T", "\t\ttabs",
-    "你好，世界！", "图中有什么？请详细描述一下。", "北京是中华人民共和国的首都", "日本語のテキスト、カタカナ", "한국어 문장입니다", "繁體中文「引號」",
-    "😀😃😄", "👩‍👩‍👧‍👦 family", "🇨🇳🇺🇸", "❤️‍🔥", "a😀b", "🤷🏽‍♂️ ok", "naïve café", "nai\u0308ve cafe\u0301", "A\u030a Å \u212b", "ﬁ ½ ² ③",
-    "1234567890", "3.14159", "1,000,000", "2023-10-21T19:42:10", "x=1;y=2", "def f(x):\n    return x**2\n", '{"a": [1, 2]}',
-    "<html><b>x</b></html>", "русский текст", "ελληνικά", "العربية نص", "עברית", "हिन्दी पाठ", "ไทย", "Tiếng Việt", "\u200bzero\u200bwidth",
-    "\ufeffbom", "e\u0338 >\u0338", "\r\nline\r\n\r\nend", " ", "   ", "\n", "\n\n", "\n \n", "a \n b", "!!!", "...?!", "'S 'T 'LL 'Re",
-    "ſ 'ſ", "İstanbul", "STRASSE straße", "ǅ", "a'b'c", "''s", "_under_score_", "\u00a0nbsp\u2003em", "\x00\x01\x7f", "\U0010ffff",
-    "<|endoftext|>", "<|im_start|>user\n", "<|im_end|>\n", "<|extra_0|>", "<|extra_204|>", "<|extra_205|>", "< |im_end|>", "<|IM_END|>",
-    "<ref>the dog</ref><box>(10,20),(300,400)</box>", "<quad>(1,1),(2,2)</quad>", "< img>", "<imgpad", "</box><box>", "<<box>>",
-    "<ref>\u0338dog</ref>", "<box>\u0301", "<|im_end|>\u0338", "aaaaaaaaaaaaaaaaaaa", "hahahahahahaha", "的的的的的的的", "------------",
-    "You are a helpful assistant.", "Picture 1: ", "Antidisestablishmentarianism", "http://example.org/a?b=c&d=%20",
+    "Hello, world!", "What is in the picture?", "  two  blanks, three   blanks ",
+    "I'm sure they'll say we've DON'T", "\t\ttabs", "你好，世界！", "图中有什么？请详细描述一下。",
+    "北京是中华人民共和国的首都", "日本語のテキスト、カタカナ", "한국어 문장입니다", "繁體中文「引號」",
+    "😀😃😄", "👩‍👩‍👧‍👦 family", "🇨🇳🇺🇸", "❤️‍🔥", "a😀b", "🤷🏽‍♂️ ok", "naïve café",
+    "nai\u0308ve cafe\u0301", "A\u030a Å \u212b", "ﬁ ½ ² ③", "1234567890", "3.14159", "1,000,000",
+    "2023-10-21T19:42:10", "x=1;y=2", "def f(x):\n    return x**2\n", '{"a": [1, 2]}', "<html><b>x</b></html>",
+    "русский текст", "ελληνικά", "العربية نص", "עברית", "हिन्दी पाठ", "ไทย", "Tiếng Việt",
+    "\u200bzero\u200bwidth", "\ufeffbom", "e\u0338 >\u0338", "\r\nline\r\n\r\nend", " ", "   ", "\n", "\n\n",
+    "\n \n", "a \n b", "!!!", "...?!", "'S 'T 'LL 'Re", "ſ 'ſ", "İstanbul", "STRASSE straße", "ǅ", "a'b'c",
+    "''s", "_under_score_", "\u00a0nbsp\u2003em", "\x00\x01\x7f", "\U0010ffff", "<|endoftext|>",
+    "<|im_start|>user\n", "<|im_end|>\n", "<|extra_0|>", "<|extra_204|>", "<|extra_205|>", "< |im_end|>",
+    "<|IM_END|>", "<ref>the dog</ref><box>(10,20),(300,400)</box>", "<quad>(1,1),(2,2)</quad>", "< img>",
+    "<imgpad", "</box><box>", "<<box>>", "<ref>\u0338dog</ref>", "<box>\u0301", "<|im_end|>\u0338",
+    "aaaaaaaaaaaaaaaaaaa", "hahahahahahaha", "的的的的的的的", "------------", "You are a helpful assistant.",
+    "Picture 1: ", "Antidisestablishmentarianism", "http://example.org/a?b=c&d=%20",
 ]  # fmt: skip
 IMAGES = [
-    "<img>a.png</img>", "Picture 1: <img>photos/dog.jpg</img>\nWhat is this?", "<img>a.png</img><img>图片.png</img>",
-    "Picture 1: <img>x</img>\nPicture 2: <img>y</img>\n比较", "<img>a b.png</img> after", "before<img>/tmp/😀.png</img>",
+    "<img>a.png</img>", "Picture 1: <img>photos/dog.jpg</img>\nWhat is this?",
+    "<img>a.png</img><img>图片.png</img>", "Picture 1: <img>x</img>\nPicture 2: <img>y</img>\n比较",
+    "<img>a b.png</img> after", "before<img>/tmp/😀.png</img>",
 ]  # fmt: skip
 CHATS: list[list[tuple[list[str | None], str | None]]] = [  # turns: parts (None: an image) and answer
     [([None, "What is this?"], None)],

@@ -53,7 +53,7 @@ class _OnTransformers:
         def exec_module(module: Any) -> None:
             execute(module)
             if cls in sys.meta_path:
-                sys.meta_path.remove(cls)  # type: ignore[arg-type]
+                sys.meta_path.remove(cls)
             import_module("svl.models")
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
@@ -63,4 +63,4 @@ class _OnTransformers:
 if "transformers" in sys.modules:
     import_module("svl.models")
 else:
-    sys.meta_path.insert(0, _OnTransformers)  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _OnTransformers)

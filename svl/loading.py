@@ -322,7 +322,7 @@ def _writers(layers: nn.ModuleList, hidden: int) -> dict[str, tuple[Writer, ...]
 
 
 def _writer(layer: nn.Module, patterns: tuple[re.Pattern[str], ...], hidden: int) -> Writer | None:
-    """What of `layer` is named by `patterns` and writes vectors of width `hidden`; None if nothing does, or in doubt."""
+    """What of `layer` fits `patterns` and writes vectors of width `hidden`; None if nothing does, or in doubt."""
     named = [{n: p for n, p in layer.named_parameters() if names.fullmatch(n)} for names in patterns]
     parameters = next((found for found in named if found), {})
     biases = tuple(n for n, p in parameters.items() if p.ndim == 1)

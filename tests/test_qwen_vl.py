@@ -5,7 +5,6 @@ scripts/make_golden_qwen_vl.py made the golden files with the original code; siz
 
 from __future__ import annotations
 
-import base64
 import importlib.util
 import json
 import os
@@ -74,7 +73,7 @@ def model_of(config: str, attn: str = "sdpa", **changes) -> QwenVLForConditional
 
 
 def original_folder(folder: Path, layers: int = 6, kind: str = "safetensors", **changes) -> Path:
-    """A checkpoint as the original ones are: their config, code, vocabulary and key layout, two shards, no processor."""
+    """A checkpoint like the original ones: their config, code, vocabulary and key layout, shards, no processor."""
     folder.mkdir()
     (folder / "qwen.tiktoken").write_bytes(VOCABULARY.read_bytes())
     tokenizer = QWenTokenizer(str(VOCABULARY))
@@ -131,6 +130,11 @@ def inputs(lvlm) -> dict[str, torch.Tensor]:
 # ------------------------------------------------------------------------------------------------- the original
 
 
+def pixels_of(config: str, images: int) -> dict[str, torch.Tensor]:
+    pictures = [golden.picture(i) for i in range(images)]
+    return processor_of(config).image_processor(pictures, return_tensors="pt") if images else {}
+
+
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize(("config", "case"), CASES)
 def test_logits_are_the_originals(config, case, attn):
@@ -139,11 +143,7 @@ def test_logits_are_the_originals(config, case, attn):
     ids, mask, images = golden.inputs(config, case)
     assert torch.equal(ids, expected()[f"{config}/{case}/ids"])
     assert torch.equal(mask, expected()[f"{config}/{case}/mask"])
-    pixels = (
-        processor_of(config).image_processor([golden.picture(i) for i in range(images)], return_tensors="pt")
-        if images
-        else {}
-    )
+    pixels = pixels_of(config, images)
     out = model(ids, attention_mask=mask, use_cache=True, **pixels)
     words = mask.bool()[:, -32:]
     torch.testing.assert_close(out.logits[golden.SHOWN][words], want["logits"][words], atol=1e-5, rtol=0)
@@ -159,11 +159,7 @@ def test_logits_are_the_originals(config, case, attn):
 def test_generate_gives_the_originals_words(config, case):
     model = model_of(config)
     ids, mask, images = golden.inputs(config, case)
-    pixels = (
-        processor_of(config).image_processor([golden.picture(i) for i in range(images)], return_tensors="pt")
-        if images
-        else {}
-    )
+    pixels = pixels_of(config, images)
     found = model.generate(
         ids, attention_mask=mask, **pixels, max_new_tokens=golden.STEPS, do_sample=False, eos_token_id=None
     )
@@ -277,7 +273,7 @@ def test_images_and_placeholders_must_be_as_many(lvlm):
     with pytest.raises(ValueError, match="1 <imgpad> tokens and 2 images"):
         lvlm.encode([text], [golden.picture(0)] * 2)
     inputs = lvlm.encode([text], [golden.picture(0)])
-    with pytest.raises(ValueError, match="2 images need 32 tokens <imgpad>.*which have 16"):
+    with pytest.raises(ValueError, match=r"2 images need 32 tokens <imgpad>.*which have 16"):
         lvlm.model(**{**inputs, "pixel_values": inputs["pixel_values"].repeat(2, 1, 1, 1)})
     with pytest.raises(SvlError, match="contains <imgpad>"):
         lvlm.prompt("What is <imgpad>?", image=True)
@@ -294,7 +290,7 @@ def test_bare_placeholders_get_their_marks(lvlm):
 
 @pytest.mark.parametrize("fields", [{"kv_channels": 8}, {"rotary_pct": 0.5}, {"visual": {"output_dim": 64}}])
 def test_configs_that_cannot_be(fields):
-    with pytest.raises(ValueError, match="kv_channels|rotary_pct|output_dim"):
+    with pytest.raises(ValueError, match=r"kv_channels|rotary_pct|output_dim"):
         QwenVLConfig(**{**golden.SIZES, **fields})
 
 
@@ -326,7 +322,8 @@ def test_pickled_shards_load_and_run_nothing(lvlm, tmp_path):
 
 @pytest.mark.parametrize("first", ["import svl, transformers", "import transformers, svl", "import svl.models.qwen_vl"])
 def test_auto_classes_know_ports_after_importing_svl(first, source):
-    code = f"{first}\nfrom transformers import AutoConfig\nprint(type(AutoConfig.from_pretrained({str(source)!r})).__name__)"
+    code = f"{first}\nfrom transformers import AutoConfig\n"
+    code += f"print(type(AutoConfig.from_pretrained({str(source)!r})).__name__)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert out.stdout.strip() == "QwenVLConfig", out.stderr
     light = "import sys, svl; print({'torch', 'transformers'} & set(sys.modules))"
@@ -344,11 +341,11 @@ def test_chats_end_at_the_end_of_a_turn(lvlm, inputs):
 
 
 def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
-    """60 MB of weights, so that a second copy shows; scripts/bench_port_loading.py does it at full size."""
+    """Some 300 MB, so that a second copy shows; scripts/bench_port_loading.py does it at full size."""
     bench = script("bench_port_loading")
     sizes = {
         "vocab_size": 4096, "hidden_size": 1024, "num_attention_heads": 8, "intermediate_size": 5504,
-        "visual": {**golden.TOWER, "output_dim": 1024, "width": 384, "layers": 8, "n_queries": 256, "image_start_id": 4000},
+        "visual": {**golden.TOWER, "output_dim": 1024, "width": 384, "layers": 8, "image_start_id": 4000},
     }  # fmt: skip
     for kind in ("safetensors", "bin"):
         found = bench.measure("qwen_vl", tmp_path / kind, 12, kind, 1e8, sizes)
@@ -462,8 +459,11 @@ def test_exports_are_what_surgery_in_memory_gives_and_say_what_they_need(lvlm, i
     assert "plain transformers" not in text
     assert card.metadata(ours / "README.md")["pipeline_tag"] == "image-text-to-text"
     (code,) = re.findall(r"```python\n(.+?)```", text, re.S)
-    code += "import torch\nids = processor(text=['hm <imgpad>'], images=[__import__('PIL.Image').Image.new('RGB', (8, 8))], "
-    code += "return_tensors='pt')\nprint(len(model.transformer.h), model(**ids).logits.shape[-1])"
+    code += (
+        "from PIL import Image\n"
+        "inputs = processor(text=['hm <imgpad>'], images=[Image.new('RGB', (8, 8))], return_tensors='pt')\n"
+        "print(len(model.transformer.h), model(**inputs).logits.shape[-1])"
+    )
     out = subprocess.run([sys.executable, "-c", f"PATH = {str(ours)!r}\n{code}"], capture_output=True, text=True)
     assert out.stdout.split() == [str(len(plan.kept)), "1024"], out.stderr
     close(

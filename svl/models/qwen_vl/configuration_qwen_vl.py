@@ -50,8 +50,8 @@ class QwenVLConfig(PreTrainedConfig):
     """
 
     model_type = "qwen"
-    sub_configs = {"visual": QwenVLVisionConfig}  # noqa: RUF012
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    sub_configs = {"visual": QwenVLVisionConfig}
+    keys_to_ignore_at_inference = ["past_key_values"]
 
     vocab_size: int = 151936
     hidden_size: int = 4096
@@ -70,7 +70,7 @@ class QwenVLConfig(PreTrainedConfig):
     no_bias: bool = True
     use_cache: bool = True
     tie_word_embeddings: bool = False
-    visual: dict[str, Any] | PreTrainedConfig | None = None
+    visual: Any = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs.pop("auto_map", None)  # names code that comes with original checkpoints and is not needed here

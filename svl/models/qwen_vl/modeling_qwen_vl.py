@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -207,19 +207,19 @@ class QwenVLDecoderLayer(GradientCheckpointingLayer):
 
 
 class QwenVLPreTrainedModel(PreTrainedModel):
-    config: QwenVLConfig
+    config: Any
     config_class = QwenVLConfig
     base_model_prefix = "transformer"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["QwenVLDecoderLayer", "QwenVLVisionLayer", "QwenVLResampler"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"attn\.masked_bias", r"rotary_emb\.inv_freq"]
+    _no_split_modules = ["QwenVLDecoderLayer", "QwenVLVisionLayer", "QwenVLResampler"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keys_to_ignore_on_load_unexpected = [r"attn\.masked_bias", r"rotary_emb\.inv_freq"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _can_record_outputs: ClassVar[dict[str, Any]] = {"hidden_states": QwenVLDecoderLayer, "attentions": QwenVLAttention}
+    _can_record_outputs = {"hidden_states": QwenVLDecoderLayer, "attentions": QwenVLAttention}
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -235,11 +235,10 @@ class QwenVLPreTrainedModel(PreTrainedModel):
 class QwenVLVisionModel(QwenVLPreTrainedModel):
     """Pixels [B, 3, size, size] to visual tokens [B, Q, d]."""
 
-    config: QwenVLVisionConfig
-    config_class = QwenVLVisionConfig
+    config_class = QwenVLVisionConfig  # type: ignore[assignment]
     base_model_prefix = "visual"
-    input_modalities = ("image",)
-    _can_record_outputs: ClassVar[dict[str, Any]] = {}
+    input_modalities = ["image"]
+    _can_record_outputs = {}
 
     def __init__(self, config: QwenVLVisionConfig):
         super().__init__(config)
@@ -276,7 +275,7 @@ class QwenVLModel(QwenVLPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.wte
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         self.wte = value
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
@@ -344,7 +343,7 @@ class QwenVLModel(QwenVLPreTrainedModel):
 class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
     """Qwen-VL with its language head."""
 
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "transformer.wte.weight"}
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
 
     def __init__(self, config: QwenVLConfig):
         super().__init__(config)
@@ -392,8 +391,8 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
             logits_to_keep: how many of the last positions (0: all), or which ones.
 
         Raises:
-            ValueError: if there is not exactly one of `input_ids` and `inputs_embeds`, or images and placeholders differ
-                in number.
+            ValueError: if there is not exactly one of `input_ids` and `inputs_embeds`, or there are not as many
+                placeholders as images have tokens.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds is needed")
@@ -425,7 +424,7 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
 
         These are stop words of the original's chat; their ids follow that of `<|endoftext|>`, its only end of text.
         """
-        settings, rest = super()._prepare_generation_config(generation_config, **kwargs)
+        settings, rest = super()._prepare_generation_config(generation_config, **kwargs)  # type: ignore[misc]
         end = settings.eos_token_id
         if getattr(settings, "chat_format", None) == "chatml" and isinstance(end, int):
             settings.eos_token_id = [end, end + 1, end + 2]

@@ -43,7 +43,7 @@ class QwenVLProcessor(ProcessorMixin):
         ValueError: when called, if prompts and images differ in number.
     """
 
-    valid_kwargs = ["image_seq_length", "chat_template"]  # noqa: RUF012
+    valid_kwargs = ["image_seq_length", "chat_template"]
 
     def __init__(
         self, image_processor: Any, tokenizer: Any, image_seq_length: int = 256, chat_template: str | None = None
@@ -57,7 +57,9 @@ class QwenVLProcessor(ProcessorMixin):
         """What one `<imgpad>` becomes."""
         return self.image_token * self.image_seq_length
 
-    def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
+    def prepare_inputs_layout(  # type: ignore[override]
+        self, images: Any = None, text: Any = None, **kwargs: Any
+    ) -> Any:
         """As the parent's, with `<img>` and `</img>` around placeholders that lack them."""
         images, text, *rest = super().prepare_inputs_layout(images=images, text=text, **kwargs)
         if text is not None:

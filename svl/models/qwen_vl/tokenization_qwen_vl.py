@@ -46,7 +46,7 @@ class QWenTokenizer(PreTrainedTokenizer):
     """
 
     vocab_files_names = FILES
-    model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
+    model_input_names = ["input_ids", "attention_mask"]
     padding_side = "left"
 
     def __init__(self, vocab_file: str, errors: str = "replace", **kwargs: Any):
