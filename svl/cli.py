@@ -13,39 +13,21 @@ import time
 import traceback
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import hydra
 from hydra._internal.utils import get_args
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from svl import config, parallel
+from svl import config, parallel, sweep
 from svl.core import SvlError, did_you_mean
 from svl.store import cannot_write
 
 log = logging.getLogger(__name__)
 config.register()
-
-
-class CountJobs(Callback):
-    """Tells the jobs of a sweep how many they are and since when, in the environment: SVL_JOBS, SVL_BEGAN."""
-
-    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Expand the sweep as the basic sweeper will."""
-        from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-        from hydra.core.override_parser.overrides_parser import OverridesParser
-
-        params = config.hydra.sweeper.get("params") or {}
-        overrides = [f"{k}={v}" for k, v in params.items()] + list(config.hydra.overrides.task)
-        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-        batches = BasicSweeper.split_arguments(parser.parse_overrides(overrides), None)
-        os.environ["SVL_JOBS"], os.environ["SVL_BEGAN"] = str(sum(map(len, batches))), str(time.time())
 
 
 @hydra.main(version_base="1.3", config_path=str(config.CONF), config_name="config")
@@ -98,9 +80,16 @@ def main() -> None:
     try:
         app()
     except Exception as error:
+        if failed := sweep.failures():
+            listing = "".join(f"\n  {folder}: {reason}" for folder, reason in failed.items())
+            of = f" of {os.environ['SVL_JOBS']}" if "SVL_JOBS" in os.environ else ""
+            sys.exit(f"error: {len(failed)}{of} jobs failed (each folder has failed.txt and run.log):{listing}")
         if line := mistake(error):
             sys.exit(f"error: {line}")
         raise
+    finally:
+        for line in sweep.repeats():
+            print(f"note: {line}", file=sys.stderr)
 
 
 def mistake(error: Exception) -> str | None:

@@ -139,6 +139,7 @@ class Svl:
     ratio: float = 0.25
     n_remove: int | None = None
     seed: int = 0
+    together: int = 1
 
 
 def register() -> None:

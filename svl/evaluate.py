@@ -17,6 +17,7 @@ Decisions (lmms-eval is pinned to 0.7.3; its stock adapters are not used, they t
 * NaN (a metric that is not defined, such as precision without a "yes") becomes None, never a number.
 * lmms-eval's bars are hidden, its prints go to stderr, its warnings and errors to the logger `lmms_eval`.
 * Started by torchrun, every process answers its share of the documents with a copy of the model; the first gathers.
+* Models that were pruned from one may be evaluated together: see svl.prefix. Their speeds are then unknown.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ import tempfile
 import time
 from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, TypeVar
@@ -55,6 +56,7 @@ from tqdm import tqdm
 from svl import benchmarks, parallel, results
 from svl.core import SvlError, one_of
 from svl.loading import Lvlm
+from svl.prefix import SharedPrefix
 
 NEW_TOKENS = 128  # cap where neither the caller nor the task sets one
 RESAMPLES = 500
@@ -111,6 +113,45 @@ def evaluate(
             memory ran out.
         RuntimeError: if the model failed on a document; names it.
     """
+    options: dict[str, Any]
+    options = {"include_path": include_path, "metric": metric, "limit": limit, "max_new_tokens": max_new_tokens}
+    options |= {"data": data, "style": style}
+    answerer = Answerer([model], batch_size, describe or task) if isinstance(model, Lvlm) else model
+    return _score_answers(answerer, task, folder=folder, **options)
+
+
+def evaluate_together(
+    models: Sequence[Lvlm], task: str, folders: Sequence[Path], *, batch_size: int, describe: str = "", **options: Any
+) -> list[dict[str, Any]]:
+    """`evaluate` of several models that were pruned from one: the same answers, but for their speed, which is None.
+
+    What models share is computed once (svl.prefix); `seconds` is each one's share of the whole time.
+
+    Args:
+        models: of one depth or several, with one tokenizer and processor.
+        task: as for `evaluate`.
+        folders: one for each model.
+        batch_size: as for `evaluate`.
+        describe: as for `evaluate`.
+        options: all others of `evaluate`.
+
+    Raises:
+        SvlError: as `evaluate`, or if the models keep caches that cannot be shared.
+        RuntimeError: as `evaluate`.
+    """
+    answerer = Answerer(models, batch_size, describe or task)
+    found = []
+    for answerer.current, folder in enumerate(folders):
+        found.append(_score_answers(answerer, task, folder=folder, **options))
+    seconds = round(answerer.seconds / len(models), 3)
+    return [{**scores, "seconds": seconds, "samples_per_second": None} for scores in found]
+
+
+def _score_answers(
+    answerer: Any, task: str, *, include_path: str | None, metric: str, limit: float | None,
+    max_new_tokens: int | None, folder: Path, data: str | None = None, style: str = "default",
+) -> dict[str, Any]:  # fmt: skip
+    """See `evaluate`."""
     if limit is not None and not (0 < limit < 1 or (limit >= 1 and limit == int(limit))):
         raise SvlError(f"limit is {limit:g}, but must be a whole number, a share below 1, or null for all documents")
     parallel.join()
@@ -118,7 +159,6 @@ def evaluate(
         benchmark = _load(task, include_path, data, style, max_new_tokens)
         one_of(f"metric of task '{task}'", metric.partition(",")[0], list(benchmark.aggregation()))
         rows = benchmark.take(limit)
-        answerer = Answerer(model, batch_size, describe or task) if isinstance(model, Lvlm) else model
         answerer.task_dict[task] = benchmark.dataset
         found = evaluator.evaluate(
             lm=answerer,
@@ -171,18 +211,22 @@ def evaluate(
 
 
 class Answerer(lmms):
-    """The model as lmms-eval sees it: chat messages in, greedy answers out.
+    """Models as lmms-eval sees them: chat messages in, greedy answers out.
 
-    `seconds` is the time the last benchmark took: reading images, preparing inputs, generating. `first` is the prompt
-    of its first document, as the model's tokenizer got it.
+    Several models answer together when the first of them is asked; `current` says whose answers are given. `seconds`
+    is the time the last benchmark took: reading images, preparing inputs, generating. `first` is the prompt of its
+    first document, as the model's tokenizer got it.
     """
 
     is_simple = False
     device = torch.device("cpu")  # of lmms-eval's own bookkeeping between processes
 
-    def __init__(self, lvlm: Lvlm, batch_size: int, describe: str):
+    def __init__(self, models: Sequence[Lvlm], batch_size: int, describe: str):
         super().__init__()
-        self.lvlm, self.batch_size, self.describe = lvlm, batch_size, describe
+        self.models, self.lvlm, self.batch_size, self.describe = models, models[0], batch_size, describe
+        self.current = 0
+        self.answers: list[Sequence[Any]] = []
+        self.shared = SharedPrefix(models)
         self.seconds, self.first = 0.0, ""
         self.accelerator = None  # its presence keeps lmms-eval from setting up accelerate
 
@@ -210,11 +254,17 @@ class Answerer(lmms):
         """`answer(batch, kind)` of all requests, batches of one kind each, in the order of the requests."""
         if not requests:
             return []
+        if self.current == 0:
+            self.answers = self._everyone(requests, kind, answer)
+        return [given[self.current] for given in self.answers]
+
+    def _everyone(self, requests: list[Any], kind: Callable, answer: Callable) -> list[Sequence[Any]]:
+        """For each request, every model's answer."""
         self.first = self.lvlm.render(self._conversation(min(requests, key=lambda r: r.args[-3])))
         warm = [r for r in requests if kind(r) == kind(requests[0])][: self.batch_size]
         self._batch(warm, kind(requests[0]) and 2)  # kernels and caches warm up outside the measured time
         began = time.perf_counter()
-        answers: list[Any] = [None] * len(requests)
+        answers: list[Sequence[Any]] = [()] * len(requests)
         bar = tqdm(total=len(requests), desc=self.describe, unit="question", disable=parallel.rank() > 0 or None)
         with bar:
             for settings, group in _grouped(range(len(requests)), lambda i: kind(requests[i])):
@@ -222,39 +272,59 @@ class Answerer(lmms):
                 group.sort(key=lambda i: len(requests[i].args[0]), reverse=True)
                 for start in range(0, len(group), self.batch_size):
                     batch = group[start : start + self.batch_size]
-                    for i, text in zip(batch, answer([requests[i] for i in batch], settings), strict=True):
-                        answers[i] = text
+                    for i, given in zip(batch, answer([requests[i] for i in batch], settings), strict=True):
+                        answers[i] = given
                     bar.update(len(batch))
         self.seconds = time.perf_counter() - began
         return answers
 
-    def answer(self, conversations: list[Conversation], max_new_tokens: int) -> list[str]:
-        """Greedy answers to conversations with equally many images each."""
-        model, tokenizer = self.lvlm.model, self.lvlm.tokenizer
+    def _in_turn(self, ask: Callable[[Lvlm], list[Any]]) -> list[tuple[Any, ...]]:
+        """What `ask` gives of every model (an item per conversation), item by item; the models read the same batch."""
+        given: list[list[Any]] = [[] for _ in self.models]
+        self.shared.forget()
+        for k in self.shared.order:
+            with self.shared.turn(k):
+                given[k] = ask(self.models[k])
+        self.shared.forget()
+        return list(zip(*given, strict=True))
+
+    def answer(self, conversations: list[Conversation], max_new_tokens: int) -> list[tuple[str, ...]]:
+        """Greedy answers, every model's, to conversations with equally many images each."""
+        tokenizer = self.lvlm.tokenizer
         images = [_images(c) for c in conversations] if _images(conversations[0]) else None
         inputs = self.lvlm.encode([self.lvlm.render(c) for c in conversations], images)
-        settings = copy.deepcopy(model.generation_config)
-        settings.update(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None)
-        settings.update(max_new_tokens=max_new_tokens, max_length=None)
-        if settings.pad_token_id is None:
-            settings.pad_token_id = tokenizer.pad_token_id
-        tokens = model.generate(**inputs, generation_config=settings)
-        return tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
-    def likelihood(self, conversations: list[Conversation], continuations: list[str]) -> list[GenerationResult]:
+        def ask(lvlm: Lvlm) -> list[str]:
+            settings = copy.deepcopy(lvlm.model.generation_config)
+            settings.update(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None)
+            settings.update(max_new_tokens=max_new_tokens, max_length=None)
+            if settings.pad_token_id is None:
+                settings.pad_token_id = tokenizer.pad_token_id
+            tokens = lvlm.model.generate(**inputs, generation_config=settings)
+            return tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+        return self._in_turn(ask)
+
+    def likelihood(
+        self, conversations: list[Conversation], continuations: list[str]
+    ) -> list[tuple[GenerationResult, ...]]:
         """Of each continuation after its conversation (equally many images each), see `loglikelihood`."""
         images = [_images(c) for c in conversations] if _images(conversations[0]) else None
         prompts = [self.lvlm.render(c) for c in conversations]
         lengths = [self._tokens_of(p, c) for p, c in zip(prompts, continuations, strict=True)]
         inputs = self.lvlm.encode([p + c for p, c in zip(prompts, continuations, strict=True)], images)
-        with torch.inference_mode():
-            logits = self.lvlm.model(**inputs, logits_to_keep=max(lengths) + 1, use_cache=False).logits.float()
-        found = []
-        for row, ids, length in zip(logits, inputs["input_ids"], lengths, strict=True):
-            predicted, target = row[-length - 1 : -1].log_softmax(-1), ids[-length:]
-            loss = -predicted.gather(1, target[:, None]).sum().item()
-            found.append(GenerationResult(text=(loss, bool((predicted.argmax(-1) == target).all()))))
-        return found
+
+        def ask(lvlm: Lvlm) -> list[GenerationResult]:
+            with torch.inference_mode():
+                logits = lvlm.model(**inputs, logits_to_keep=max(lengths) + 1, use_cache=False).logits.float()
+            found = []
+            for row, ids, length in zip(logits, inputs["input_ids"], lengths, strict=True):
+                predicted, target = row[-length - 1 : -1].log_softmax(-1), ids[-length:]
+                loss = -predicted.gather(1, target[:, None]).sum().item()
+                found.append(GenerationResult(text=(loss, bool((predicted.argmax(-1) == target).all()))))
+            return found
+
+        return self._in_turn(ask)
 
     def _tokens_of(self, prompt: str, continuation: str) -> int:
         """How many of the last tokens of the two together are not the prompt's."""
@@ -264,20 +334,20 @@ class Answerer(lmms):
             raise ValueError(f"the answer '{continuation}' has no tokens")
         return len(whole) - shared
 
-    def _batch(self, requests: list[Any], max_new_tokens: int | None) -> list[Any]:
-        """Answers to requests of one task, in their order; without a cap, likelihoods of theirs."""
+    def _batch(self, requests: list[Any], max_new_tokens: int | None) -> list[Sequence[Any]]:
+        """Every model's answers to requests of one task, in their order; without a cap, likelihoods of theirs."""
         task, documents = requests[0].task_name, sorted(r.doc_id for r in requests)
-        answers: list[Any] = [""] * len(requests)
+        answers: list[Sequence[Any]] = [()] * len(requests)
         try:
             conversations = [self._conversation(r) for r in requests]
             for _, group in _grouped(range(len(requests)), lambda i: len(_images(conversations[i]))):
                 asked = [conversations[i] for i in group]
                 if max_new_tokens is None:
-                    texts: list[Any] = self.likelihood(asked, [self._continuation(requests[i]) for i in group])
+                    given: list[Any] = self.likelihood(asked, [self._continuation(requests[i]) for i in group])
                 else:
-                    texts = self.answer(asked, max_new_tokens)
-                for i, text in zip(group, texts, strict=True):
-                    answers[i] = text
+                    given = self.answer(asked, max_new_tokens)
+                for i, of_all in zip(group, given, strict=True):
+                    answers[i] = of_all
         except SvlError:
             raise
         except torch.OutOfMemoryError as error:

@@ -298,41 +298,27 @@ class Run:
 
     def score(self, plan: Plan, patch: Entry | None) -> dict[str, Entry]:
         """Stage `score`, one artifact per task: equal layers and weights are evaluated once, whatever led to them."""
-        benchmark = self.cfg.benchmark
-        file = patch.manifest["files"].get("patch.safetensors") if patch else None
-        weights = file[1] if file else None
         pruned = cache(lambda: self.prune(plan, patch))
-        serving = self.cfg.evaluator.name == "vllm"
         served = cache(lambda: self.serve(plan, patch))
         what = f"{len(plan.removed)} of {plan.n_layers} layers removed" if plan.removed else "dense"
 
-        limit = benchmark.limit
-        limit = int(limit) if limit is not None and limit >= 1 else limit
-
         def evaluate(task: str) -> Entry:
-            metric, style = benchmark.tasks[task].metric, benchmark.tasks[task].style
-            cap = benchmark.max_new_tokens or benchmark.tasks[task].max_new_tokens
-            settings = {"metric": metric, "limit": limit, "max_new_tokens": cap}
-            settings |= {} if style == "default" else {"style": style}
+            options = self.evaluation(task)
 
             def build(folder: Path) -> dict[str, Any]:
-                where = {"include_path": benchmark.include_path, "folder": folder, "describe": f"  {task}"}
-                if benchmarks.settings(task, benchmark.include_path).get("output_type") == "perplexity":
+                if not self.answers(task):
                     from svl.perplexity import evaluate as read
 
-                    options = {"metric": metric, "limit": limit, "batch_size": benchmark.batch_size}
-                    return {**read(pruned(), task, **options, **where), "params": pruned().parameters()}
-                from svl.evaluate import evaluate
+                    names = ("metric", "limit", "batch_size", "include_path", "describe")
+                    scores = read(pruned(), task, folder=folder, **{name: options[name] for name in names})
+                else:
+                    from svl.evaluate import evaluate
 
-                where |= {"data": benchmark.data}
-                model = served() if serving else pruned()
-                scores = evaluate(model, task, batch_size=benchmark.batch_size, **settings, **where)
+                    scores = evaluate(served() if self.serves else pruned(), task, folder=folder, **options)
                 return {**scores, "params": pruned().parameters()}
 
-            inputs = {"model": self.model, "removed": plan.removed, "weights": weights, "task": task}
-            inputs |= {"benchmark": self.tasks[task], **settings}
-            inputs |= {"evaluator": describe(self.cfg.evaluator)} if serving else {}
-            entry = self.make("score", inputs, build)
+            entry = self.make("score", self.score_inputs(plan, patch, task), build)
+            metric = options["metric"]
             value = entry.output["metrics"][metric]["value"]
             shown = "undefined" if value is None else f"{value:.3f}"
             return self.done("evaluate", entry, f"{what}: {task} {metric} {shown}")
@@ -342,6 +328,35 @@ class Run:
         finally:
             if served.cache_info().currsize:
                 served().close()
+
+    @property
+    def serves(self) -> bool:
+        """Whether vLLM answers."""
+        return bool(self.cfg.evaluator.name == "vllm")
+
+    def answers(self, task: str) -> bool:
+        """Whether a task asks for answers; else it measures perplexity."""
+        return benchmarks.settings(task, self.cfg.benchmark.include_path).get("output_type") != "perplexity"
+
+    def evaluation(self, task: str) -> dict[str, Any]:
+        """Arguments of svl.evaluate.evaluate."""
+        benchmark, where = self.cfg.benchmark, {"describe": f"  {task}"}
+        settings = benchmark.tasks[task]
+        cap, limit = benchmark.max_new_tokens or settings.max_new_tokens, benchmark.limit
+        limit = int(limit) if limit is not None and limit >= 1 else limit
+        return {
+            "metric": settings.metric, "limit": limit, "max_new_tokens": cap, "style": settings.style,
+            "batch_size": benchmark.batch_size, "include_path": benchmark.include_path, "data": benchmark.data, **where,
+        }  # fmt: skip
+
+    def score_inputs(self, plan: Plan, patch: Entry | None, task: str) -> dict[str, Any]:
+        """What a score depends on."""
+        file, options = patch.manifest["files"].get("patch.safetensors") if patch else None, self.evaluation(task)
+        inputs = {"model": self.model, "removed": plan.removed, "weights": file[1] if file else None, "task": task}
+        inputs |= {"benchmark": self.tasks[task]}
+        inputs |= {name: options[name] for name in ("metric", "limit", "max_new_tokens")}
+        inputs |= {} if options["style"] == "default" else {"style": options["style"]}
+        return inputs | ({"evaluator": describe(self.cfg.evaluator)} if self.serves else {})
 
     def efficiency(self, plan: Plan, patch: Entry | None) -> Entry | None:
         """Stage `efficiency`: what the pruned model costs beside the dense one; None if that is not asked for.
@@ -387,19 +402,23 @@ class Run:
 
     # ----------------------------------------------------------------------------------------- record
 
-    def execute(self) -> dict[str, Any]:
-        """All stages; the run's result, also written to the output folder as result.json with plan.json."""
-        began = time.perf_counter()
+    def prepare(self) -> tuple[Entry | None, Entry, Plan, Entry | None]:
+        """All stages before the first evaluation: statistics, the stored plan, the plan, and the patch."""
         stats = self.calibrate()
         planned = self.plan(stats)
         plan = Plan.from_json((planned.path / "plan.json").read_text())
+        self.check(plan)
+        return stats, planned, plan, self.compensate(stats, plan)
+
+    def execute(self) -> dict[str, Any]:
+        """All stages; the run's result, also written to the output folder as result.json with plan.json."""
+        began = time.perf_counter()
+        stats, planned, plan, patch = self.prepare()
         # Names are of this run: another one, with the same settings under other names, may have stored the plan.
         names = {"strategy": self.choice("strategy"), "selector": self.choice("selector") if self.measures else None}
         made = {**names, "model": self.name, **plan.provenance}
         plan = dataclasses.replace(plan, provenance=made)
         (self.folder / "plan.json").write_text(plan.to_json())
-        self.check(plan)
-        patch = self.compensate(stats, plan)
         dense = self.score(Plan(plan.n_layers, ()), None)
         pruned = self.score(plan, patch)
         measured = self.efficiency(plan, patch)

@@ -182,4 +182,6 @@ def cost(pruned: Mapping[str, Entry], dense: Mapping[str, Entry], plan: Plan) ->
 
 
 def _speed(entries: Mapping[str, Entry]) -> float | None:
+    if any(e.output["samples_per_second"] is None for e in entries.values()):  # answered together with others
+        return None
     return sum(e.output["n"] for e in entries.values()) / sum(e.output["seconds"] for e in entries.values())

@@ -110,7 +110,7 @@ class Store:
         Raises:
             SvlError: if the disk is full or the store cannot be written; nothing half-written stays.
         """
-        folder = self.root / stage / digest([stage, SCHEMA[stage], inputs])
+        folder = self._place(stage, inputs)
         if (entry := self.read(folder, warn=False)) is not None:
             return entry
         temporary = self.root / "tmp" / f"{stage}-{folder.name}"
@@ -157,6 +157,13 @@ class Store:
                     "free some space (or set paths.store) and run again"
                 ) from error
             raise
+
+    def get(self, stage: str, inputs: dict[str, Any]) -> Entry | None:
+        """The artifact of (stage, inputs) if it is there."""
+        return self.read(self._place(stage, inputs), warn=False)
+
+    def _place(self, stage: str, inputs: dict[str, Any]) -> Path:
+        return self.root / stage / digest([stage, SCHEMA[stage], inputs])
 
     @contextmanager
     def _lock(self, name: str) -> Iterator[None]:

@@ -20,11 +20,12 @@ ORDER = (
     {"regression"},
     {"config", "store", "data", "attention", "checkpoint", "card", "models"},
     {"loading", "benchmarks", "bundled", "results", "figures", "parallel"},
-    {"surgery", "skeleton", "prompts", "replay", "measure"},
+    {"surgery", "skeleton", "prompts", "replay", "measure", "prefix"},
     {"calibrate", "offload", *METHODS, "perplexity"},
     {"probe"},
     {"export", "evaluate"},
     {"pipeline"},
+    {"sweep"},
     {"cli"},
     {"__main__"},
 )
