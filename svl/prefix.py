@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 from transformers import Cache
+from transformers.utils import ModelOutput
 
 from svl.core import SvlError
 from svl.loading import NOT_DECODER, Lvlm
@@ -57,7 +58,7 @@ class SharedPrefix:
         """Model `k` reads the batch, in the first call of its layers in this context.
 
         Raises:
-            SvlError: there, if its layers keep a cache out of sight, so that it cannot be played back.
+            SvlError: there, if its layers do more than can be played back.
         """
         place = self.order.index(k)
         following = self.stacks[self.order[place + 1]] if place + 1 < len(self.order) else []
@@ -97,8 +98,11 @@ class SharedPrefix:
     def _cache(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
         """The cache that layer `i` was called with, if it keeps one."""
         caches = [x for x in (*args, *kwargs.values()) if isinstance(x, Cache)]
-        if kwargs.get("use_cache") and not caches:
-            raise SvlError(f"'{self.models[0].name}': layer {i} keeps a cache that cannot be seen from outside")
+        hidden = kwargs.get("use_cache") and not caches
+        if hidden or any(isinstance(x, MutableMapping) for x in (*args, *kwargs.values())):
+            raise SvlError(
+                f"layers of '{self.models[0].name}' leave more behind than their output and their part of a cache"
+            )
         return caches[0] if caches else None
 
 
@@ -144,7 +148,8 @@ def _play(module: nn.Module, outputs: list[Any]) -> Any:
         n = next(calls)
         if n == len(outputs):
             outputs.append(original(*args, **kwargs))
-        return outputs[n]
+        # callers may write into an output's fields, as Qwen's do
+        return copy.copy(outputs[n]) if isinstance(outputs[n], ModelOutput) else outputs[n]
 
     return _swap(module, called)
 

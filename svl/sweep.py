@@ -166,14 +166,15 @@ def _store(score: Wanted, made: Path, output: dict[str, Any]) -> None:
 def _announced() -> Iterator[None]:
     """svl's messages on the console, as in a job; Hydra sets up no logging outside of jobs."""
     handler, logger = logging.StreamHandler(sys.stdout), logging.getLogger("svl")
-    level = logger.level
+    before = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+    logger.propagate = False
     try:
         yield
     finally:
         logger.removeHandler(handler)
-        logger.setLevel(level)
+        logger.level, logger.propagate = before
 
 
 # ------------------------------------------------------------------------------------------------ afterwards
