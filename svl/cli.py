@@ -31,8 +31,8 @@ config.register()
 
 
 @hydra.main(version_base="1.3", config_path=str(config.CONF), config_name="config")
-def app(cfg: DictConfig) -> None:
-    """Run one configuration."""
+def app(cfg: DictConfig) -> float | None:
+    """Run one configuration; its average over the benchmark's tasks, for sweepers that search."""
     if parallel.rank() > 0:
         logging.getLogger("svl").setLevel(logging.ERROR)
     info = HydraConfig.get()
@@ -46,7 +46,9 @@ def app(cfg: DictConfig) -> None:
     try:
         from svl.pipeline import run
 
-        run(cfg, folder)
+        if os.environ.get("SVL_LEASE"):
+            parallel.lease()
+        result = run(cfg, folder)
     except Exception as error:
         with suppress(OSError):  # the disk may be full
             (folder / "failed.txt").write_text("".join(traceback.format_exception(error)))
@@ -56,6 +58,8 @@ def app(cfg: DictConfig) -> None:
         log.error("  failed: %s", line or repr(error))  # a sweep goes on with its other jobs and fails at its end
         raise
     log.info("  results in %s", folder)
+    average = result.get("average")
+    return average["value"] if average else None
 
 
 def progress(done: int) -> str:

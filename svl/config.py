@@ -146,6 +146,14 @@ def register() -> None:
     """Make schema and resolvers known to Hydra. Safe to call twice."""
     ConfigStore.instance().store(name="schema_svl", node=Svl)
     OmegaConf.register_new_resolver("svl", lambda part: str(PACKAGE / part), replace=True)
+    OmegaConf.register_new_resolver("accelerators", _accelerators, replace=True)
+
+
+def _accelerators() -> int:
+    """How many jobs a machine can run at once: one for each accelerator; without any, one."""
+    from torch import accelerator  # few configurations need it
+
+    return max(1, accelerator.device_count())
 
 
 def build(node: DictConfig, group: str) -> Any:

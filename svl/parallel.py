@@ -1,6 +1,8 @@
-"""Several processes, started by torchrun, on one run: each evaluates its share of the questions with its own model.
+"""Several processes on one machine, or on one run.
 
-The first process does everything else, and everything in the store; the others follow it from stage to stage, compute
+Jobs of a sweep that run in parallel each `lease` an accelerator.
+
+Of processes that torchrun started on one run, each evaluates its share of the questions with its own model. The first process does everything else, and everything in the store; the others follow it from stage to stage, compute
 with it where a stage is shared, and read what it has stored. They must see the same files. They talk through gloo,
 whatever the device.
 """
@@ -9,12 +11,17 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from svl.store import Entry, Store
+
+_leased: dict[int, FileLock] = {}
 
 
 def size() -> int:
@@ -35,6 +42,34 @@ def join() -> None:
         if accelerator.is_available():
             accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", 0)))
         distributed.init_process_group("gloo", timeout=timedelta(days=1))  # a benchmark may take the others hours
+
+
+def lease(count: int | None = None) -> int | None:
+    """Take an accelerator that no other process of this machine has leased, until this process ends; its number.
+
+    Waits while all of `count` (default: as many as there are) are taken. No launcher of Hydra assigns accelerators, so
+    this goes by file locks, which the kernel releases when their owner dies. Without accelerators: None.
+    """
+    from torch import accelerator
+
+    if _leased:
+        return next(iter(_leased))
+    count = accelerator.device_count() if count is None else count
+    folder = Path(tempfile.gettempdir()) / f"svl-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    while count:
+        for number in range(count):
+            lock = FileLock(folder / f"accelerator-{number}")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                continue
+            _leased[number] = lock
+            if accelerator.is_available():
+                accelerator.set_device_index(number)
+            return number
+        time.sleep(1)
+    return None
 
 
 def gather(value: Any) -> list[Any]:
