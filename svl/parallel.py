@@ -2,9 +2,9 @@
 
 Jobs of a sweep that run in parallel each `lease` an accelerator.
 
-Of processes that torchrun started on one run, each evaluates its share of the questions with its own model. The first process does everything else, and everything in the store; the others follow it from stage to stage, compute
-with it where a stage is shared, and read what it has stored. They must see the same files. They talk through gloo,
-whatever the device.
+Of processes that torchrun started on one run, each evaluates its share of the questions with its own model. The first
+does everything else, and everything in the store; the others follow it from stage to stage, compute with it where a
+stage is shared, and read what it has stored. They must see the same files. They talk through gloo, whatever the device.
 """
 
 from __future__ import annotations

@@ -537,7 +537,7 @@ class Run:
         """What tells runs of one experiment apart, besides names: settings by group."""
         settings = {group: describe(self.cfg[group]) for group in ("strategy", "selector", "compensation")}
         calibration, model = self.cfg.calibration, self.cfg.model
-        if self.needs:
+        if self.needs or "probe" in self.strategy.needs:
             file = Path(calibration.path).name
             settings["calibration"] = {"file": file, "samples": calibration.samples, "seed": calibration.seed}
         return {**settings, "model": {"dtype": model.dtype}}

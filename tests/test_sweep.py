@@ -65,5 +65,7 @@ def test_job_that_cannot_be_planned_does_not_keep_others_from_sharing(tmp_path):
 
 def test_ratios_that_remove_the_same_layers_are_pointed_out(tmp_path):
     done = svl("-m", "strategy=tail", "ratio=0.25,0.26,0.125", *QUIET, cwd=tmp_path)
-    assert "note: ratios 0.25, 0.26 are the same 4 of 16 layers of demo_lvlm, so they were evaluated once" in done.stderr
+    assert (
+        "note: ratios 0.25, 0.26 are the same 4 of 16 layers of demo_lvlm, so they were evaluated once" in done.stderr
+    )
     assert len(list((tmp_path / "store" / "plan").iterdir())) == 3

@@ -1,0 +1,103 @@
+"""Sweeps on several processes: joblib, submitit, Ray, SLURM; accelerators leased one each; a search."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from test_cli import ENVIRONMENT, QUIET, SMALL, numbers, read, svl
+
+LAUNCHERS = {
+    "joblib": ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2"),
+    "gpus": ("hydra/launcher=gpus", "hydra.launcher.n_jobs=2"),
+    "submitit": ("hydra/launcher=submitit_local", "hydra.launcher.cpus_per_task=1", "hydra.launcher.timeout_min=20"),
+    "ray": ("hydra/launcher=ray", "+hydra.launcher.ray.init.num_cpus=2",
+            "+hydra.launcher.ray.init.include_dashboard=false"),
+    "slurm": ("hydra/launcher=slurm", "hydra.launcher.gpus_per_node=null", "hydra.launcher.cpus_per_task=1",
+              "hydra.launcher.mem_gb=null", "hydra.launcher.timeout_min=20"),
+}  # fmt: skip
+PLUGINS = {"gpus": "joblib", "slurm": "submitit"}
+JOBS = ("-m", "strategy=shortgpt", "n_remove=2,3,17", *QUIET, *SMALL)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """What the jobs give one after the other."""
+    folder = tmp_path_factory.mktemp("basic")
+    svl(*JOBS, cwd=folder, code=1)
+    return results(folder)
+
+
+def results(folder) -> dict[str, dict]:
+    return {file.parent.name: numbers(read(file.parent)[1]) for file in folder.glob("out/run/*/*/result.json")}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_jobs_in_parallel_give_what_they_give_alone(launcher, undisturbed, tmp_path):
+    plugin = f"hydra_plugins.hydra_{PLUGINS.get(launcher, launcher)}_launcher"
+    if importlib.util.find_spec("hydra_plugins") is None or importlib.util.find_spec(plugin) is None:
+        pytest.skip(f"needs hydra-{PLUGINS.get(launcher, launcher)}-launcher")
+    if launcher == "slurm" and (
+        shutil.which("sinfo") is None or subprocess.run(["sinfo"], capture_output=True).returncode
+    ):
+        pytest.skip("needs a SLURM controller that answers")
+    done = svl(*JOBS, *LAUNCHERS[launcher], cwd=tmp_path, code=1)
+    assert results(tmp_path) == undisturbed
+    assert sorted(undisturbed) == ["0", "1"]
+    assert "error: 1 of 3 jobs failed" in done.stderr
+    assert "/2: " in done.stderr.splitlines()[-1]
+    assert len(list((tmp_path / "store" / "stats").glob("*/manifest.json"))) == 1  # computed once for all processes
+
+
+LEASE = textwrap.dedent("""
+    import sys
+    from svl import parallel
+    print(parallel.lease(2), flush=True)
+    assert parallel.lease(2) == parallel.lease(2)
+    sys.stdin.read()
+""")
+
+
+def test_each_process_has_an_accelerator_of_its_own(tmp_path):
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-c", LEASE], env={**ENVIRONMENT, "TMPDIR": str(tmp_path)}, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+
+    holders = [start(), start()]
+    assert sorted(holder.stdout.readline() for holder in holders) == ["0\n", "1\n"]
+    waiting = start()
+    first, second = holders
+    os.set_blocking(waiting.stdout.fileno(), False)
+    assert waiting.poll() is None
+    assert not waiting.stdout.read()
+    os.set_blocking(waiting.stdout.fileno(), True)
+    first.send_signal(signal.SIGKILL)  # its owner's death frees it
+    first.wait()
+    freed = waiting.stdout.readline()
+    assert freed in ("0\n", "1\n")
+    for process in (second, waiting):
+        process.communicate("")
+        assert process.returncode == 0
+
+
+def test_search_finds_the_best_of_its_trials(tmp_path):
+    pytest.importorskip("lmms_eval")
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    svl("-m", "experiment=hparams_search", "hydra.sweeper.n_trials=3", "benchmark.limit=4", "calibration.samples=4",
+        "benchmark.tasks={svl_demo_open:{metric:accuracy}}", "tracker=none", "paths.store=store", "paths.outputs=out",
+        cwd=tmp_path)  # fmt: skip
+    (root,) = (tmp_path / "out" / "hparams_search").iterdir()
+    tried = {file.parent.name: json.loads(file.read_text()) for file in root.glob("*/result.json")}
+    assert sorted(tried) == ["0", "1", "2"]
+    assert len({json.dumps(result["settings"]) for result in tried.values()}) == 3
+    best = (root / "optimization_results.yaml").read_text()
+    assert f"best_value: {max(result['average']['value'] for result in tried.values())}" in best
