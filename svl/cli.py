@@ -132,7 +132,11 @@ def searched() -> list[Path]:
 def neighbours(key: str) -> list[str]:
     """The settings next to `key` in the composed configuration of this command line without its wrong part."""
     where = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in searched()[1:])}]"]
-    choices = [a for a in sys.argv[1:] if re.fullmatch(r"(model|strategy|selector|compensation|benchmark)=\w+", a)]
+    choices = [
+        a
+        for a in sys.argv[1:]
+        if re.fullmatch(r"(model|strategy|selector|compensation|quantization|visual_tokens|benchmark)=\w+", a)
+    ]
     with hydra.initialize_config_dir(str(config.CONF), version_base="1.3"):
         try:
             cfg = hydra.compose("config", overrides=where + choices)

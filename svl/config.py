@@ -23,7 +23,7 @@ from svl.core import SvlError, did_you_mean, layers_to_remove, one_of
 
 PACKAGE = Path(__file__).parent
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # installed, or a checkout
-METHODS = ("selector", "strategy", "compensation", "tracker")
+METHODS = ("selector", "strategy", "compensation", "quantization", "visual_tokens", "tracker")
 
 
 @dataclass
@@ -129,6 +129,8 @@ class Svl:
     selector: Any = MISSING
     strategy: Any = MISSING
     compensation: Any = MISSING
+    quantization: Any = MISSING
+    visual_tokens: Any = MISSING
     benchmark: Benchmark = field(default_factory=Benchmark)
     evaluator: Evaluator = field(default_factory=Evaluator)
     efficiency: Efficiency = field(default_factory=Efficiency)

@@ -97,8 +97,16 @@ def size(lvlm: Lvlm) -> dict[str, int]:
     return {
         "parameters": lvlm.parameters(),
         "layers": len(lvlm.layers),
-        "bytes": sum(p.numel() * p.element_size() for p in tensors),
+        "bytes": sum(map(_held, tensors)),
     }
+
+
+def _held(tensor: Any) -> int:
+    """Bytes of a tensor; of a quantised one, of what it is made of."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return tensor.numel() * tensor.element_size()
+    parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+    return sum(_held(part) for part in parts if isinstance(part, Tensor))
 
 
 def _counts(lvlm: Lvlm, inputs: dict[str, Tensor]) -> dict[str, int]:

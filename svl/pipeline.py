@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from svl.loading import Lvlm
 
 log = logging.getLogger(__name__)
+COMBINED = ("quantization", "visual_tokens")  # groups of what a pruned model is combined with
 MEASURED = frozenset({"cosine", "windows", "attention"})  # by the calibration pass
 PACKAGES = ("svl", "torch", "transformers", "lmms_eval", "datasets", "hydra-core", "wandb")
 
@@ -50,6 +51,10 @@ class Run:
         parts = validate(cfg)
         self.selector, self.strategy, self.compensation = parts["selector"], parts["strategy"], parts["compensation"]
         self.tracker = parts["tracker"]
+        extras = {group: parts[group] for group in COMBINED}
+        self.combined = {group: part for group, part in extras.items() if not type(part).__module__.endswith(".none")}
+        if self.combined and cfg.evaluator.name == "vllm":
+            raise SvlError(f"{' and '.join(self.combined)}: only evaluator=transformers can combine these with pruning")
         self.store = Store(cfg.paths.store, versions())
         self.loading = 0.0  # seconds spent on loading the model, which are no stage's own
         model = cfg.model
@@ -289,6 +294,12 @@ class Run:
 
         return surgery.apply(self.dense, plan, self.patch(patch))
 
+    def combine(self, lvlm: Lvlm) -> Lvlm:
+        """A model with everything that pruning is combined with."""
+        for part in self.combined.values():
+            lvlm = part.apply(lvlm)
+        return lvlm
+
     def patch(self, entry: Entry | None) -> Patch | None:
         """The patch that a stage stored, if there is one."""
         from svl import surgery
@@ -296,11 +307,11 @@ class Run:
         file = entry.path / "patch.safetensors" if entry else None
         return surgery.load_patch(file) if file and file.exists() else None
 
-    def score(self, plan: Plan, patch: Entry | None) -> dict[str, Entry]:
+    def score(self, plan: Plan, patch: Entry | None, combined: bool = False) -> dict[str, Entry]:
         """Stage `score`, one artifact per task: equal layers and weights are evaluated once, whatever led to them."""
-        pruned = cache(lambda: self.prune(plan, patch))
+        pruned = cache(lambda: self.combine(self.prune(plan, patch)) if combined else self.prune(plan, patch))
         served = cache(lambda: self.serve(plan, patch))
-        what = f"{len(plan.removed)} of {plan.n_layers} layers removed" if plan.removed else "dense"
+        what = f"{len(plan.removed)} of {plan.n_layers} layers removed" if plan.removed or combined else "dense"
 
         def evaluate(task: str) -> Entry:
             options = self.evaluation(task)
@@ -317,7 +328,7 @@ class Run:
                     scores = evaluate(served() if self.serves else pruned(), task, folder=folder, **options)
                 return {**scores, "params": pruned().parameters()}
 
-            entry = self.make("score", self.score_inputs(plan, patch, task), build)
+            entry = self.make("score", self.score_inputs(plan, patch, task, combined), build)
             metric = options["metric"]
             value = entry.output["metrics"][metric]["value"]
             shown = "undefined" if value is None else f"{value:.3f}"
@@ -349,13 +360,14 @@ class Run:
             "batch_size": benchmark.batch_size, "include_path": benchmark.include_path, "data": benchmark.data, **where,
         }  # fmt: skip
 
-    def score_inputs(self, plan: Plan, patch: Entry | None, task: str) -> dict[str, Any]:
+    def score_inputs(self, plan: Plan, patch: Entry | None, task: str, combined: bool = False) -> dict[str, Any]:
         """What a score depends on."""
         file, options = patch.manifest["files"].get("patch.safetensors") if patch else None, self.evaluation(task)
         inputs = {"model": self.model, "removed": plan.removed, "weights": file[1] if file else None, "task": task}
         inputs |= {"benchmark": self.tasks[task]}
         inputs |= {name: options[name] for name in ("metric", "limit", "max_new_tokens")}
         inputs |= {} if options["style"] == "default" else {"style": options["style"]}
+        inputs |= {"combined": self.identities()} if combined else {}
         return inputs | ({"evaluator": describe(self.cfg.evaluator)} if self.serves else {})
 
     def efficiency(self, plan: Plan, patch: Entry | None) -> Entry | None:
@@ -364,7 +376,7 @@ class Run:
         Clocks tell of a machine, so unlike other stages' its key has the device and the versions.
         """
         settings = describe(self.cfg.efficiency)
-        if not settings["repeats"] or not plan.removed or parallel.rank() > 0:
+        if not settings["repeats"] or not (plan.removed or self.combined) or parallel.rank() > 0:
             return None
 
         def build(folder: Path) -> dict[str, Any]:
@@ -372,7 +384,8 @@ class Run:
 
             example = next((e for e in self.examples.items if e.image_bytes is not None), self.examples.items[0])
             image = example.image if example.image_bytes is not None and self.dense.sees else None
-            return measure(self.dense, self.prune(plan, patch), example.prompt, image, show=self.show, **settings)
+            model = self.combine(self.prune(plan, patch))
+            return measure(self.dense, model, example.prompt, image, show=self.show, **settings)
 
         from svl.loading import find_device, place
 
@@ -380,6 +393,7 @@ class Run:
             "model": self.model, "removed": plan.removed, "weights": patch and patch.key, "settings": settings,
             "examples": self.examples.fingerprint, "versions": self.store.versions,
             "device": place(find_device(self.cfg.model.device), settings["batch_size"]),
+            **({"combined": self.identities()} if self.combined else {}),
         }  # fmt: skip
         entry = self.make("efficiency", inputs, build)
         parts = ", ".join(f"{part} x{ratio['value']:.2f}" for part, ratio in entry.output["speedup"].items())
@@ -420,11 +434,11 @@ class Run:
         plan = dataclasses.replace(plan, provenance=made)
         (self.folder / "plan.json").write_text(plan.to_json())
         dense = self.score(Plan(plan.n_layers, ()), None)
-        pruned = self.score(plan, patch)
+        pruned = self.score(plan, patch, combined=bool(self.combined))
         measured = self.efficiency(plan, patch)
         if parallel.rank() > 0:  # the first process does the rest
             return {}
-        if plan.removed and pruned:
+        if (plan.removed or self.combined) and pruned:
             pairs = {task: (pruned[task], dense[task]) for task in pruned}
             (self.folder / "flips.md").write_text(results.flips(pairs, ("pruned", "dense")), encoding="utf-8")
         identification = {
@@ -518,6 +532,10 @@ class Run:
 
     # ---------------------------------------------------------------------------------------- helpers
 
+    def identities(self) -> dict[str, Any]:
+        """What the model is combined with, for keys."""
+        return {group: identity(part) for group, part in self.combined.items()}
+
     def choice(self, group: str) -> str:
         """The name under which a group's option was chosen."""
         target = self.cfg[group]["_target_"]
@@ -540,6 +558,8 @@ class Run:
         if self.needs or "probe" in self.strategy.needs:
             file = Path(calibration.path).name
             settings["calibration"] = {"file": file, "samples": calibration.samples, "seed": calibration.seed}
+        if self.combined:
+            settings["combined"] = {group: self.choice(group) for group in self.combined}
         return {**settings, "model": {"dtype": model.dtype}}
 
 

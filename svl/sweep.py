@@ -107,9 +107,13 @@ class Wanted:
 
 
 def scores_of(run: Run) -> Iterator[Wanted]:
-    """Make the plan of a run and its patch; the scores it lacks, dense ones included."""
+    """Make the plan of a run and its patch; the scores it lacks, dense ones included.
+
+    What pruned models are combined with makes them too different to share anything.
+    """
     _, _, plan, patch = run.prepare()
-    for which, weights in ((Plan(plan.n_layers, ()), None), (plan, patch)):
+    plans = [(Plan(plan.n_layers, ()), None), *([] if run.combined else [(plan, patch)])]
+    for which, weights in plans:
         for task in () if run.serves else filter(run.answers, run.tasks):
             inputs = run.score_inputs(which, weights, task)
             if run.store.get("score", inputs) is None:

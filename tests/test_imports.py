@@ -22,7 +22,7 @@ ORDER = (
     {"loading", "benchmarks", "bundled", "results", "figures", "parallel"},
     {"surgery", "skeleton", "prompts", "replay", "measure", "prefix"},
     {"calibrate", "offload", *METHODS, "perplexity"},
-    {"probe"},
+    {"probe", "quantization", "visual_tokens"},
     {"export", "evaluate"},
     {"pipeline"},
     {"sweep"},

@@ -1,0 +1,208 @@
+"""FastV: after a few layers, visual tokens that got little attention are dropped (Chen et al., arXiv 2403.06764).
+
+The first `layer` decoder layers see every token. From the attention that the last token of the prompt pays in the last
+of them, averaged over heads, the share `keep` of each sample's visual tokens is chosen that got most; later layers
+compute and cache the others no more. Positions stay what they were. With layers removed, `layer` counts those left.
+
+Only the pass over the prompt chooses; later steps attend to what was kept. Rows of a batch may keep different numbers
+of tokens: they are padded on the left again, as the prompts are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from svl import surgery
+from svl.core import Plan, SvlError
+from svl.loading import Lvlm
+
+NAME = "svl_fastv"
+
+
+@dataclass(frozen=True)
+class Fastv:
+    """See the module.
+
+    Attributes:
+        layer: number of layers that see all tokens, at least 1 (the paper's K).
+        keep: share of the visual tokens that later layers see (the paper's 1 - R).
+    """
+
+    layer: int = 2
+    keep: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.layer < 1:
+            raise SvlError(f"visual_tokens.layer is {self.layer}, but at least one layer must see all tokens")
+        if not 0 <= self.keep <= 1:
+            raise SvlError(f"visual_tokens.keep is {self.keep:g}, but must lie in [0, 1]: it is a share")
+
+    def apply(self, lvlm: Lvlm) -> Lvlm:
+        """A copy of the model (sharing its tensors) that drops visual tokens; `lvlm` stays as it is.
+
+        Raises:
+            SvlError: if the model sees no images, or has no more than `layer` layers; when it runs, if its layers have
+                no attention map or are called with something that is not known here.
+        """
+        if not lvlm.sees:
+            raise SvlError(f"visual_tokens: model '{lvlm.name}' reads text only, so it has no visual tokens to drop")
+        if self.layer >= lvlm.anatomy.n_layers:
+            raise SvlError(f"visual_tokens.layer is {self.layer}, but '{lvlm.name}' has {lvlm.anatomy.n_layers} layers")
+        copied = surgery.apply(lvlm, Plan(lvlm.anatomy.n_layers, ()))
+        model, text = copied.model, copied.model.config.get_text_config(decoder=True)
+        part = next((n for n in model.config.sub_configs if getattr(model.config, n, None) is text), "")
+        model.set_attn_implementation({part: NAME})
+        _Dropper(self, copied).install()
+        return copied
+
+
+@dataclass
+class _Dropper:
+    """The hooks of one model, and what they know of the prompt that it is answering.
+
+    `present` and `visual` [B, T] say what the prompt's places hold, `attention` [B, T] what the last token paid them.
+    `kept` [B, T'] are the places that later layers see, in order; where a row has fewer, its first ones are not `real`.
+    `whole` [B, T, d] is the state of all tokens where the others were dropped.
+    """
+
+    method: Fastv
+    lvlm: Lvlm
+    prompt: bool = True  # whether this pass is over the prompt
+    attention: Tensor | None = None
+    masks: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+
+    def install(self) -> None:
+        """Watch the model from its inputs to its last layer."""
+        layers, full = self.lvlm.layers, self.method.layer
+        self.lvlm.model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        for module in layers[full - 1].modules():
+            if hasattr(module, "layer_idx"):
+                module.svl_watcher = self  # type: ignore[assignment]
+        layers[full].register_forward_pre_hook(self._drop, with_kwargs=True)
+        for layer in layers[full:]:
+            layer.register_forward_pre_hook(self._fit, with_kwargs=True)
+        layers[-1].register_forward_hook(self._restore)
+
+    def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A pass starts, over a prompt or over a token after it."""
+        cache = kwargs.get("past_key_values")
+        self.prompt = cache is None or cache.get_seq_length() == 0
+        self.masks.clear()
+        if not self.prompt:
+            return
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is None:
+            raise SvlError("visual_tokens: FastV needs input_ids, which say where the visual tokens are")
+        mask = kwargs.get("attention_mask")
+        self.visual = ids == self.lvlm.anatomy.image_token_id
+        self.present = torch.ones_like(self.visual) if mask is None else mask.bool()
+        self.attention = None
+
+    def _drop(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The first layer that sees fewer tokens is called on a prompt: choose them."""
+        if not self.prompt:
+            return None
+        if self.attention is None:
+            raise SvlError(f"visual_tokens: layer {self.method.layer - 1} of '{self.lvlm.name}' has no attention map")
+        numbers = (self.visual.sum(1, keepdim=True) * self.method.keep + 0.5).long()
+        rank = self.attention.masked_fill(~self.visual, -1).argsort(dim=1, descending=True, stable=True).argsort(1)
+        stays = self.present & (~self.visual | (rank < numbers))
+        self.kept = stays.byte().sort(dim=1, stable=True).indices[:, -int(stays.sum(1).max()) :]
+        self.real = stays.gather(1, self.kept)
+        self.whole = args[0] if args else kwargs["hidden_states"]
+        state = _gather(self.whole, self.kept, 1)
+        return ((state, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": state})
+
+    def _fit(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A later layer is called: with what fits the tokens that it sees, or its shorter past."""
+        mask = kwargs.get("attention_mask")
+        if id(mask) not in self.masks:
+            self.masks[id(mask)] = mask, self._mask(mask, kwargs.get("past_key_values"))
+        if self.prompt:
+            kwargs = {name: self._shorter(value) for name, value in kwargs.items()}
+        return args, {**kwargs, "attention_mask": self.masks[id(mask)][1]}
+
+    def _shorter(self, value: Any) -> Any:
+        """An argument of a layer without the dropped tokens: positions, and what is computed from them."""
+        n = self.present.shape[1]
+        if isinstance(value, tuple):
+            return tuple(map(self._shorter, value))
+        if isinstance(value, Tensor) and value.ndim >= 3 and value.shape[-2] == n:
+            return _gather(value, self.kept, value.ndim - 2)
+        if isinstance(value, Tensor) and value.ndim >= 2 and value.shape[-1] == n:
+            return _gather(value, self.kept, value.ndim - 1)
+        return value[: self.kept.shape[1]] if isinstance(value, Tensor) and value.shape == (n,) else value
+
+    def _mask(self, mask: Any, cache: Any) -> Tensor | None:
+        """Which of the tokens that are left a query may look at: [B, 1, queries, keys], or None for all before it."""
+        n = self.present.shape[1]
+        later = 0 if self.prompt else cache.get_seq_length() - n  # tokens since the prompt, this one included
+        real = F.pad(self.real, (0, later), value=True)[:, None, None]
+        if mask is None and bool(self.real.all()):
+            return None
+        if mask is None:
+            size = self.kept.shape[1]
+            causal = torch.ones(size, size, dtype=torch.bool, device=real.device).tril()
+            return real & causal if self.prompt else real
+        if mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[-1] != n + later:
+            raise SvlError(f"visual_tokens: layers of '{self.lvlm.name}' use masks that FastV cannot shorten")
+        places = torch.cat([self.kept, torch.arange(n, n + later, device=real.device).expand(len(self.kept), -1)], 1)
+        mask = mask.expand(len(places), -1, -1, -1)
+        if self.prompt:
+            mask = _gather(mask, self.kept, 2)
+        return _gather(mask, places, 3) & real
+
+    def _restore(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """The last layer's output at the prompt's places; dropped tokens have the state in which they were dropped."""
+        if not self.prompt:
+            return None
+        state = output[0] if isinstance(output, tuple) else output
+        places = self.kept[..., None].expand(-1, -1, state.shape[-1])
+        whole = self.whole.scatter(1, places, state)
+        return (whole, *output[1:]) if isinstance(output, tuple) else whole
+
+
+def _gather(x: Tensor, places: Tensor, dim: int) -> Tensor:
+    """Of dimension `dim` of x, what `places` [B, n] name in every row; the batch is the first dimension of size B.
+
+    Without one (or where it is 1, for all rows alike), one is made.
+    """
+    b = len(places)
+    batch = next((i for i in range(dim) if x.shape[i] == b), None)
+    if batch is None:
+        batch = next((i for i in range(dim) if x.shape[i] == 1), None)
+        if batch is None:
+            x, batch, dim = x[None], 0, dim + 1
+        x = x.expand(*x.shape[:batch], b, *x.shape[batch + 1 :])
+    index = places.view(*(b if i == batch else places.shape[1] if i == dim else 1 for i in range(x.ndim)))
+    return x.gather(dim, index.expand(*x.shape[:dim], places.shape[1], *x.shape[dim + 1 :]))
+
+
+def watched_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> Any:
+    """Attention as "sdpa" computes it; tells a watcher what the last token of a prompt pays, averaged over heads."""
+    watcher = getattr(module, "svl_watcher", None)
+    if watcher is not None and watcher.prompt:
+        d = query.shape[-1]
+        last = query[:, :, -1].view(len(query), key.shape[1], -1, d)
+        scale = kwargs.get("scaling") or d**-0.5
+        score = (last @ key.mT).float().flatten(1, 2) * scale  # [B, H, T]
+        if softcap := kwargs.get("softcap"):
+            score = torch.tanh(score / softcap) * softcap
+        if attention_mask is not None:
+            score = score.masked_fill(~attention_mask[:, :, -1], float("-inf"))
+        watcher.attention = score.softmax(-1).mean(1)
+    attend: Callable[..., Any] = AttentionInterface()["sdpa"]
+    return attend(module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register(NAME, watched_attention)
+AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])
