@@ -88,9 +88,8 @@ def compare(given: argparse.Namespace) -> None:
             first, *others = answers.values()
             if any(other != first for other in others):
                 sys.exit("the answers differ")
-        print(
-            f"{given.task}, {len(first)} questions, the same answers; {given.rounds} rounds, {torch.get_num_threads()} threads\n"
-        )
+        threads = torch.get_num_threads()
+        print(f"{given.task}, {len(first)} questions, the same answers; {given.rounds} rounds, {threads} threads\n")
         print("| | ms per question | of lmms-eval's time |\n|---|---:|---:|")
         base = next(iter(times.values()))
         for name, seconds in times.items():
