@@ -5,17 +5,25 @@
 
 For every finished run of an experiment (of one ratio), on samples that need not be those it was fitted on: at each kept
 layer behind the first removed one, and at the end, the mean over tokens of |h' - h|^2 / |h|^2, where h is what enters
-that layer in the dense model and h' in the pruned one, without and with the run's patch. Prints a table of three
-places (right behind the last removed layer, the mean over all, the end); writes feature_gap.csv with all of them, and a
-figure.
+that layer in the dense model and h' in the pruned one, without and with the run's patch. Prints a table: the gap where
+the decoder ends and the mean over all places, without the patch; the share of each that the patch takes away; the
+average score, and what share of the loss of the run without compensation it makes good. Runs that differ in the seed
+alone are one row, with mean and standard deviation. Writes feature_gap.csv with all places, feature_gap_layers.csv with
+the gap that every layer would leave alone, and a figure.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-from collections.abc import Sequence
+import math
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
 
 from svl import bundled, loading, surgery
 from svl.calibrate import Activations
@@ -23,22 +31,20 @@ from svl.core import Patch, Plan, Stats
 from svl.data import Examples, read_samples
 from svl.store import Store
 
+LABEL = ("strategy", "selector", "compensation")
 
-def gaps(lvlm: loading.Lvlm, examples: Examples, plan: Plan, patches: Sequence[Patch | None]) -> list[dict[int, float]]:
-    """For every patch: relative squared error by layer (L: the end), for kept layers behind the first removed one."""
+
+def gaps(lvlm: loading.Lvlm, examples: Examples, plan: Plan, patch: Patch | None = None) -> dict[int, float]:
+    """Relative squared error by layer (L: behind all), for kept layers behind the first removed one."""
     hidden = Activations(lvlm, examples, Stats(plan.n_layers, lvlm.anatomy.removable))
     points = [i for i in (*plan.kept, plan.n_layers) if i > plan.removed[0]]
-    total = [dict.fromkeys(points, 0.0) for _ in patches]
-    tokens = 0
-    for dense, *pruned in zip(
-        hidden.stream(points), *(hidden.stream(points, plan=plan, patch=patch) for patch in patches), strict=True
-    ):
+    total, tokens = dict.fromkeys(points, 0.0), 0
+    for dense, pruned in zip(hidden.stream(points), hidden.stream(points, plan=plan, patch=patch), strict=True):
         tokens += len(dense.weights)
-        for sums, sample in zip(total, pruned, strict=True):
-            for i in points:
-                h = dense.h(i)
-                sums[i] += float(((sample.h(i) - h).square().sum(-1) / h.square().sum(-1)).sum())
-    return [{i: value / tokens for i, value in sums.items()} for sums in total]
+        for i in points:
+            h = dense.h(i)
+            total[i] += float(((pruned.h(i) - h).square().sum(-1) / h.square().sum(-1)).sum())
+    return {i: value / tokens for i, value in total.items()}
 
 
 def main() -> None:
@@ -57,39 +63,111 @@ def main() -> None:
     store = Store(args.store)
     lvlm = loading.load(bundled.resolve(args.model, store), dtype=args.dtype, name=args.model.rpartition(":")[2])
     examples = read_samples(args.samples, args.n, args.seed)
-    rows: list[tuple[str, str, int, float, float]] = []
-    seen = set()
-    print("| strategy | selector | compensation | removed | behind them: alone | patched | mean: alone | patched "
-          "| end: alone | patched |\n| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")  # fmt: skip
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
     for entry in store.entries("run"):
         run = entry.output
-        label = (run["strategy"], run["selector"] or "", run["compensation"])
-        if run["name"] != args.experiment or run["model"] != lvlm.name or abs(run["ratio"] - args.ratio) > 0.02:
-            continue
-        if label in seen or not run["n_remove"]:
-            continue
-        seen.add(label)
-        plan = Plan(run["plan"]["n_layers"], tuple(run["plan"]["removed"]))
-        file = next((store.root / "patch" / key / "patch.safetensors" for key in run["keys"]["compensate"]), None)
-        patch = surgery.load_patch(file) if file and file.exists() else None
-        alone, *rest = gaps(lvlm, examples, plan, [None, patch] if patch else [None])
-        patched = rest[0] if rest else alone
-        rows += [(*label, i, alone[i], patched[i]) for i in alone]
-        behind = min(i for i in alone if i > max(plan.removed))
-        pairs = [(d[behind], sum(d.values()) / len(d), d[plan.n_layers]) for d in (alone, patched)]
-        numbers = [pair[place] for place in range(3) for pair in pairs]
-        print(f"| {' | '.join(label)} | {', '.join(map(str, plan.removed))} | "
-              + " | ".join(f"{x:.3f}" for x in numbers) + " |", flush=True)  # fmt: skip
+        ours = run["name"] == args.experiment and run["model"] == lvlm.name
+        if ours and run["n_remove"] and abs(run["ratio"] - args.ratio) <= 0.02:
+            groups[run["strategy"], run["selector"] or "", run["compensation"]].append(run)
+    if not groups:
+        sys.exit(f"no finished run of '{args.experiment}' on {lvlm.name} near ratio {args.ratio:g} in {store.root}")
+    alone: dict[tuple[int, ...], dict[int, float]] = {}
+    found: list[tuple[tuple[str, str, str], list[Measured]]] = []
+    for label, runs in sorted(groups.items()):
+        found.append((label, [measured(lvlm, examples, store, run, alone) for run in runs]))
+        print(" ".join(label), f"{len(runs)} runs", file=sys.stderr, flush=True)
+    bare = {m.key: m for (_, _, c), ms in found for m in ms if c == "none"}
+    head = (*LABEL, "seeds", "end: gap", "closed", "mean: gap", "closed", "score", "made good")
+    print(f"| {' | '.join(head)} |\n|---|---|---|{'---:|' * 7}")
+    for label, runs in found:
+        columns = [[m.alone[m.end] for m in runs], [1 - m.patched[m.end] / m.alone[m.end] for m in runs]]
+        means = [(fmean(m.alone.values()), fmean(m.patched.values())) for m in runs]
+        columns += [[a for a, _ in means], [1 - p / a for a, p in means]]
+        columns += [[m.score for m in runs], [made_good(m, bare[m.key]) for m in runs if m.key in bare]]
+        print(f"| {' | '.join(label)} | {len(runs)} | {' | '.join(map(spread, columns))} |", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    with open(args.out / "feature_gap.csv", "w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(("strategy", "selector", "compensation", "layer", "alone", "patched"))
-        table.writerows((*row[:4], f"{row[4]:.6g}", f"{row[5]:.6g}") for row in rows)
+    rows = [(*label, m.seeds, i, m.alone[i], m.patched[i]) for label, ms in found for m in ms for i in m.alone]
+    write(args.out / "feature_gap.csv", (*LABEL, "seed", "layer", "alone", "patched"), rows)
+    write(args.out / "feature_gap_layers.csv", ("layer", "gap"), enumerate(single(lvlm, examples)))
     figure(rows, args.out / "feature_gap.png")
 
 
+@dataclass(frozen=True)
+class Measured:
+    """One run and the gaps of its model, by layer, without and with its patch."""
+
+    run: dict[str, Any]
+    alone: dict[int, float]
+    patched: dict[int, float]
+
+    @property
+    def end(self) -> int:
+        """Behind all layers."""
+        return max(self.alone)
+
+    @property
+    def seeds(self) -> str:
+        """What tells runs of one method apart."""
+        return f"{self.run['seed']}/{self.run['settings'].get('calibration', {}).get('seed', '')}"
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Equal for runs that differ in the compensation alone."""
+        return self.run["strategy"], self.seeds
+
+    @property
+    def score(self) -> float:
+        """The average over the benchmark."""
+        return self.run["average"]["value"]
+
+
+def measured(
+    lvlm: loading.Lvlm, examples: Examples, store: Store, run: dict[str, Any], alone: dict[tuple[int, ...], Any]
+) -> Measured:
+    """The gaps of one run; `alone` keeps those of plans without a patch."""
+    plan = Plan(run["plan"]["n_layers"], tuple(run["plan"]["removed"]))
+    if plan.removed not in alone:
+        alone[plan.removed] = gaps(lvlm, examples, plan)
+    file = next((store.root / "patch" / key / "patch.safetensors" for key in run["keys"]["compensate"]), None)
+    patched = alone[plan.removed]
+    if file and file.exists():
+        patched = gaps(lvlm, examples, plan, surgery.load_patch(file))
+    return Measured(run, alone[plan.removed], patched)
+
+
+def made_good(run: Measured, bare: Measured) -> float:
+    """The share of what pruning alone costs that the compensation gives back."""
+    lost = run.run["average"]["dense"] - bare.score
+    return (run.score - bare.score) / lost if lost else math.nan
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation."""
+    return f"{fmean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "") if values else "–"
+
+
+def single(lvlm: loading.Lvlm, examples: Examples) -> list[float]:
+    """For every layer: mean over tokens of |h_{i+1} - h_i|^2 / |h_{i+1}|^2, what its removal alone leaves behind it."""
+    n = lvlm.anatomy.n_layers
+    total, tokens = [0.0] * n, 0
+    for sample in Activations(lvlm, examples, Stats(n, lvlm.anatomy.removable)).stream(range(n + 1)):
+        tokens += len(sample.weights)
+        for i in range(n):
+            below, above = sample.h(i), sample.h(i + 1)
+            total[i] += float(((above - below).square().sum(-1) / above.square().sum(-1)).sum())
+    return [value / tokens for value in total]
+
+
+def write(path: Path, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A CSV file, numbers with six digits."""
+    with open(path, "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(head)
+        table.writerows([f"{x:.6g}" if isinstance(x, float) else x for x in row] for row in rows)
+
+
 def figure(rows: Sequence[tuple], path: Path) -> None:
-    """Relative squared error by layer: one panel per choice of layers, one line per compensation."""
+    """Relative squared error by layer: one panel per choice of layers, one line (mean over seeds) per compensation."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -100,9 +178,13 @@ def figure(rows: Sequence[tuple], path: Path) -> None:
     names = list(dict.fromkeys(row[2] for row in rows))
     for axis, strategy in zip(axes[0], strategies, strict=True):
         for number, name in enumerate(names):
-            points = [(row[3], row[5]) for row in rows if row[0] == strategy and row[2] == name]
+            points: dict[int, list[float]] = defaultdict(list)
+            for row in rows:
+                if row[0] == strategy and row[2] == name:
+                    points[row[4]].append(row[6])
             if points:
-                axis.plot(*zip(*points, strict=True), ".-", color=f"C{number}", label=name, linewidth=1.2)
+                line = sorted((layer, fmean(values)) for layer, values in points.items())
+                axis.plot(*zip(*line, strict=True), ".-", color=f"C{number}", label=name, linewidth=1.2)
         axis.set(title=strategy, xlabel="layer (the last: after all layers)", yscale="log")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("mean |h' - h|² / |h|²")

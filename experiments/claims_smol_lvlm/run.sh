@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Everything on this page, from nothing: two to three hours on one CPU core. Interrupted, it goes on where it was.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+here=experiments/claims_smol_lvlm
+for experiment in claims_smol_lvlm claims_smol_lvlm_tokens; do
+  svl -m experiment=$experiment together=8
+done
+svl -m experiment=claims_smol_lvlm_tokens calibration=prose selector=all together=8
+svl -m experiment=ablation_bridge model=smol_lvlm calibration.seed=0,1,2 name=claims_smol_lvlm_gap together=8
+for experiment in claims_smol_lvlm claims_smol_lvlm_tokens claims_smol_lvlm_gap; do
+  svl-report experiment=$experiment
+done
+python scripts/feature_gap.py --experiment claims_smol_lvlm_gap --model svl:smol_lvlm \
+  --samples svl/demo/data/smol_short.parquet --out $here | tee $here/feature_gap.md
