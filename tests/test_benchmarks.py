@@ -90,7 +90,7 @@ def run(llava, standins, tmp_path, monkeypatch):
                 images = evaluation._images(self._conversation(request))
                 assert images
                 assert all(image.mode == "RGB" for image in images)
-            return [answer(doc) for doc in docs]
+            return [(answer(doc),) for doc in docs]  # of one model
 
         monkeypatch.setattr(evaluation.Answerer, "_batch", answers)
         ((task, chosen),) = benchmark(name).tasks.items()
