@@ -50,8 +50,8 @@ def measure(
 
     Returns:
         `dense` and `pruned`: parameters, layers, bytes, prefill_flops, cache_bytes, seconds {image, vision, prefill,
-        decode, total} (medians), quartiles {the same: [low, high]}, decode_tokens_per_second, samples_per_second, peak_bytes (above the weights; None
-        where the system does not tell); `speedup`: dense over pruned time of each part with `value` (median), `low`
+        decode, total} (medians), quartiles {the same: [low, high]}, decode_tokens_per_second, samples_per_second,
+        peak_bytes (above the weights; None where the system does not tell); `speedup`: dense over pruned time of each part with `value` (median), `low`
         and `high` (quartiles); `ideal`: L / (L - n); `batch_size`, `sequence` (tokens of the prompt), `new_tokens`,
         `repeats`, `device`.
 
@@ -87,7 +87,9 @@ def measure(
             "peak_bytes": max(peaks[name], default=None),
         }
     both = list(zip(rounds["dense"], rounds["pruned"], strict=True))
-    result["speedup"] = {part: _quartiles([d[part] / p[part] for d, p in both if p[part]]) for part in rounds["dense"][0]}
+    result["speedup"] = {
+        part: _quartiles([d[part] / p[part] for d, p in both if p[part]]) for part in rounds["dense"][0]
+    }
     return {
         **result, "ideal": result["dense"]["layers"] / result["pruned"]["layers"], "batch_size": batch_size,
         "sequence": inputs["input_ids"].shape[1], "new_tokens": new_tokens, "repeats": repeats,

@@ -43,8 +43,8 @@ def evaluate(
 
     Arguments and result are those of `svl.evaluate.evaluate`. Metrics: `loss`, nats per token over all tokens of the
     task; `perplexity`, its exponential; `bits_per_byte`, bits per byte of the predicted text, which compares models of
-    different vocabularies; all None if a loss is not finite. Standard errors take samples as independent. In `samples.jsonl`, `score` is a sample's mean
-    loss and `part` what it adds to the task's.
+    different vocabularies; all None if a loss is not finite. Standard errors take samples as independent. In
+    `samples.jsonl`, `score` is a sample's mean loss and `part` what it adds to the task's.
 
     Raises:
         SvlError: if there is no such task, metric or data, or a text has fewer than two tokens.

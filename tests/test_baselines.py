@@ -501,7 +501,7 @@ def test_laco_that_cannot_reach_the_ratio_says_so():
     with pytest.raises(SvlError, match="reaches 6 removed layers only, not 7"):
         Laco(size=2).plan(stats, 7)
     for wrong in ({"size": 8}, {"highest": 8}, {"lowest": 5}):
-        with pytest.raises(SvlError, match="does not fit between strategy.lowest"):
+        with pytest.raises(SvlError, match=r"does not fit between strategy\.lowest"):
             Laco(**wrong).plan(stats, 1)
 
 

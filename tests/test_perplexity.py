@@ -94,7 +94,9 @@ def test_losses_are_not_compared_as_right_and_wrong(tmp_path):
     entries = []
     for name, losses in (("pruned", [0.4, 2.0]), ("dense", [0.6, 0.3])):
         (tmp_path / name).mkdir()
-        rows = [{"doc_id": i, "question": "q", "target": "", "prediction": "", "score": x} for i, x in enumerate(losses)]
+        rows = [
+            {"doc_id": i, "question": "q", "target": "", "prediction": "", "score": x} for i, x in enumerate(losses)
+        ]
         (tmp_path / name / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
         output = {"metric": "loss", "n": 2, "metrics": {"loss": {"value": sum(losses) / 2, "stderr": 0.1}}}
         entries.append(Entry(tmp_path / name, {"output": {**output, "higher_is_better": False}}))
