@@ -84,7 +84,7 @@ def test_a_loss_that_is_not_finite_is_undefined(llama, task):
     word = llama.tokenizer.convert_tokens_to_ids("and")
     broken = replace(llama, model=copy.deepcopy(llama.model))
     broken.model.get_input_embeddings().weight.data[word] = math.inf
-    assert score(broken, task)["metrics"] == dict.fromkeys(METRICS, {"value": None, "stderr": None})
+    assert score(broken, task)["metrics"] == {m: {"value": None, "stderr": None} for m in METRICS}
     text = (task / "samples.jsonl").read_text()
     assert [json.loads(line)["score"] is None for line in text.splitlines()] == [True, False, True, False]
     assert "NaN" not in text
