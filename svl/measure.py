@@ -52,8 +52,8 @@ def measure(
         `dense` and `pruned`: parameters, layers, bytes, prefill_flops, cache_bytes, seconds {image, vision, prefill,
         decode, total} (medians), quartiles {the same: [low, high]}, decode_tokens_per_second, samples_per_second,
         peak_bytes (above the weights; None where the system does not tell); `speedup`: dense over pruned time of each
-        part with `value` (median), `low` and `high` (quartiles); `ideal`: L / (L - n); `batch_size`, `sequence` (tokens of the prompt), `new_tokens`,
-        `repeats`, `device`.
+        part with `value` (median), `low` and `high` (quartiles); `ideal`: L / (L - n); `batch_size`, `sequence` (tokens
+        of the prompt), `new_tokens`, `repeats`, `device`.
 
     Raises:
         SvlError: if layers are not in memory, or the model's generation does not go through its decoder layers.
