@@ -9,6 +9,8 @@ import json
 import math
 import os
 import random
+import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -370,6 +372,16 @@ def test_metrics_and_styles_are_checked_before_anything_is_loaded():
         benchmarks.check_metric("svl_pope", "f2", None)
     with pytest.raises(SvlError, match="did you mean 'qwen_vl'"):
         benchmarks.check_style("svl_scienceqa", "qwen-vl", None)
+
+
+def test_any_task_of_lmms_eval_can_be_named_as_the_page_says():
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    (words,) = re.findall(r"`(benchmark=none '\+benchmark\.tasks=.*')`", page)
+    with initialize_config_dir(str(config.CONF), version_base="1.3"):
+        cfg = compose("config", overrides=shlex.split(words))
+    config.validate(cfg)
+    ((task, chosen),) = cfg.benchmark.tasks.items()
+    benchmarks.check_metric(task, chosen.metric, None)
 
 
 def test_the_papers_average():
