@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import svl
-from svl import config, pipeline
+from svl import config, pipeline, surgery
 from svl.calibrate import Activations, calibrate, check_selector, measure, select
 from svl.compensation.none import NoCompensation
 from svl.compensation.subspace import Subspace
@@ -524,3 +524,18 @@ def test_one_pass_serves_strategies_selectors_and_ratios(tmp_path, monkeypatch):
     assert passes == [4, 2]
     assert len(list((tmp_path / "stats").iterdir())) == 1
     assert len(plans) > 4
+
+
+def test_a_compensation_that_is_refused_costs_no_calibration(tmp_path, monkeypatch):
+    def refuse(lvlm):
+        raise SvlError("normalises after its projections")
+
+    monkeypatch.setattr(surgery, "check_foldable", refuse)
+    monkeypatch.setattr(svl.calibrate, "calibrate", lambda *_, **__: pytest.fail("calibrated nevertheless"))
+    config.register()
+    words = ["strategy=shortgpt", "compensation=subspace", "benchmark=none", "tracker=none", "model.device=cpu"]
+    words += [f"paths.store={tmp_path}", f"paths.outputs={tmp_path}", "calibration.samples=2"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        run = pipeline.Run(compose("config", overrides=words), tmp_path)
+    with pytest.raises(SvlError, match="normalises after"):
+        run.calibrate()
