@@ -159,7 +159,7 @@ def _score_answers(
         benchmark = _load(task, include_path, data, style, max_new_tokens)
         one_of(f"metric of task '{task}'", metric.partition(",")[0], list(benchmark.aggregation()))
         rows = benchmark.take(limit)
-        answerer.task_dict[task] = benchmark.dataset
+        answerer.task_dict[task], answerer.rows = benchmark.dataset, rows
         found = evaluator.evaluate(
             lm=answerer,
             task_dict={task: benchmark},
@@ -219,6 +219,7 @@ class Answerer(lmms):
     """
 
     is_simple = False
+    rows: Sequence[int] = ()  # of the documents, in the data
     device = torch.device("cpu")  # of lmms-eval's own bookkeeping between processes
 
     def __init__(self, models: Sequence[Lvlm], batch_size: int, describe: str):
@@ -336,7 +337,7 @@ class Answerer(lmms):
 
     def _batch(self, requests: list[Any], max_new_tokens: int | None) -> list[Sequence[Any]]:
         """Every model's answers to requests of one task, in their order; without a cap, likelihoods of theirs."""
-        task, documents = requests[0].task_name, sorted(r.doc_id for r in requests)
+        task, documents = requests[0].task_name, sorted({self.rows[r.doc_id] for r in requests})
         answers: list[Sequence[Any]] = [()] * len(requests)
         try:
             conversations = [self._conversation(r) for r in requests]

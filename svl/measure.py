@@ -6,7 +6,8 @@
   (from the start of the first forward pass to the first decoder layer: vision tower, projector, embeddings), *prefill*
   (from there to its end) and *decode* (every later token).
 * A device is waited for wherever a clock is read, which costs an asynchronous device a little: the same for both.
-* Counts need no clock: parameters, bytes of the checkpoint, FLOPs of prefill (torch's counter), bytes of KV cache.
+* Counts need no clock: parameters, bytes of the checkpoint, FLOPs of prefill (torch's counter), bytes of KV cache. For
+  the first, attention on CPU is computed by plain matrix products: torch does not count its own kernel there.
 
 Speed-up of *prefill* and *decode* is bounded by L / (L - n) of n removed layers out of L: embeddings, head and vision
 tower stay.
@@ -17,12 +18,13 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from svl.core import SvlError
@@ -48,10 +50,10 @@ def measure(
 
     Returns:
         `dense` and `pruned`: parameters, layers, bytes, prefill_flops, cache_bytes, seconds {image, vision, prefill,
-        decode, total} (medians), decode_tokens_per_second, samples_per_second, peak_bytes (above the weights; None
-        where the system does not tell); `speedup`: dense over pruned time of each part with `value` (median), `low`
-        and `high` (quartiles); `ideal`: L / (L - n); `batch_size`, `sequence` (tokens of the prompt), `new_tokens`,
-        `repeats`, `device`.
+        decode, total} (medians), quartiles {the same: [low, high]}, decode_tokens_per_second, samples_per_second,
+        peak_bytes (above the weights; None where the system does not tell); `speedup`: dense over pruned time of each
+        part with `value` (median), `low` and `high` (quartiles); `ideal`: L / (L - n); `batch_size`, `sequence` (tokens
+        of the prompt), `new_tokens`, `repeats`, `device`.
 
     Raises:
         SvlError: if layers are not in memory, or the model's generation does not go through its decoder layers.
@@ -73,17 +75,21 @@ def measure(
     result: dict[str, Any] = {}
     for name, model in pair.items():
         inputs = model.encode(texts, images)
-        median = {part: statistics.median(r[part] for r in rounds[name]) for part in rounds[name][0]}
+        spread = {part: _quartiles([r[part] for r in rounds[name]]) for part in rounds[name][0]}
+        median = {part: found["value"] for part, found in spread.items()}
         result[name] = {
             **size(model),
             **_counts(model, inputs),
             "seconds": median,
+            "quartiles": {part: [found["low"], found["high"]] for part, found in spread.items()},
             "decode_tokens_per_second": batch_size * (new_tokens - 1) / median["decode"],
             "samples_per_second": batch_size / median["total"],
             "peak_bytes": max(peaks[name], default=None),
         }
     both = list(zip(rounds["dense"], rounds["pruned"], strict=True))
-    result["speedup"] = {part: _ratio([d[part] / p[part] for d, p in both if p[part]]) for part in rounds["dense"][0]}
+    result["speedup"] = {
+        part: _quartiles([d[part] / p[part] for d, p in both if p[part]]) for part in rounds["dense"][0]
+    }
     return {
         **result, "ideal": result["dense"]["layers"] / result["pruned"]["layers"], "batch_size": batch_size,
         "sequence": inputs["input_ids"].shape[1], "new_tokens": new_tokens, "repeats": repeats,
@@ -111,7 +117,8 @@ def _held(tensor: Any) -> int:
 
 def _counts(lvlm: Lvlm, inputs: dict[str, Tensor]) -> dict[str, int]:
     """FLOPs (multiplications and additions) and KV-cache bytes of one prefill."""
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+    counted = sdpa_kernel(SDPBackend.MATH) if lvlm.device.type == "cpu" else nullcontext()
+    with torch.inference_mode(), counted, FlopCounterMode(display=False) as counter:
         cache = lvlm.model(**inputs, use_cache=True).past_key_values
     return {"prefill_flops": counter.get_total_flops(), "cache_bytes": _bytes(cache)}
 
@@ -194,7 +201,7 @@ def _resident(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def _ratio(ratios: Sequence[float]) -> dict[str, float]:
+def _quartiles(values: Sequence[float]) -> dict[str, float]:
     """Median and quartiles."""
-    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else [ratios[0]] * 3
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
     return {"value": middle, "low": low, "high": high}

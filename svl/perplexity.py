@@ -43,8 +43,8 @@ def evaluate(
 
     Arguments and result are those of `svl.evaluate.evaluate`. Metrics: `loss`, nats per token over all tokens of the
     task; `perplexity`, its exponential; `bits_per_byte`, bits per byte of the predicted text, which compares models of
-    different vocabularies. Standard errors take samples as independent. In `samples.jsonl`, `score` is a sample's mean
-    loss and `part` what it adds to the task's.
+    different vocabularies; all None if a loss is not finite. Standard errors take samples as independent. In
+    `samples.jsonl`, `score` is a sample's mean loss and `part` what it adds to the task's.
 
     Raises:
         SvlError: if there is no such task, metric or data, or a text has fewer than two tokens.
@@ -69,20 +69,24 @@ def evaluate(
             counts.append(len(tokens) - 1)
             sizes.append(len(lvlm.tokenizer.decode(tokens[1:]).encode()))
     seconds, total = time.perf_counter() - began, sum(counts)
-    loss = math.fsum(losses) / total
+    defined = all(map(math.isfinite, losses))  # else the model overflows somewhere, and has no loss
+    loss = math.fsum(losses) / total if defined else math.nan
     # the error of a ratio of sums (delta method): what samples add, beyond their share of tokens
     parts = [(x - loss * n) / total for x, n in zip(losses, counts, strict=True)]
     error = spread(parts, range(len(parts)), [0] * len(parts))
     scale = total / sum(sizes) / math.log(2)
-    metrics = {
-        "loss": {"value": loss, "stderr": error},
-        "perplexity": {"value": math.exp(loss), "stderr": error and error * math.exp(loss)},
-        "bits_per_byte": {"value": loss * scale, "stderr": error and error * scale},
-    }
+    metrics: dict[str, dict[str, float | None]] = {name: {"value": None, "stderr": None} for name in METRICS}
+    if defined:
+        metrics = {
+            "loss": {"value": loss, "stderr": error},
+            "perplexity": {"value": math.exp(loss), "stderr": error and error * math.exp(loss)},
+            "bits_per_byte": {"value": loss * scale, "stderr": error and error * scale},
+        }
     with open(folder / "samples.jsonl", "w") as file:
         for example, x, n in zip(examples, losses, counts, strict=True):
             row = {"doc_id": example.row, "question": example.prompt[:80], "target": "", "prediction": ""}
-            row |= {"score": x / n, "part": x / total, "unit": example.row, "stratum": ""}
+            score, part = (x / n, x / total) if math.isfinite(x) else (None, None)
+            row |= {"score": score, "part": part, "unit": example.row, "stratum": ""}
             file.write(json.dumps(row) + "\n")
     return {
         "task": task,

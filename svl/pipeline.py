@@ -149,12 +149,14 @@ class Run:
         asked = sorted(set(extra) | (self.needs & MEASURED))
 
         def build(folder: Path) -> dict[str, Any]:
-            from svl import calibrate
+            from svl import calibrate, surgery
 
             for name in asked:
                 one_of("calibration.statistics", name, calibrate.STATISTICS)
             self.n_remove(self.statistics(None))  # what can be found wrong now should not cost a calibration
             calibrate.check_selector(self.dense, self.examples, self.selector)
+            if self.compensation.needs:
+                surgery.check_foldable(self.dense)
             size = self.cfg.calibration.batch_size
             calibrate.calibrate(
                 self.dense, self.examples, statistics=asked, batch_size=size, folder=folder, show=self.show
@@ -205,6 +207,7 @@ class Run:
             honoured = cfg.n_remove is None and len(plan.removed) == n_remove
             protected = source.output["protected"] if source else self.dense.anatomy.protected
             provenance = {
+                **plan.provenance,
                 "ratio": cfg.ratio if honoured else len(plan.removed) / plan.n_layers, "n_remove": len(plan.removed),
                 "model_fingerprint": self.fingerprint, "calibration": data,
             }  # fmt: skip
@@ -218,7 +221,8 @@ class Run:
             "n_remove": cfg.n_remove, "protect": self.protect, **({"losses": losses} if losses else {}),
         }  # fmt: skip
         entry = self.make("plan", inputs, build)
-        return self.done("plan", entry, f"removes layers {entry.output['removed']}")
+        removed = entry.output["removed"]
+        return self.done("plan", entry, f"removes layers {removed}, {len(removed)} in all")
 
     def probe(self, losses: list[str] | None) -> Probe:
         """The dense model to try removals on; whatever it measures is kept in the store, so that searches resume."""

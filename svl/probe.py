@@ -11,6 +11,7 @@ depth where it differs from the last one.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -137,7 +138,7 @@ class ModelProbe:
                             state = self._run(layer, i, state, sample)
                     ends.append(self.norm(state).float().flatten())
                 total += float(F.cosine_similarity(ends[0], ends[1], dim=0))
-            return total / len(self.scored)
+            return _finite(total / len(self.scored), f"the similarity of '{self.lvlm.name}' without {plan.removed}")
 
         blends = {str(i): {str(k): c for k, c in terms.items()} for i, terms in patch.blends.items()}
         inputs = {"samples": len(self.examples), "removed": plan.removed, "blends": blends}
@@ -232,6 +233,8 @@ class ModelProbe:
                     base = logits if base is None else base  # the first row
                     total[i] += measure(logits, base, sample.targets)
                 tokens += len(sample.targets)
+            for i, value in total.items():
+                _finite(value, f"the {what} of '{self.lvlm.name}'" + ("" if i == BASE else f" without layer {i}"))
             return {str(i): value / tokens for i, value in total.items()}
 
         inputs = {"samples": len(self.examples), "removed": sorted(removed), "candidates": sorted(candidates)}
@@ -285,6 +288,12 @@ class ModelProbe:
 
 def _size(tensor: Tensor, power: int) -> float:
     return float(tensor.abs().pow(power).sum(dtype=torch.float64))
+
+
+def _finite(value: float, what: str) -> float:
+    if not math.isfinite(value):
+        raise SvlError(f"{what} is not finite, so nothing can be chosen by it; choose another model.dtype")
+    return value
 
 
 def _weights(layer: nn.Module) -> list[nn.Parameter]:

@@ -41,7 +41,8 @@ def record(lvlm: Lvlm, inputs: dict[str, Tensor], start: int, check: bool = Fals
     With `check` the recorded pass is repeated layer by layer and compared.
 
     Raises:
-        SvlError: if running the layers one by one does not end on the state that the model's own pass ends on.
+        SvlError: if running the layers one by one does not end on the state that the model's own pass ends on, or the
+            logits are not finite.
     """
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     states: list[Tensor] = []
@@ -63,6 +64,8 @@ def record(lvlm: Lvlm, inputs: dict[str, Tensor], start: int, check: bool = Fals
             handle.remove()
     replay = Replay(start, states[start], calls)
     if check:
+        if not bool(logits.isfinite().all()):
+            raise SvlError(f"the logits of '{lvlm.name}' are not finite; choose another model.dtype")
         state = replay.state
         for i in range(start, len(lvlm.layers)):
             state = replay.run(lvlm.layers[i], i, state)

@@ -99,14 +99,14 @@ def _samples(entry: Entry) -> dict[int, dict[str, Any]]:
 
 
 def compare(first: Entry, second: Entry) -> dict[str, Any] | None:
-    """How the answers of two models to the same questions differ; None if questions have no score.
+    """How the answers of two models to the same questions differ; None if questions have no score, or it is a loss.
 
     `agreement`: share of equal answers; `gained` and `lost`: questions that only the first, only the second answered
     right (score of at least 1/2); `p`: two-sided exact McNemar test of gained against lost.
     """
     ours, theirs = _samples(first), _samples(second)
     common = [(ours[i], theirs[i]) for i in ours if i in theirs]
-    if not common:
+    if not common or not first.output.get("higher_is_better", True):
         return None
     gained, lost = (sum(a["score"] >= 0.5 > b["score"] for a, b in x) for x in (common, [p[::-1] for p in common]))
     same = sum(_plain(a["prediction"]) == _plain(b["prediction"]) for a, b in common)

@@ -16,6 +16,7 @@ import pytest
 
 WORDS = "what which where how many is are there the a of in on left right above below red green blue gray round square"
 MARKS = {"llava": "<image>", "qwen": "<|vision_start|><|image_pad|><|vision_end|>", "llama": ""}
+MARKS["internvl"] = "<|image_pad|>"  # its processor puts the other two around it
 SPECIAL = [
     "<pad>",
     "<unk>",
@@ -105,7 +106,7 @@ def _tokenizer(kind: str):
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    bos = "<s>" if kind != "qwen" else None  # Qwen has none
+    bos = "<s>" if kind in ("llava", "llama") else None  # Qwen has none
     vocabulary = {word: i for i, word in enumerate([*SPECIAL, "user", "assistant", *WORDS.split()])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -171,6 +172,34 @@ def _qwen(tokenizer):
     return Model(config), Qwen2_5_VLProcessor(images, tokenizer, videos, chat_template=tokenizer.chat_template)
 
 
+def _internvl(tokenizer):
+    """Four visual tokens for each tile of a picture, three tiles at most and a thumbnail."""
+    from transformers import GotOcr2ImageProcessor, InternVLConfig, InternVLProcessor, InternVLVideoProcessor
+    from transformers import InternVLForConditionalGeneration as Model
+
+    names = {"start_image_token": "<|vision_start|>", "end_image_token": "<|vision_end|>",
+             "context_image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}  # fmt: skip
+    tokenizer._set_model_specific_special_tokens(names)
+    config = InternVLConfig(
+        vision_config={
+            "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
+            "image_size": [16, 16], "patch_size": [4, 4],
+        },
+        text_config={
+            "model_type": "qwen2", "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48,
+            "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0,
+            "max_position_embeddings": 512, "bos_token_id": None, "eos_token_id": 3,
+        },
+        image_token_id=tokenizer.context_image_token_id, image_seq_length=4,
+    )  # fmt: skip
+    size = {"height": 16, "width": 16}
+    processor = InternVLProcessor(
+        GotOcr2ImageProcessor(size=size, max_patches=3), tokenizer, InternVLVideoProcessor(size=size),
+        image_seq_length=4, chat_template=tokenizer.chat_template,
+    )  # fmt: skip
+    return Model(config), processor
+
+
 def _llama(tokenizer):
     """Text only, grouped-query attention, biases on every projection."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -204,7 +233,7 @@ def randomise():
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory, randomise):
-    """Folder of the checkpoint "llava", "qwen" or "llama"."""
+    """Folder of the checkpoint "llava", "qwen", "internvl" or "llama"."""
     import torch
 
     torch.set_num_threads(1)  # nothing here is large enough to share
@@ -212,7 +241,8 @@ def checkpoint(tmp_path_factory, randomise):
 
     def folder(kind: str) -> Path:
         if kind not in folders:
-            model, processor = {"llava": _llava, "qwen": _qwen, "llama": _llama}[kind](_tokenizer(kind))
+            builders = {"llava": _llava, "qwen": _qwen, "internvl": _internvl, "llama": _llama}
+            model, processor = builders[kind](_tokenizer(kind))
             folders[kind] = tmp_path_factory.mktemp("models") / kind
             randomise(model).save_pretrained(folders[kind])
             processor.save_pretrained(folders[kind])
@@ -235,6 +265,14 @@ def qwen(checkpoint):
     import svl
 
     return svl.load(checkpoint("qwen"), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def internvl(checkpoint):
+    """InternVL: 4 decoder layers of width 32, 8 to 16 visual tokens."""
+    import svl
+
+    return svl.load(checkpoint("internvl"), device="cpu")
 
 
 @pytest.fixture(scope="session")

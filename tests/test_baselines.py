@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+import random
 from dataclasses import replace
 
 import pytest
@@ -159,6 +161,13 @@ def test_interlace_takes_one_layer_of_every_triplet(seed):
         removed = Interlace().plan(stats, n).removed
         assert all(b - a > 1 for a, b in itertools.pairwise(removed))
     assert len(Interlace().plan(stats, 9).removed) == 9
+    removed, taken = [], set()
+    for i in sorted(range(9), key=lambda i: -float(F.cosine_similarity(h[i], h[i + 3], dim=-1).mean())):
+        if not taken & {i, i + 1, i + 2}:
+            taken |= {i, i + 1, i + 2}
+            removed.append(max((i, i + 1), key=lambda j: float(F.cosine_similarity(h[j], h[j + 1], dim=-1).mean())))
+    for n in range(len(removed) + 1):
+        assert Interlace().plan(stats, n).removed == tuple(sorted(removed[:n]))
 
 
 # ----------------------------------------------------------------------------------- losses of removals
@@ -225,6 +234,47 @@ def test_other_samples_and_their_padding_never_matter(llama, make_samples, lengt
     parts = [(ModelProbe(llama, Examples("one", (e,))).losses((), ())[0], e) for e in data.items]
     counts = [int(encode_answer(llama, e)[1].sum()) for _, e in parts]
     assert base == pytest.approx(sum(x * n for (x, _), n in zip(parts, counts, strict=True)) / sum(counts), abs=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_padding_pictures_and_prompts_are_never_scored(vlm, make_samples, seed):
+    """The model's own loss over one batch, padded by chance, whose labels are the answers and nothing else."""
+    chance = random.Random(seed)
+    lengths, extra = [chance.randint(1, 14) for _ in range(chance.randint(2, 4))], chance.randint(0, 5)
+    data = make_samples(lengths, seed=seed)
+    inputs, answers = zip(*(encode_answer(vlm, e) for e in data.items), strict=True)
+    width = extra + max(a.shape[0] for a in answers)
+    batch = vlm.encode(
+        [vlm.prompt(e.prompt, True, e.answer).rstrip("\n") for e in data.items], [e.image for e in data.items]
+    )
+    labels = torch.full((len(lengths), width), -100)
+    tokens, mask = torch.zeros_like(labels), torch.zeros_like(labels)
+    for row, (one, answer) in enumerate(zip(inputs, answers, strict=True)):
+        n = len(answer)
+        tokens[row, width - n :], mask[row, width - n :] = one["input_ids"][0], 1
+        labels[row, width - n :][answer] = one["input_ids"][0][answer]
+    kinds = {"mm_token_type_ids": (tokens == vlm.anatomy.image_token_id).long()} if "mm_token_type_ids" in batch else {}
+    batch = {name: x for name, x in batch.items() if x.shape != batch["input_ids"].shape}
+    batch |= {"input_ids": tokens, "attention_mask": mask, **kinds}
+    removed = seed % 4
+    with torch.inference_mode():
+        losses = [float(m.model(**batch, labels=labels).loss) for m in (vlm, apply(vlm, Plan(4, (removed,))))]
+    base, without = ModelProbe(vlm, data).losses((), (removed,))
+    assert [base, without[removed]] == pytest.approx(losses, abs=1e-4)
+
+
+def test_losses_that_are_not_finite_are_refused(llama, samples):
+    broken = replace(llama, model=copy.deepcopy(llama.model))
+    mark = torch.eye(32)[0] * 1e4
+    broken.layers[1].register_forward_hook(lambda _, args, out: out + mark)
+    broken.layers[2].register_forward_hook(lambda _, args, out: out.where(out[..., :1] > 5e3, math.inf) - mark)
+    probe = ModelProbe(broken, samples)
+    assert probe.losses((), (0,))[1].keys() == {0}
+    with pytest.raises(SvlError, match=r"loss of 'llama' without layer 1 is not finite.*choose another model\.dtype"):
+        probe.losses((), (0, 1))
+    broken.layers[3].register_forward_hook(lambda _, args, out: out * math.nan)
+    with pytest.raises(SvlError, match=r"logits of 'llama' are not finite"):
+        ModelProbe(broken, samples).losses((), (0,))
 
 
 def test_samples_without_answers_are_refused(llava, samples):
@@ -390,10 +440,12 @@ def test_laco_walks_down_as_its_threshold_lets_it(lm, samples, formula):
     probe = ModelProbe(lm, samples)
     stats = replace(calibrate(lm, samples), probe=probe)
     all_gone = Laco(formula, threshold=-1.0, size=2).plan(stats, 0)
-    assert all_gone.removed == (1, 2, 3)
+    assert all_gone.removed == (1, 2)  # however low the threshold, the first and the last stay
     assert Laco(formula, threshold=1.0).plan(stats, 2).removed == ()
     found = Laco(formula, size=2).plan(stats, 2)
     assert len(found.removed) == 2
+    again = Laco(formula, size=2, threshold=found.provenance["threshold"]).plan(stats, 0)
+    assert (again.merges, again.provenance) == (found.merges, found.provenance)
     assert Plan.from_json(found.to_json()).merges == found.merges
     merged = Patch(blends=blends(found.merges, formula))
     assert Merge(formula).fit(None, found).blends == merged.blends
@@ -408,6 +460,49 @@ def test_laco_walks_down_as_its_threshold_lets_it(lm, samples, formula):
             ends.append(last.flatten())
         total += float(F.cosine_similarity(*ends, dim=0))
     assert probe.similarity(found, merged) == pytest.approx(total / 5, abs=1e-5)
+
+
+class Similar:
+    """A probe whose similarity is a fixed random number for every sequence of merges."""
+
+    def take(self, samples):
+        return self
+
+    def similarity(self, plan, patch):
+        return random.Random(str(plan.merges)).uniform(0.2, 1)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_laco_walks_as_its_algorithm_says(seed):
+    """The loop of the paper's Algorithm 1, written out, with C, I, H, L and a threshold by chance."""
+    chance = random.Random(seed)
+    depth, size, interval = chance.randint(9, 20), chance.randint(2, 5), chance.randint(1, 3)
+    high, low, threshold = depth - 1 - chance.randint(0, 2), chance.randint(0, 2), chance.uniform(0.3, 0.9)
+    merges, alive, at = (), list(range(depth)), high - size
+    while at >= low:
+        gone = tuple(alive[at + 1 : at + size])
+        tried = (*merges, (alive[at], gone))
+        plan = Plan(depth, tuple(i for _, layers in tried for i in layers), merges=tried)
+        if Similar().similarity(plan, Patch()) > threshold:
+            merges, alive = tried, [i for i in alive if i not in gone]
+            at -= interval
+        else:
+            at -= 1
+    walk = Laco("paper", threshold, size, interval, high, low)
+    stats = Stats(depth, tuple(range(depth)), probe=Similar())
+    assert walk.plan(stats, 3).merges == merges  # whatever the ratio
+    protected = replace(stats, removable=tuple(range(depth // 2)))
+    assert all(i < depth // 2 for _, gone in walk.plan(protected, 3).merges for i in gone)
+
+
+def test_laco_that_cannot_reach_the_ratio_says_so():
+    stats = Stats(8, tuple(range(8)), probe=Similar())
+    assert len(Laco(size=3).plan(stats, 7).removed) == 7
+    with pytest.raises(SvlError, match="reaches 6 removed layers only, not 7"):
+        Laco(size=2).plan(stats, 7)
+    for wrong in ({"size": 8}, {"highest": 8}, {"lowest": 5}):
+        with pytest.raises(SvlError, match=r"does not fit between strategy\.lowest"):
+            Laco(**wrong).plan(stats, 1)
 
 
 # ------------------------------------------------------------------------------------- maps for gaps
@@ -449,6 +544,26 @@ def test_least_squares_finds_a_gap_that_is_linear(shrink):
     written, change = rows(200), rows(16, seed=1) / 4
     patch = Linear(ridge=0, shrink=shrink).fit(Stream(written, written @ change), PLAN)
     torch.testing.assert_close(patch.updates[0, "mlp"].left, change.T, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("shrink", ["identity", "zero"])
+def test_a_removed_layer_that_is_linear_is_replaced_exactly(shrink, llama, make_samples, encode):
+    """Layer 2 adds a linear map of what the projection before it wrote: without it, the fitted model is the same."""
+    data, change = make_samples([13] * 9, image=False), rows(32, 32, seed=4) / 32
+    lvlm = replace(llama, model=copy.deepcopy(llama.model))
+    written = []
+    lvlm.layers[1].mlp.down_proj.register_forward_hook(lambda _, args, out: written.append(out))
+    lvlm.layers[2].register_forward_hook(lambda _, args, out: args[0] + written[-1] @ change)
+    inputs = encode(lvlm, data.items)
+    with torch.inference_mode():
+        dense = lvlm.model(**inputs).logits
+        plan = Plan(4, (2,))
+        hidden = Activations(lvlm, data, select(calibrate(lvlm, data, statistics=()), All()))
+        patch = Linear(ridge=0, shrink=shrink).fit(hidden, plan)
+        pruned = [apply(lvlm, plan, p).model(**inputs).logits for p in (patch, Patch())]
+    scale = float(dense.abs().max())
+    torch.testing.assert_close(pruned[0], dense, atol=1e-4 * scale, rtol=0)
+    assert (pruned[1] - dense).abs().max() > 1e-2 * scale
 
 
 def test_least_squares_of_no_gap_is_the_identity():

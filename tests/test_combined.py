@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from test_families import generate, logits, lvlm_of
 
-from svl import surgery
+from svl import config, pipeline, surgery
 from svl.core import Plan, SvlError
 from svl.visual_tokens.fastv import Fastv
 
@@ -181,3 +183,39 @@ def test_unknown_configuration_is_named(torchao):
         torchao(config="Int8WeightOnly")
     with pytest.raises(SvlError, match="options do not fit"):
         torchao(options={"bits": 3})
+
+
+# --------------------------------------------------------------------------------------------------------- runs
+
+
+def test_runs_measure_each_alone_and_all_together(torchao, tmp_path):
+    """Pruning, int8 weights and fewer visual tokens as options of a run: what each saves, and all together."""
+    config.register()
+    found = {}
+    for strategy, n in (("identity", 16), ("tail", 12)):
+        for words in ([], ["quantization=int8"], ["visual_tokens=fastv"], ["quantization=int8", "visual_tokens=fastv"]):
+            settings = [f"strategy={strategy}", "n_remove=4", "tracker=none", "model.device=cpu", *words]
+            settings += ["benchmark=demo", "benchmark.limit=2", "calibration.samples=2"]
+            settings += ["efficiency=default", "efficiency.repeats=1", "efficiency.new_tokens=2"]
+            settings += [f"paths.store={tmp_path}/store", f"paths.outputs={tmp_path}"]
+            with initialize_config_dir(str(config.CONF), version_base="1.3"):
+                result = pipeline.run(compose("config", overrides=settings), tmp_path)
+            used = tuple(word.partition("=")[2] for word in words)
+            assert [*result["settings"].get("combined", {})] == [word.partition("=")[0] for word in words]
+            assert len(result["scores"]) == 3
+            if result["efficiency"] is None:
+                assert (strategy, used) == ("identity", ())
+                continue
+            assert result["efficiency"]["dense"]["layers"] == 16
+            assert result["efficiency"]["pruned"]["layers"] == n
+            found[strategy, used] = result["efficiency"]["pruned"]
+    dense = result["efficiency"]["dense"]
+    for strategy in ("identity", "tail"):
+        plain = found.get((strategy, ()), dense)
+        int8, fastv, both = (found[strategy, used] for used in (("int8",), ("fastv",), ("int8", "fastv")))
+        assert int8["bytes"] == both["bytes"] < plain["bytes"] == fastv["bytes"]
+        assert fastv["cache_bytes"] == both["cache_bytes"] < plain["cache_bytes"] == int8["cache_bytes"]
+        assert fastv["prefill_flops"] == both["prefill_flops"] < plain["prefill_flops"] == int8["prefill_flops"]
+    scores = [json.loads(f.read_text())["inputs"] for f in (tmp_path / "store" / "score").glob("*/manifest.json")]
+    assert len(scores) == 3 * 8  # of three tasks: the dense model's once
+    assert sum(not inputs["removed"] and "combined" not in inputs for inputs in scores) == 3

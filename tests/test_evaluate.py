@@ -222,10 +222,10 @@ def test_oracle_scores_all_and_its_opposite_none(name, run, data, monkeypatch):
     opposite = {"yes": "no", "no": "yes", "A": "B", "B": "C", "C": "D", "D": "A"}
 
     def oracle(self, conversations, max_new_tokens):
-        return [truth[asked(c), c[0]["content"][0]["image"].tobytes()] for c in conversations]
+        return [(truth[asked(c), c[0]["content"][0]["image"].tobytes()],) for c in conversations]
 
     def liar(*args):
-        return [opposite.get(answer, "nothing") for answer in oracle(*args)]
+        return [(opposite.get(answer, "nothing"),) for (answer,) in oracle(*args)]
 
     monkeypatch.setattr(evaluation.Answerer, "answer", oracle)
     result, samples = run(f"svl_demo_{name}", batch_size=500)
@@ -246,7 +246,7 @@ def test_answers_return_to_their_questions(run, monkeypatch):
 
     def echo(self, conversations, max_new_tokens):
         lengths.extend(len(asked(c)) for c in conversations)
-        return [asked(c) for c in conversations]
+        return [(asked(c),) for c in conversations]
 
     monkeypatch.setattr(evaluation.Answerer, "answer", echo)
     _, samples = run("svl_demo_open", limit=23, batch_size=4)
@@ -275,7 +275,7 @@ def test_model_survives_and_batches_do_not_matter(run, lvlm):
 
 
 def test_undefined_metric_is_null(run, monkeypatch):
-    monkeypatch.setattr(evaluation.Answerer, "answer", lambda self, c, n: ["no"] * len(c))
+    monkeypatch.setattr(evaluation.Answerer, "answer", lambda self, c, n: [("no",)] * len(c))
     result, _ = run("svl_demo_existence", metric="precision")
     assert result["metrics"]["precision"] == {"value": None, "stderr": None}
     assert result["metrics"]["recall"]["value"] == 0
@@ -340,7 +340,7 @@ def test_mistakes_are_explained(run, monkeypatch):
 
 
 def test_stop_strings_only_where_the_task_names_them(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation.Answerer, "answer", lambda self, c, n: ["red;\n\nblue"] * len(c))
+    monkeypatch.setattr(evaluation.Answerer, "answer", lambda self, c, n: [("red;\n\nblue",)] * len(c))
     documents = [{"prompt": "?", "answer": "red", "kind": "x"}] * 2
     scoring = "process_results: !function utils.short_answer\n"
     plain = task_folder(tmp_path / "a", scoring, documents)
@@ -383,7 +383,7 @@ def test_text_model(run, lvlm, tmp_path):
 
 
 def test_errors_of_a_task_are_not_retried(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation.Answerer, "answer", lambda self, c, n: ["red"] * len(c))
+    monkeypatch.setattr(evaluation.Answerer, "answer", lambda self, c, n: [("red",)] * len(c))
     folder = task_folder(tmp_path / "c", "process_results: !function utils.short_answer\n", [{"prompt": "?"}])
     with pytest.raises(KeyError, match="answer"):  # not tenacity's RetryError, eight seconds later
         run("custom", include_path=folder)

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from svl.calibrate import Activations, calibrate, check_selector, select
+import svl
+from svl import config, pipeline, surgery
+from svl.calibrate import Activations, calibrate, check_selector, measure, select
 from svl.compensation.none import NoCompensation
 from svl.compensation.subspace import Subspace
-from svl.config import CONF, build
+from svl.config import CONF, PACKAGE, build
 from svl.core import Plan, Stats, SvlError, TokenTrace, did_you_mean, layers_to_remove, one_of
 from svl.probe import ModelProbe
 from svl.selectors.simple import All, Last, Random, Text, Visual
@@ -451,3 +454,88 @@ def test_every_combination_prunes_and_answers(files, vlm, measured, encode, gene
     out = generate(pruned.model, encode(vlm, data.items[:1]), n=2)
     assert len(pruned.layers) == len(out.past_key_values.layers) == 4 - n
     assert all(logits.isfinite().all() for logits in out.logits)
+
+
+def as_published(strategy: Path):
+    """A strategy with the selector and the compensation that its file brings, or else all tokens and none."""
+    brought = {"selector": "all", "compensation": "none"}
+    for line in OmegaConf.load(strategy).get("defaults", []):
+        ((key, choice),) = line.items()
+        brought[key.rpartition(".")[2]] = choice
+    return strategy, *(Path(CONF, group, f"{brought[group]}.yaml") for group in ("selector", "compensation"))
+
+
+PUBLISHED = [*map(as_published, FILES["strategy"])]
+OTHERS = [
+    (Path(CONF, "strategy", "shortgpt.yaml"), Path(CONF, "selector", "all.yaml"), c) for c in FILES["compensation"]
+]
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return svl.load(PACKAGE / "demo" / "demo_lvlm", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def elsewhere(llama, internvl, demo, make_samples):
+    """Models with their samples and statistics: a text model, InternVL, and the LVLM that is bundled."""
+    bundled = svl.read_samples(PACKAGE / "demo" / "data" / "calibration.parquet", n=4)
+    data = {"llama": make_samples([13] * 6, image=False), "internvl": make_samples([3, 9, 5, 7]), "demo": bundled}
+    models = {"llama": llama, "internvl": internvl, "demo": demo}
+    return {name: (m, data[name], calibrate(m, data[name])) for name, m in models.items()}
+
+
+@pytest.mark.parametrize("model", ["llama", "internvl", "demo"])
+@pytest.mark.parametrize("files", dict.fromkeys(PUBLISHED + OTHERS), ids=lambda f: "-".join(p.stem for p in f))
+def test_every_method_runs_on_every_kind_of_model(files, model, elsewhere, encode, generate):
+    strategy, selector, compensation = map(method, files)
+    lvlm, data, stats = elsewhere[model]
+    seen = replace(select(stats, selector), probe=ModelProbe(lvlm, data))
+    plan = strategy.plan(seen, 2)
+    assert len(plan.removed) == (0 if isinstance(strategy, Identity) else 2)
+    patch = compensation.fit(Activations(lvlm, data, seen), plan)
+    pruned = apply(lvlm, plan, patch)
+    assert bool(patch) == (compensation.needs != frozenset() or files[2].stem == "merge")
+    out = generate(pruned.model, encode(lvlm, data.items[:2]), n=2)
+    assert all(logits.isfinite().all() for logits in out.logits)
+
+
+def test_one_pass_serves_strategies_selectors_and_ratios(tmp_path, monkeypatch):
+    """A whole sweep calibrates once: in two batches, whose forward passes are counted."""
+    passes = []
+
+    def counted(*args):
+        passes.append(len(args[1]))
+        return measure(*args)
+
+    monkeypatch.setattr(svl.calibrate, "measure", counted)
+    config.register()
+    plans = set()
+    grid = itertools.product(
+        ("shortgpt", "angular", "streamline", "interlace", "spaced"), ("tis", "all"), (0.125, 0.25)
+    )
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for strategy, selector, ratio in grid:
+            words = [f"strategy={strategy}", f"selector={selector}", "compensation=none", f"ratio={ratio}"]
+            words += ["benchmark=none", "tracker=none", "calibration.samples=6", "calibration.batch_size=4"]
+            words += [f"paths.store={tmp_path}", f"paths.outputs={tmp_path}", "model.device=cpu"]
+            run = pipeline.Run(compose("config", overrides=words), tmp_path)
+            plans.add(tuple(run.plan(run.calibrate()).output["removed"]))
+    assert passes == [4, 2]
+    assert len(list((tmp_path / "stats").iterdir())) == 1
+    assert len(plans) > 4
+
+
+def test_a_compensation_that_is_refused_costs_no_calibration(tmp_path, monkeypatch):
+    def refuse(lvlm):
+        raise SvlError("normalises after its projections")
+
+    monkeypatch.setattr(surgery, "check_foldable", refuse)
+    monkeypatch.setattr(svl.calibrate, "calibrate", lambda *_, **__: pytest.fail("calibrated nevertheless"))
+    config.register()
+    words = ["strategy=shortgpt", "compensation=subspace", "benchmark=none", "tracker=none", "model.device=cpu"]
+    words += [f"paths.store={tmp_path}", f"paths.outputs={tmp_path}", "calibration.samples=2"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        run = pipeline.Run(compose("config", overrides=words), tmp_path)
+    with pytest.raises(SvlError, match="normalises after"):
+        run.calibrate()

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import yaml
 
-from svl import benchmarks
+from svl import benchmarks, results
 from svl.config import PACKAGE
 from svl.core import SvlError
 from svl.data import read_samples
-from svl.perplexity import evaluate
+from svl.perplexity import METRICS, evaluate
+from svl.store import Entry
 
 TASKS = PACKAGE / "demo" / "tasks"
 
@@ -74,6 +77,32 @@ def test_limits_and_mistakes(llama, task):
     (task / "texts.jsonl").write_text(json.dumps({"text": bos or "the"}))
     with pytest.raises(SvlError, match="fewer than two tokens"):
         score(llama, task)
+
+
+def test_a_loss_that_is_not_finite_is_undefined(llama, task):
+    """The metrics are null, never a number, and so are the scores of the texts that have none."""
+    word = llama.tokenizer.convert_tokens_to_ids("and")
+    broken = replace(llama, model=copy.deepcopy(llama.model))
+    broken.model.get_input_embeddings().weight.data[word] = math.inf
+    assert score(broken, task)["metrics"] == {m: {"value": None, "stderr": None} for m in METRICS}
+    text = (task / "samples.jsonl").read_text()
+    assert [json.loads(line)["score"] is None for line in text.splitlines()] == [True, False, True, False]
+    assert "NaN" not in text
+
+
+def test_losses_are_not_compared_as_right_and_wrong(tmp_path):
+    entries = []
+    for name, losses in (("pruned", [0.4, 2.0]), ("dense", [0.6, 0.3])):
+        (tmp_path / name).mkdir()
+        rows = [
+            {"doc_id": i, "question": "q", "target": "", "prediction": "", "score": x} for i, x in enumerate(losses)
+        ]
+        (tmp_path / name / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        output = {"metric": "loss", "n": 2, "metrics": {"loss": {"value": sum(losses) / 2, "stderr": 0.1}}}
+        entries.append(Entry(tmp_path / name, {"output": {**output, "higher_is_better": False}}))
+    found = results.summarise({"t": entries[0]}, {"t": entries[1]}, {"t": 1.0})
+    assert found["scores"]["t"]["change"] is found["retained"] is None
+    assert "## t" not in results.flips({"t": tuple(entries)}, ("pruned", "dense"))
 
 
 def test_bundled_prose_is_disjoint_and_plain():
