@@ -7,7 +7,7 @@ For every finished run of an experiment (of one ratio), on samples that need not
 layer behind the first removed one, and at the end, the mean over tokens of |h' - h|^2 / |h|^2, where h is what enters
 that layer in the dense model and h' in the pruned one, without and with the run's patch. Prints a table of three
 places (right behind the last removed layer, the mean over all, the end); writes feature_gap.csv with all of them, and a
-figure.
+figure. What it measures is kept in the store, so that svl-report draws it, too.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ import argparse
 import csv
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from svl import bundled, loading, surgery
 from svl.calibrate import Activations
 from svl.core import Patch, Plan, Stats
 from svl.data import Examples, read_samples
+from svl.pipeline import versions
 from svl.store import Store
 
 
@@ -41,6 +43,21 @@ def gaps(lvlm: loading.Lvlm, examples: Examples, plan: Plan, patches: Sequence[P
     return [{i: value / tokens for i, value in sums.items()} for sums in total]
 
 
+def stored(
+    store: Store, run: str, lvlm: loading.Lvlm, examples: Examples, plan: Plan, patch: Patch | None
+) -> list[dict[int, float]]:
+    """The gaps of a run without and with its patch, measured once and then read from the store."""
+
+    def build(_: Path) -> dict[str, Any]:
+        alone, *rest = gaps(lvlm, examples, plan, [None, patch] if patch else [None])
+        patched = rest[0] if rest else alone
+        lines = {"layers": list(alone), "alone": list(alone.values()), "patched": list(patched.values())}
+        return {"run": run, "samples": len(examples), **lines}
+
+    found = store.make("gap", {"run": run, "examples": examples.fingerprint}, build).output
+    return [dict(zip(found["layers"], found[name], strict=True)) for name in ("alone", "patched")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--store", type=Path, default=Path("outputs/store"))
@@ -54,8 +71,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
 
-    store = Store(args.store)
-    lvlm = loading.load(bundled.resolve(args.model, store), dtype=args.dtype, name=args.model.rpartition(":")[2])
+    store = Store(args.store, versions())
+    lvlm = loading.load(
+        bundled.resolve(args.model, store), dtype=args.dtype, name=Path(args.model.rpartition(":")[2]).name
+    )
     examples = read_samples(args.samples, args.n, args.seed)
     rows: list[tuple[str, str, int, float, float]] = []
     seen = set()
@@ -72,14 +91,15 @@ def main() -> None:
         plan = Plan(run["plan"]["n_layers"], tuple(run["plan"]["removed"]))
         file = next((store.root / "patch" / key / "patch.safetensors" for key in run["keys"]["compensate"]), None)
         patch = surgery.load_patch(file) if file and file.exists() else None
-        alone, *rest = gaps(lvlm, examples, plan, [None, patch] if patch else [None])
-        patched = rest[0] if rest else alone
+        alone, patched = stored(store, entry.key, lvlm, examples, plan, patch)
         rows += [(*label, i, alone[i], patched[i]) for i in alone]
         behind = min(i for i in alone if i > max(plan.removed))
         pairs = [(d[behind], sum(d.values()) / len(d), d[plan.n_layers]) for d in (alone, patched)]
         numbers = [pair[place] for place in range(3) for pair in pairs]
         print(f"| {' | '.join(label)} | {', '.join(map(str, plan.removed))} | "
               + " | ".join(f"{x:.3f}" for x in numbers) + " |", flush=True)  # fmt: skip
+    if not rows:
+        parser.error(f"{store.root} has no run of {lvlm.name} in experiment {args.experiment} at ratio {args.ratio:g}")
     args.out.mkdir(parents=True, exist_ok=True)
     with open(args.out / "feature_gap.csv", "w", newline="") as file:
         table = csv.writer(file)

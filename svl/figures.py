@@ -149,9 +149,9 @@ def accuracy_vs_speed(
                 marker=MARKERS[i % len(MARKERS)], ms=6, mec="white", mew=0.6, zorder=3,
             )  # fmt: skip
             for px, py, _, ratio in ordered:
-                ax.annotate(
-                    f"{100 * ratio:g}", (px, py), (5, 3), textcoords="offset points", fontsize=7, color="#555555"
-                )
+                place = (5, (3, -9)[i % 2])  # neighbours write above and below
+                text = f"{100 * ratio:g}"
+                ax.annotate(text, (px, py), place, textcoords="offset points", fontsize=7, color=color[label])
             handles.append(line)
             names.append(label)
         every = [(p[0], p[1]) for points in curves.values() for p in points] + ([(1.0, dense)] if dense else [])
@@ -307,7 +307,11 @@ def feature_gap(
                 mark = MARKERS[labels.index(label) % len(MARKERS)]
                 ax.plot(layers, before, color=color[label], ls=(0, (3, 2)), lw=1)
                 (lines[label],) = ax.plot(layers, after, color=color[label], marker=mark, ms=4, lw=1.3)
-            ax.set_yscale("log")
+            every = [y for _, before, after in curves.values() for y in (*before, *after)]
+            if max(every) > 20 * min(every) > 0:
+                ax.set_yscale("log")
+            else:
+                ax.set_ylim(0, 1.08 * max(every) or 1)
             ax.set_title(heading, loc="left", fontsize=9)
             ax.set_ylabel("mean |h′ − h|² / |h|²")
             ax.set_xlabel("state before layer (the last: after all layers)")

@@ -169,9 +169,7 @@ def flips(tasks: Mapping[str, tuple[Entry, Entry]], names: tuple[str, str], most
         if limit is not None:
             page.append(f"Caution: limit={limit:g}, so only a part of the benchmark was used.")
         for who, pairs in ((second, lost), (first, gained)):
-            rows = [
-                [str(a["doc_id"]), a["question"], a["target"], b["prediction"], a["prediction"]] for a, b in pairs
-            ]
+            rows = [[str(a["doc_id"]), a["question"], a["target"], b["prediction"], a["prediction"]] for a, b in pairs]
             if rows:
                 table = ["| no. | question | expected | " + f"{second} | {first} |", "|---:|---|---|---|---|"]
                 table += ["| " + " | ".join(map(_cell, row)) + " |" for row in rows[:most]]

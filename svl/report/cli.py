@@ -125,8 +125,11 @@ def _gc(store: Store, _: list[str], settings: Settings) -> None:
         days = float(settings.get("older", 1))
     except ValueError:
         raise SvlError(f"older is '{settings['older']}', but must be a number of days") from None
-    for line in contents.clean(store, asked["unreferenced"], days, asked["yes"]):
-        print(line)
+    try:
+        for line in contents.clean(store, asked["unreferenced"], days, asked["yes"]):
+            print(line)
+    except OSError as error:
+        raise SvlError(f"cannot clean {store.root}: {error}") from error
 
 
 # what does it, an example, how many names it takes, and its settings besides store

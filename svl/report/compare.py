@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,9 @@ def _layers(a: Run, b: Run) -> str:
     ours, theirs = set(a["plan"]["removed"]), set(b["plan"]["removed"])
     depths = [run["plan"]["n_layers"] for run in (a, b)]
     ruler = "".join(f"{i:<10}" for i in range(0, max(depths), 10)).rstrip()
-    strips = ["".join("#" if i in gone else "." for i in range(n)) for n, gone in zip(depths, (ours, theirs), strict=True)]
+    strips = [
+        "".join("#" if i in gone else "." for i in range(n)) for n, gone in zip(depths, (ours, theirs), strict=True)
+    ]
     lines = [f"   {ruler}", *(f"{name}  {strip}" for name, strip in zip("AB", strips, strict=True))]
     if depths[0] != depths[1]:
         return "The models have different depths.\n\n```\n" + "\n".join(lines) + "\n```"
@@ -136,7 +139,7 @@ def _metrics(store: Store, first: Entry, second: Entry) -> list[str]:
     if pairs:
         text.append("±: standard error of the difference, from pairs of answers to the same question.")
         flips = results.flips(pairs, ("A", "B"), MOST).partition("\n\n")[2].strip()
-        text += ["## Answers that differ", flips.replace("\n### ", "\n#### ").replace("## ", "### ", 1)]
+        text += ["## Answers that differ", re.sub(r"^#", "##", flips, flags=re.MULTILINE)]
     return text
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from svl.core import SvlError, did_you_mean, one_of
-from svl.store import SCHEMA, Store, cannot_write
+from svl.store import SCHEMA, Store
 
 SHOWN = 10  # artifacts of a stage that a list of everything shows
 RECENT = 3600  # seconds in which scratch of a process that is not of this machine counts as in use
@@ -46,7 +46,7 @@ class Artifact:
     @property
     def bytes(self) -> int:
         """Size of its files."""
-        return sum(size for size, _ in self.manifest["files"].values())
+        return sum(n for n, _ in self.manifest["files"].values()) + (self.path / "manifest.json").stat().st_size
 
     @property
     def age(self) -> float:
@@ -218,7 +218,9 @@ class Leftover:
 
     @property
     def lock(self) -> str | None:
-        """Name of the lock that its writer would hold."""
+        """Name of the lock that its writer would hold, or that it is."""
+        if self.path.parent.name == "lock":
+            return self.path.name
         if self.path.parent.name in SCHEMA:
             return f"{self.path.parent.name}-{self.path.name}"
         return self.path.name if re.fullmatch(r"[a-z]+-[0-9a-f]{16}", self.path.name) else None
@@ -237,19 +239,23 @@ def leftovers(store: Store, unreferenced: bool, days: float) -> Iterator[Leftove
     if not store.root.is_dir():
         raise SvlError(f"there is no store {store.root}; name another with store=DIR")
     for place in sorted((store.root / "tmp").glob("*")):
-        left = Leftover(place, "half-written, by a process that is gone", lambda: True)
+        left = Leftover(place, "half-written, by a process that is gone", place.exists)
         if left.lock or not _in_use(place):
             yield left
     for stage in SCHEMA:
         for place in sorted((store.root / stage).glob("*")):
-            if store.read(place, warn=False) is None:
-                yield Leftover(place, "damaged", lambda place=place: store.read(place, warn=False) is None)
+            if _damaged(store, place):
+                yield Leftover(place, "damaged", partial(_damaged, store, place))
     if unreferenced:
         for made in without_runs(store):
             if made.age > 86400 * days:
-                yield Leftover(made.path, "no run refers to it", lambda: True)
+                yield Leftover(made.path, "no run refers to it", made.path.exists)
     for file in sorted((store.root / "lock").glob("*")):
-        yield Leftover(file, "a lock that nobody holds", lambda: True)
+        yield Leftover(file, "a lock that nobody holds", file.exists)
+
+
+def _damaged(store: Store, place: Path) -> bool:
+    return place.exists() and store.read(place, warn=False) is None
 
 
 def _in_use(scratch: Path) -> bool:
@@ -282,30 +288,25 @@ def without_runs(store: Store) -> list[Artifact]:
 
 
 def remove(store: Store, left: Leftover) -> bool:
-    """Remove a leftover, in one step for everyone else; False if a process has come to hold it, or it is whole again.
-
-    Raises:
-        SvlError: if the store cannot be written.
-    """
-    try:
-        if left.path.parent.name == "lock":
-            with _held(left.path) as ours:
-                if ours:  # whoever waits for it sees that its file is gone, and makes a new one
-                    left.path.unlink(missing_ok=True)
-                return ours
-        if left.lock is None:
-            shutil.rmtree(left.path) if left.path.is_dir() else left.path.unlink()
-            return True
-        with _held(store.root / "lock" / left.lock) as ours:
-            if not ours or not left.still():
-                return False
+    """Remove a leftover, in one step for everyone else; False if a process has come to hold it, or it is whole again."""
+    lock = store.root / "lock" / (left.lock or f"gc-{os.getpid()}")
+    with _held(lock) as ours:
+        if ours and (gone := left.still()) and left.path != lock:
             away = store.root / "tmp" / f"removed-{left.path.name}-{os.getpid()}"
             away.parent.mkdir(exist_ok=True)
             os.replace(left.path, away)
             shutil.rmtree(away) if away.is_dir() else away.unlink()
-            return True
-    except OSError as error:
-        raise SvlError(f"cannot remove {left.path}: {cannot_write(error) or error}") from error
+        if ours:  # whoever waits for the lock sees that its file is gone, and makes a new one
+            lock.unlink(missing_ok=True)
+        return ours and gone
+
+
+def _is_free(lock: Path) -> bool:
+    """Whether nobody holds a lock."""
+    if not lock.exists():
+        return True
+    with _held(lock) as ours:
+        return ours
 
 
 @contextmanager
@@ -326,22 +327,17 @@ def _held(file: Path) -> Iterator[bool]:
 
 def clean(store: Store, unreferenced: bool, days: float, sure: bool) -> Iterator[str]:
     """Lines of text: what goes (or would go, unless `sure`), and how much that frees."""
-    freed, kinds, held = 0, defaultdict(int), 0
-    for left in list(leftovers(store, unreferenced, days)):
-        size_of, is_lock = left.bytes, left.path.parent.name == "lock"
-        if sure:
-            gone = remove(store, left)
-        elif name := (left.path.name if is_lock else left.lock):
-            with _held(store.root / "lock" / name) as gone:
-                pass
-        else:
-            gone = True
-        if not gone:
+    freed, held = 0, 0
+    kinds: dict[str, int] = defaultdict(int)
+    found = {left.path: left for left in reversed(list(leftovers(store, unreferenced, days)))}  # each for one reason
+    for left in reversed(found.values()):
+        size_of = left.bytes
+        if not (remove(store, left) if sure else _is_free(store.root / "lock" / (left.lock or "none"))):
             held += 1
             continue
         freed += size_of
         kinds[left.why] += 1
-        if not is_lock:
+        if left.path.parent.name != "lock":
             yield f"{left.path.relative_to(store.root)}  {size(size_of)}  {left.why}"
     if held:
         yield f"{held} kept: another process is at work on them"

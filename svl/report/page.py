@@ -25,7 +25,7 @@ from svl.report.tables import PAPER, Cell, Column, Table
 from svl.store import Entry, Store
 
 TEMPLATE = Path(__file__).parent / "page.html"
-MOST = 12  # flipped questions that are shown of a plan, a benchmark and a direction
+MOST = 8  # flipped questions that are shown of a plan, a benchmark and a direction
 TEXT = 400  # characters of a question or an answer that are shown
 
 
@@ -210,6 +210,7 @@ def _flips(pairs: dict[str, tuple[Entry, Entry]], images: dict[str, str]) -> Ite
         stored = _thumbnails(pruned) | _thumbnails(dense)
         yield f"<h4>{_text(task)}: {len(lost)} lost, {len(gained)} gained</h4>"
         for word, flips in (("lost", lost), ("gained", gained)):
+            right = "dense" if word == "lost" else "pruned"
             cards = []
             for ours, theirs in flips[:MOST]:
                 picture, number = "", str(ours["doc_id"])
@@ -225,7 +226,8 @@ def _flips(pairs: dict[str, tuple[Entry, Entry]], images: dict[str, str]) -> Ite
                 )
             if cards:
                 more = f"<p>… and {len(flips) - MOST} more {word}.</p>" if len(flips) > MOST else ""
-                yield f'<ul class="cards">{"".join(cards)}</ul>{more}'
+                way = f'<p class="way">{word.capitalize()}: only the {right} model is right.</p>'
+                yield f'{way}<ul class="cards">{"".join(cards)}</ul>{more}'
 
 
 def _thumbnails(entry: Entry) -> dict[str, str]:

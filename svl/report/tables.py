@@ -100,9 +100,12 @@ def tabulate(section: Section) -> Table:
         removed = f"{first['n_remove']} / {first['cost']['layers_dense']}"
         lines.append(
             [
-                Cell(label, label), Cell(f"{100 * row.ratio:g} %", 100 * row.ratio), Cell(removed, first["n_remove"]),
+                Cell(label, label),
+                Cell(f"{100 * row.ratio:g} %", 100 * row.ratio),
+                Cell(removed, first["n_remove"]),
                 *(_score(row.score(t), scale[t], places[t], shown=t is None) for t in tasks),
-                _score(row.retained, 100, shown=False), _count(first["cost"].get("params")),
+                _score(row.retained, 100, shown=False),
+                _count(first["cost"].get("params")),
                 Cell("–") if speed is None else Cell(f"×{speed:.2f}", speed),
                 *numbers(row),
             ]  # fmt: skip
@@ -220,12 +223,19 @@ def latex(tables: Sequence[Table]) -> str:
         made.append(
             "\n".join(
                 [
-                    "\\begin{table}[t]", "\\centering",
+                    "\\begin{table}[t]",
+                    "\\centering",
                     f"\\caption{{{escape(table.title)}. {escape(' '.join(table.notes))}}}",
                     f"\\label{{tab:svl-{number}}}",
                     "\\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%",
-                    f"\\begin{{tabular}}{{l{'r' * (len(table.columns) - 1)}}}", "\\toprule", *heads, "\\midrule", body,
-                    "\\bottomrule", "\\end{tabular}}", "\\end{table}",
+                    f"\\begin{{tabular}}{{l{'r' * (len(table.columns) - 1)}}}",
+                    "\\toprule",
+                    *heads,
+                    "\\midrule",
+                    body,
+                    "\\bottomrule",
+                    "\\end{tabular}}",
+                    "\\end{table}",
                 ]  # fmt: skip
             )
         )
