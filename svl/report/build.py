@@ -107,18 +107,20 @@ class Report:
         """
         try:
             out.mkdir(parents=True, exist_ok=True)
+            number = [f"-{i}" if len(self.sections) > 1 else "" for i in range(1, len(self.sections) + 1)]
             drawn = [
-                pictures.draw(section, self.entries, self.store, out, f"-{i}" if len(self.sections) > 1 else "")
-                for i, section in enumerate(self.sections, 1)
+                pictures.draw(section, self.entries, self.store, out, suffix)
+                for section, suffix in zip(self.sections, number, strict=True)
             ]
             texts = {
                 "report.html": page.render(self.name, self.sections, self.tables, drawn, self.entries, self.store),
                 "report.md": self._markdown(drawn),
                 "table.md": "\n\n".join(f"## {t.title}\n\n{tables.markdown(t)}" for t in self.tables) + "\n",
                 "table.tex": tables.latex(self.tables),
-                "table.csv": tables.comma_separated(self.tables),
                 "results.csv": self._csv(),
             }
+            for table, suffix in zip(self.tables, number, strict=True):
+                texts[f"table{suffix}.csv"] = tables.comma_separated(table)
             for name, text in texts.items():
                 with whole(out / name) as path:
                     path.write_text(text, encoding="utf-8")

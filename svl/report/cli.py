@@ -64,7 +64,8 @@ def _parse(words: Sequence[str]) -> tuple[str, list[str], Settings]:
         hint = did_you_mean(command, COMMANDS) or "; use experiment=NAME to report on an experiment"
         raise SvlError(f"'{command}' is not understood{hint}; commands: {', '.join(COMMANDS)}")
     _, example, count, known = COMMANDS[command]
-    names, settings = [], {}
+    names: list[str] = []
+    settings: Settings = {}
     for word in words:
         key, equals, value = word.partition("=")
         if not equals and len(names) < count:

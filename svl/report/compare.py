@@ -12,7 +12,7 @@ from typing import Any
 from svl import results
 from svl.core import SvlError
 from svl.report.contents import find
-from svl.report.rows import Run, main_metric
+from svl.report.rows import Run, main_metric, sections
 from svl.store import Entry, Store
 
 MOST = 20  # flipped questions that are listed of a benchmark and a direction
@@ -104,31 +104,28 @@ def _layers(a: Run, b: Run) -> str:
 def _metrics(store: Store, first: Entry, second: Entry) -> list[str]:
     """Main metrics with their paired differences, and the questions that flipped."""
     (ours, lost_a), (theirs, lost_b) = (_scores(store, run) for run in (first, second))
-    lines, pairs, errors, notes = [], {}, [], []
+    lines: list[list[str]] = []
+    pairs: dict[str, tuple[Entry, Entry]] = {}
+    errors: list[float | None] = []  # of the tasks' differences, as fractions of their scales
+    notes: list[str] = []
+    scales = first.manifest["inputs"].get("scales") or {}
     tasks = [task for task in first.output["scores"] if task in second.output["scores"]]
-    for task in (*tasks, None):
-        a, b = (main_metric(run.output, task) for run in (first, second))
-        values = [a.get("value"), b.get("value")]
-        whole = all(v is None or abs(v) <= 1 for v in values) and all(
-            run.output["scores"][t].get("higher_is_better", True) for run in (first, second) for t in ([task] if task else tasks)
-        )  # fmt: skip
-        scale, places = (100, 1) if whole else (1, 3)
-        error, change = None, None
-        if task and task in ours and task in theirs:
+    for task in tasks:
+        error, beside = None, ["–"] * 4
+        if task in ours and task in theirs:
             if problem := _unlike(ours[task], theirs[task]):
                 notes.append(f"{task} cannot be compared question by question: {problem}.")
-            else:
+            elif change := results.compare(ours[task], theirs[task]):
                 pairs[task] = (ours[task], theirs[task])
-                change, error = results.compare(*pairs[task]), results.change_error(*pairs[task])
-                errors.append((error, (first.manifest["inputs"].get("scales") or {}).get(task, 1)))
-        elif task is None and errors and len(errors) == len(first.output["scores"]) == len(second.output["scores"]):
-            known = [e / s for e, s in errors if e is not None]
-            error = math.sqrt(sum(e * e for e in known)) / len(known) if len(known) == len(errors) else None
-        shown = ["–" if v is None else f"{scale * v:.{places}f}" for v in values]
-        gap = "–" if None in values else f"{scale * (values[0] - values[1]):+.{places}f}"
-        gap += f" ± {scale * error:.{places}f}" if error is not None else ""
-        beside = [f"{100 * change['agreement']:.1f} %", str(change["gained"]), str(change["lost"]), f"{change['p']:.2g}"] if change else ["–"] * 4  # fmt: skip
-        lines.append([task or "average", *shown, gap, *beside])
+                error = results.change_error(*pairs[task])
+                beside = [f"{100 * change['agreement']:.1f} %", str(change["gained"]), str(change["lost"])]
+                beside.append(f"{change['p']:.2g}")
+        errors.append(None if error is None else error / scales.get(task, 1))
+        lines.append([task, *_difference(first.output, second.output, task, error), *beside])
+    known = [error for error in errors if error is not None]
+    alike = len(known) == len(first.output["scores"]) == len(second.output["scores"]) > 0
+    error = math.hypot(*known) / len(known) if alike else None
+    lines.append(["average", *_difference(first.output, second.output, None, error), *["–"] * 4])
     head = ["benchmark", "A", "B", "A − B", "equal answers", "right only in A", "right only in B", "p (McNemar)"]
     only = sorted(set(first.output["scores"]) ^ set(second.output["scores"]))
     notes += [f"Scored by one of them only: {', '.join(only)}."] if only else []
@@ -141,6 +138,17 @@ def _metrics(store: Store, first: Entry, second: Entry) -> list[str]:
         flips = results.flips(pairs, ("A", "B"), MOST).partition("\n\n")[2].strip()
         text += ["## Answers that differ", re.sub(r"^#", "##", flips, flags=re.MULTILINE)]
     return text
+
+
+def _difference(a: Run, b: Run, task: str | None, error: float | None) -> list[str]:
+    """Two values of a benchmark (None: the averages) and their difference, in percent where all are fractions."""
+    both = [sections("", [run])[0] for run in (a, b)]
+    scale = min(section.scale(task) for section in both)
+    places = 3 if both[0].lower(task) else 1
+    x, y = (main_metric(run, task).get("value") for run in (a, b))
+    gap = "–" if x is None or y is None else f"{scale * (x - y):+.{places}f}"
+    gap += "" if error is None else f" ± {scale * error:.{places}f}"
+    return [*("–" if value is None else f"{scale * value:.{places}f}" for value in (x, y)), gap]
 
 
 def _scores(store: Store, run: Entry) -> tuple[dict[str, Entry], list[str]]:

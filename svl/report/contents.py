@@ -86,13 +86,9 @@ def _what(stage: str, output: dict[str, Any], inputs: dict[str, Any]) -> str:
 
 def size(n: float) -> str:
     """1234567 -> "1.2 MB"."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000:
-            break
-        n /= 1000
-    else:
-        unit = "TB"
-    return f"{n:.0f} {unit}" if unit == "B" or n >= 100 else f"{n:.1f} {unit}"
+    power = next((i for i in range(4) if n < 1000 ** (i + 1)), 4)
+    value = n / 1000**power
+    return f"{value:.{0 if power == 0 or value >= 100 else 1}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 def period(seconds: float) -> str:
@@ -288,7 +284,7 @@ def without_runs(store: Store) -> list[Artifact]:
 
 
 def remove(store: Store, left: Leftover) -> bool:
-    """Remove a leftover, in one step for everyone else; False if a process has come to hold it, or it is whole again."""
+    """Remove a leftover, in one step for everyone else; False if a process holds it, or it is whole again."""
     lock = store.root / "lock" / (left.lock or f"gc-{os.getpid()}")
     with _held(lock) as ours:
         if ours and (gone := left.still()) and left.path != lock:

@@ -98,18 +98,17 @@ def tabulate(section: Section) -> Table:
         first, seeds, speed = row.runs[0], len(row.runs), section.speed(row)
         label = row.label if seeds == 1 else f"{row.label} ({seeds} seeds)"
         removed = f"{first['n_remove']} / {first['cost']['layers_dense']}"
-        lines.append(
-            [
-                Cell(label, label),
-                Cell(f"{100 * row.ratio:g} %", 100 * row.ratio),
-                Cell(removed, first["n_remove"]),
-                *(_score(row.score(t), scale[t], places[t], shown=t is None) for t in tasks),
-                _score(row.retained, 100, shown=False),
-                _count(first["cost"].get("params")),
-                Cell("–") if speed is None else Cell(f"×{speed:.2f}", speed),
-                *numbers(row),
-            ]  # fmt: skip
-        )
+        line = [
+            Cell(label, label),
+            Cell(f"{100 * row.ratio:g} %", 100 * row.ratio),
+            Cell(removed, first["n_remove"]),
+            *(_score(row.score(t), scale[t], places[t], shown=t is None) for t in tasks),
+            _score(row.retained, 100, shown=False),
+            _count(first["cost"].get("params")),
+            Cell("–") if speed is None else Cell(f"×{speed:.2f}", speed),
+            *numbers(row),
+        ]
+        lines.append(line)
     rows = (None, *section.rows)
     notes = section.notes()
     if beside and published:
@@ -124,7 +123,7 @@ def _mark(columns: list[Column], lines: list[list[Cell]], rows: Sequence[Row | N
         for j, (column, cell) in enumerate(zip(columns, line, strict=True)):
             rivals = [
                 value for other, r in zip(lines, rows, strict=True)
-                if row and r and r.ratio == row.ratio and isinstance(value := other[j].value, float)
+                if row and r and r.ratio == row.ratio and isinstance(value := other[j].value, int | float)
             ]  # fmt: skip
             best = min if column.lower else max
             won = column.scored and len(rivals) > 1 and cell.value == best(rivals)
@@ -176,22 +175,21 @@ def terminal(table: Table) -> RichTable:
     return shown
 
 
-def comma_separated(tables: Sequence[Table]) -> str:
-    """Tables as CSV: a line per row, value and error (in the unit of the head) of every column, paper columns marked."""
+def comma_separated(table: Table) -> str:
+    """A table as CSV: a line per row with values and errors in the unit of the head, paper columns marked."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    for table in tables:
-        head = ["table"]
-        for column in table.columns:
-            group = f"{column.group}: " if column.group else ""
-            head += [f"{group}{column.name} {column.unit}".strip()]
-            head += [f"{group}{column.name} error"] if column.scored else []
-        writer.writerow(head)
-        for line in table.lines:
-            cells: list[Any] = [table.title]
-            for column, cell in zip(table.columns, line, strict=True):
-                cells += [_plain(cell.value)] + ([_plain(cell.error)] if column.scored else [])
-            writer.writerow(cells)
+    heads = []
+    for column in table.columns:
+        group = f"{column.group}: " if column.group else ""
+        heads += [f"{group}{column.name} {column.unit}".strip()]
+        heads += [f"{group}{column.name} error"] if column.scored else []
+    writer.writerow(heads)
+    for line in table.lines:
+        cells: list[str] = []
+        for column, cell in zip(table.columns, line, strict=True):
+            cells += [_plain(cell.value)] + ([_plain(cell.error)] if column.scored else [])
+        writer.writerow(cells)
     return out.getvalue()
 
 
@@ -205,44 +203,41 @@ def latex(tables: Sequence[Table]) -> str:
     """Tables for a paper: booktabs, errors in small print, measured and paper columns under heads of their own."""
     made = ["% Made by svl-report from finished runs. Needs \\usepackage{booktabs,graphicx}."]
     for number, table in enumerate(tables, 1):
-        groups = [(name, len(list(part))) for name, part in groupby(c.group for c in table.columns)]
-        spans, rules, at = [], [], 1
-        for name, width in groups:
-            spans.append(f"\\multicolumn{{{width}}}{{c}}{{{name}}}" if name else " & " * (width - 1))
-            rules += [f"\\cmidrule(lr){{{at}-{at + width - 1}}}"] if name else []
-            at += width
-        heads = [" & ".join(spans) + " \\\\", "".join(rules)] if any(c.group == PAPER for c in table.columns) else []
-        heads.append(" & ".join(escape(f"{c.name} {c.unit}".strip()) for c in table.columns) + " \\\\")
-        body = "\n\\midrule\n".join(
-            "\n".join(
-                " & ".join(_cell(c, cell) for c, cell in zip(table.columns, line, strict=True)) + " \\\\"
-                for line in block
-            )
+        head = [[escape(f"{c.name} {c.unit}".strip()) for c in table.columns]]
+        blocks = [
+            [[_latex(c, cell) for c, cell in zip(table.columns, line, strict=True)] for line in block]
             for block in table.blocks()
-        )
+        ]
+        body = "\n\\midrule\n".join("\n".join(map(_line, block)) for block in [head, *blocks])
+        caption = escape(f"{table.title}. {' '.join(table.notes)}")
         made.append(
-            "\n".join(
-                [
-                    "\\begin{table}[t]",
-                    "\\centering",
-                    f"\\caption{{{escape(table.title)}. {escape(' '.join(table.notes))}}}",
-                    f"\\label{{tab:svl-{number}}}",
-                    "\\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%",
-                    f"\\begin{{tabular}}{{l{'r' * (len(table.columns) - 1)}}}",
-                    "\\toprule",
-                    *heads,
-                    "\\midrule",
-                    body,
-                    "\\bottomrule",
-                    "\\end{tabular}}",
-                    "\\end{table}",
-                ]  # fmt: skip
-            )
+            "\\begin{table}[t]\n\\centering\n"
+            f"\\caption{{{caption}}}\n\\label{{tab:svl-{number}}}\n"
+            "\\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%\n"
+            f"\\begin{{tabular}}{{l{'r' * (len(table.columns) - 1)}}}\n\\toprule\n"
+            f"{_groups(table)}{body}\n\\bottomrule\n\\end{{tabular}}}}\n\\end{{table}}"
         )
     return "\n\n".join(made) + "\n"
 
 
-def _cell(column: Column, cell: Cell) -> str:
+def _line(cells: Sequence[str]) -> str:
+    return " & ".join(cells) + " \\\\"
+
+
+def _groups(table: Table) -> str:
+    """A line above the heads that names the groups of columns, where there are the paper's."""
+    if all(column.group != PAPER for column in table.columns):
+        return ""
+    names, rules, first = [], [], 1
+    for name, columns in groupby(column.group for column in table.columns):
+        width = len(list(columns))
+        names.append(f"\\multicolumn{{{width}}}{{c}}{{{name}}}")
+        rules += [f"\\cmidrule(lr){{{first}-{first + width - 1}}}"] if name else []
+        first += width
+    return f"{_line(names)}\n{''.join(rules)}\n"
+
+
+def _latex(column: Column, cell: Cell) -> str:
     text = escape(cell.text.partition(" ± ")[0])
     text = f"\\textbf{{{text}}}" if cell.best else text
     if not column.scored or cell.error is None:
