@@ -135,7 +135,7 @@ def _gc(store: Store, _: list[str], settings: Settings) -> None:
 
 # what does it, an example, how many names it takes, and its settings besides store
 COMMANDS: dict[str, tuple[Callable[[Store, list[str], Settings], None], str, int, tuple[str, ...]]] = {
-    "build": (_build, "experiment=NAME [store=DIR] [out=DIR] [paper=FILE]", 0, ("experiment", "out", "paper")),
+    "build": (_build, "build experiment=NAME [store=DIR] [out=DIR] [paper=FILE]", 0, ("experiment", "out", "paper")),
     "compare": (_compare, "compare A B [store=DIR] [out=FILE]", 2, ("out",)),
     "ls": (_ls, "ls [stage=STAGE] [filter=WORD] [store=DIR]", 0, ("stage", "filter")),
     "show": (_show, "show KEY [store=DIR]", 1, ()),
