@@ -160,7 +160,11 @@ def _scores(store: Store, run: Entry) -> tuple[dict[str, Entry], list[str]]:
 
 def _unlike(first: Entry, second: Entry) -> str | None:
     """Why two scores of one task are not of the same questions, or None."""
-    differences = {"benchmark": "the benchmark's files differ", "metric": "the metrics differ", "limit": "limits differ"}
+    differences = {
+        "benchmark": "the benchmark's files differ",
+        "metric": "the metrics differ",
+        "limit": "limits differ",
+    }
     for name, what in differences.items():
         if first.manifest["inputs"].get(name) != second.manifest["inputs"].get(name):
             return what
