@@ -33,7 +33,10 @@ def run_of(store: Store, word: str) -> Entry:
         if found is None:
             raise SvlError(f"run {word} is damaged: run it again, or remove it (svl-report gc)")
         return found
-    result = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SvlError(f"'{file}' is no result of a run: {error}") from error
     same = [entry for entry in store.entries("run") if entry.output == result]
     if not same:
         raise SvlError(f"the run of '{file}' is not in the store {store.root}; name its store with store=DIR")

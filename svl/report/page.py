@@ -168,6 +168,7 @@ def _plan(plan: Plan) -> str:
     values = plan.importance or (0.0,) * plan.n_layers
     low, high = min(0.0, *values), max(values)
     step = max(1, math.ceil(plan.n_layers / 16))
+    kind = "plan" if plan.importance else "plan flat"
     cells = []
     for i, value in enumerate(values):
         gone = i in plan.removed
@@ -180,7 +181,7 @@ def _plan(plan: Plan) -> str:
         )
     names = ", ".join(map(str, plan.removed)) or "none"
     columns = f'style="grid-template-columns:repeat({plan.n_layers},minmax(0,1fr))"'
-    return f'<ol class="plan" {columns}>{"".join(cells)}</ol><p>Removed: {names} (of {plan.n_layers}, from 0).</p>'
+    return f'<ol class="{kind}" {columns}>{"".join(cells)}</ol><p>Removed: {names} (of {plan.n_layers}, from 0).</p>'
 
 
 def _numbers(section: Section, run: Run) -> str:

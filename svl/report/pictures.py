@@ -29,7 +29,7 @@ class Picture(NamedTuple):
 def draw(section: Section, entries: Sequence[Entry], store: Store, out: Path, suffix: str) -> list[Picture]:
     """Draw a section's figures into `out`, as PNG and PDF, under names that end in `suffix`.
 
-    A figure whose data no run has stored is left out.
+    A figure whose data no run has stored is left out, and so is speed where lower scores are better.
     """
     from svl import figures  # here, because matplotlib takes a second that --help need not wait
 

@@ -212,7 +212,7 @@ def latex(tables: Sequence[Table]) -> str:
         caption = escape(f"{table.title}. {' '.join(table.notes)}")
         made.append(
             "\\begin{table}[t]\n\\centering\n"
-            f"\\caption{{{caption}}}\n\\label{{tab:svl-{number}}}\n"
+            f"\\caption{{{caption}}}\n\\label{{tab:svl-{number}}}\n\\smallskip\n"
             "\\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%\n"
             f"\\begin{{tabular}}{{l{'r' * (len(table.columns) - 1)}}}\n\\toprule\n"
             f"{_groups(table)}{body}\n\\bottomrule\n\\end{{tabular}}}}\n\\end{{table}}"
