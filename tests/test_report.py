@@ -618,6 +618,7 @@ def test_page_in_a_browser(store, chromium, width, mobile):
     assert images.count() == 6
     assert images.evaluate_all("all => all.map(image => image.naturalWidth)") == [32] * 6
     assert detail.locator(".cards li").first.bounding_box()["width"] < width
+    assert detail.locator(":scope > td > div").bounding_box()["width"] <= width  # beside a table that may be wider
     assert tab.evaluate("document.documentElement.scrollWidth") <= width  # only tables scroll sideways
     after = tab.screenshot(full_page=True)
     with Image.open(io.BytesIO(before)) as short, Image.open(io.BytesIO(after)) as long:
