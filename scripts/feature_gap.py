@@ -9,7 +9,7 @@ that layer in the dense model and h' in the pruned one, without and with the run
 the decoder ends and the mean over all places, without the patch; the share of each that the patch takes away; the
 average score, and what share of the loss of the run without compensation it makes good. Runs that differ in the seed
 alone are one row, with mean and standard deviation. Writes feature_gap.csv with all places, feature_gap_layers.csv with
-the gap that every layer would leave alone, and a figure.
+the gap that every layer would leave alone, and a figure. Gaps of runs are kept in the store, where svl-report finds them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from svl import bundled, loading, surgery
 from svl.calibrate import Activations
 from svl.core import Patch, Plan, Stats
 from svl.data import Examples, read_samples
-from svl.store import Store
+from svl.pipeline import versions
+from svl.store import Entry, Store
 
 LABEL = ("strategy", "selector", "compensation")
 
@@ -60,21 +61,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
 
-    store = Store(args.store)
-    lvlm = loading.load(bundled.resolve(args.model, store), dtype=args.dtype, name=args.model.rpartition(":")[2])
+    store = Store(args.store, versions())
+    lvlm = loading.load(
+        bundled.resolve(args.model, store), dtype=args.dtype, name=Path(args.model.rpartition(":")[2]).name
+    )
     examples = read_samples(args.samples, args.n, args.seed)
-    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
+    groups: dict[tuple[str, str, str], list[Entry]] = defaultdict(list)
     for entry in store.entries("run"):
         run = entry.output
         ours = run["name"] == args.experiment and run["model"] == lvlm.name
         if ours and run["n_remove"] and abs(run["ratio"] - args.ratio) <= 0.02:
-            groups[run["strategy"], run["selector"] or "", run["compensation"]].append(run)
+            groups[run["strategy"], run["selector"] or "", run["compensation"]].append(entry)
     if not groups:
         sys.exit(f"no finished run of '{args.experiment}' on {lvlm.name} near ratio {args.ratio:g} in {store.root}")
-    alone: dict[tuple[int, ...], dict[int, float]] = {}
     found: list[tuple[tuple[str, str, str], list[Measured]]] = []
     for label, runs in sorted(groups.items()):
-        found.append((label, [measured(lvlm, examples, store, run, alone) for run in runs]))
+        found.append((label, [measured(lvlm, examples, store, run) for run in runs]))
         print(" ".join(label), f"{len(runs)} runs", file=sys.stderr, flush=True)
     bare = {m.key: m for (_, _, c), ms in found for m in ms if c == "none"}
     head = (*LABEL, "seeds", "end: gap", "closed", "mean: gap", "closed", "score", "made good")
@@ -121,18 +123,20 @@ class Measured:
         return self.run["average"]["value"]
 
 
-def measured(
-    lvlm: loading.Lvlm, examples: Examples, store: Store, run: dict[str, Any], alone: dict[tuple[int, ...], Any]
-) -> Measured:
-    """The gaps of one run; `alone` keeps those of plans without a patch."""
+def measured(lvlm: loading.Lvlm, examples: Examples, store: Store, entry: Entry) -> Measured:
+    """The gaps of a run, measured once and then read from the store."""
+    run = entry.output
     plan = Plan(run["plan"]["n_layers"], tuple(run["plan"]["removed"]))
-    if plan.removed not in alone:
-        alone[plan.removed] = gaps(lvlm, examples, plan)
     file = next((store.root / "patch" / key / "patch.safetensors" for key in run["keys"]["compensate"]), None)
-    patched = alone[plan.removed]
-    if file and file.exists():
-        patched = gaps(lvlm, examples, plan, surgery.load_patch(file))
-    return Measured(run, alone[plan.removed], patched)
+
+    def build(_: Path) -> dict[str, Any]:
+        alone = gaps(lvlm, examples, plan)
+        patched = gaps(lvlm, examples, plan, surgery.load_patch(file)) if file and file.exists() else alone
+        lines = {"layers": list(alone), "alone": list(alone.values()), "patched": list(patched.values())}
+        return {"run": entry.key, "samples": len(examples), **lines}
+
+    found = store.make("gap", {"run": entry.key, "examples": examples.fingerprint}, build).output
+    return Measured(run, *(dict(zip(found["layers"], found[name], strict=True)) for name in ("alone", "patched")))
 
 
 def made_good(run: Measured, bare: Measured) -> float:

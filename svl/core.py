@@ -356,11 +356,14 @@ class Patch:
         blends: layer -> {source layer: coefficient}: every projection (weight and bias, not the norms) of the layer
             becomes this sum over layers of the dense model, before any update.
         notes: what a reader of the results should know.
+        spectra: layer -> singular values, descending, of the matrix whose directions its update is made of, where there
+            is one; told to the reader only.
     """
 
     updates: dict[tuple[int, str], Update] = field(default_factory=dict)
     blends: dict[int, dict[int, float]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    spectra: dict[int, tuple[float, ...]] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.updates or self.blends)

@@ -10,6 +10,8 @@ Decisions (lmms-eval is pinned to 0.7.3; its stock adapters are not used, they t
 * An error is an error: it names the task and the documents, is never retried, and never becomes an empty answer.
 * No caches (they would not notice that weights changed in place), no seeding, no clean-up of the model.
 * A limit takes the first documents, or the first share of them; of documents that are scored together, all or none.
+* Of the first questions answered wrong, small images are kept: of whatever two models answer differently, one of them
+  has the image, for as long as there are few.
 * Where svl/tasks corrects lmms-eval, the metrics of both are computed, from the same answers.
 * Standard errors: from every document's part in a metric where it is a mean or the task says what the parts are; a
   bootstrap (`RESAMPLES`, fixed seed) where the task marks a metric with `bootstrap: true`, that is, says that its
@@ -22,10 +24,12 @@ Decisions (lmms-eval is pinned to 0.7.3; its stock adapters are not used, they t
 
 from __future__ import annotations
 
+import base64
 import copy
 import gc
 import importlib.metadata
 import importlib.util
+import io
 import json
 import logging
 import math
@@ -60,6 +64,8 @@ from svl.prefix import SharedPrefix
 
 NEW_TOKENS = 128  # cap where neither the caller nor the task sets one
 RESAMPLES = 500
+THUMBNAILS = 100  # wrong answers whose (first) image is kept
+THUMBNAIL = 192  # pixels of its longer side
 
 T = TypeVar("T")
 Conversation = list[dict[str, Any]]  # Hugging Face messages: role and content, a list of image and text parts
@@ -99,6 +105,7 @@ def evaluate(
         folder: where `samples.jsonl` goes: one line per document, ascending by `doc_id` (its row in the data), with
             `question`, `target`, `prediction` and `score` (of the main metric, None if it has no per-sample score);
             where the main metric is no mean of scores, its `part` of it, and `unit` and `stratum`, see svl.results.
+            `thumbnails.json` has the images of the first questions answered wrong: data URIs by `doc_id`.
         data: folder with copies of data sets; None for the hub (or its cache).
         style: the task's variant of its prompts, a key of its `lmms_eval_specific_kwargs`.
         describe: what the progress bar says; the task's name if empty.
@@ -191,6 +198,9 @@ def _score_answers(
             if sample["doc_id"] in parts:
                 row |= dict(zip(("part", "unit", "stratum"), parts[sample["doc_id"]], strict=True))
             file.write(json.dumps(row, default=str, ensure_ascii=False) + "\n")
+    wrong = [s["doc_id"] for s in samples if (score := _score(s.get(metric))) is not None and score < 0.5]
+    images = {rows[i]: _thumbnail(shown[0]) for i in wrong[:THUMBNAILS] if (shown := benchmark.images(i))}
+    (folder / "thumbnails.json").write_text(json.dumps(images))
     return {
         "task": task,
         "metric": metric,
@@ -512,6 +522,12 @@ class _Scoring:
             self.task_docs = self.eval_docs  # type: ignore[attr-defined]
         return rows
 
+    def images(self, doc_id: int) -> list[Image.Image]:
+        """The images of a document, which is numbered as lmms-eval does."""
+        split = self.config.test_split or self.config.validation_split  # type: ignore[attr-defined]
+        shown = self.doc_to_visual(self.dataset[split][doc_id]) or []  # type: ignore[attr-defined]
+        return [image for image in shown if isinstance(image, Image.Image)]
+
     def metrics(self, found: dict[str, Any], samples: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """{name: {"value", "stderr"}} of every metric that is a number.
 
@@ -662,6 +678,14 @@ def _score(item: Any) -> float | None:
     """The per-sample score in what a task keeps of a document: a number, or a dict with `score`."""
     score = item.get("score") if isinstance(item, dict) else item
     return float(score) if isinstance(score, numbers.Real) else None
+
+
+def _thumbnail(image: Image.Image) -> str:
+    """A small copy as a data URI of a few kilobytes."""
+    small = image.convert("RGB")
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    small.save(file := io.BytesIO(), "WEBP", quality=75)
+    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 @contextmanager

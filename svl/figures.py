@@ -11,7 +11,7 @@ import math
 import textwrap
 import unicodedata
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -111,12 +111,246 @@ def accuracy_vs_ratio(
         ax.set_xlabel("decoder layers removed (%)")
         ax.set_ylabel(ylabel)
         ax.grid(axis="y")
-        if title:
-            heading = figure.suptitle(_short(title), x=0.01, ha="left", fontsize=10, weight="bold")
-            heading.set_parse_math(False)
+        _frame(figure, title, handles, names)
+    return figure
+
+
+def accuracy_vs_speed(
+    curves: Mapping[str, Sequence[tuple[float, float, float | None, float]]],
+    dense: float | None,
+    *,
+    title: str = "",
+    xlabel: str = "speed-up",
+    ylabel: str = "average accuracy (%)",
+) -> Figure:
+    """Average score against speed, one mark per plan, those of a method joined in the order of their ratios.
+
+    The grey steps are the Pareto front: what no other plan (or the dense model) beats in both.
+
+    Args:
+        curves: by label, points (speed relative to the dense model, value, error or None, ratio).
+        dense: value of the unpruned model, drawn at 1; None draws none.
+        title: heading of the figure.
+        xlabel: what the speed is.
+        ylabel: name and unit of the values.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 3.9), layout="constrained")
+        ax = figure.add_subplot()
+        color = colors(list(curves))
+        handles, names = [], []
+        for i, (label, points) in enumerate(curves.items()):
+            ordered = sorted(points, key=lambda p: p[3])
+            x, y = [p[0] for p in ordered], [p[1] for p in ordered]
+            error = [p[2] or 0 for p in ordered]
+            ax.errorbar(x, y, error, fmt="none", ecolor=color[label], elinewidth=1, capsize=2.5, alpha=0.6, zorder=2)
+            (line,) = ax.plot(
+                x, y, color=color[label], ls=("-", "--", ":")[i // len(PALETTE) % 3], lw=1,
+                marker=MARKERS[i % len(MARKERS)], ms=6, mec="white", mew=0.6, zorder=3,
+            )  # fmt: skip
+            for px, py, _, ratio in ordered:
+                place = (5, (3, -9)[i % 2])  # neighbours write above and below
+                text = f"{100 * ratio:g}"
+                ax.annotate(text, (px, py), place, textcoords="offset points", fontsize=7, color=color[label])
+            handles.append(line)
+            names.append(label)
+        every = [(p[0], p[1]) for points in curves.values() for p in points] + ([(1.0, dense)] if dense else [])
+        front = pareto(every)
+        ax.plot(*zip(*front, strict=True), drawstyle="steps-pre", color="#BBBBBB", lw=3.5, zorder=1, alpha=0.7)
+        if dense is not None:
+            (dot,) = ax.plot([1], [dense], color="black", marker="o", ms=6, ls="", zorder=5)
+            handles, names = [dot, *handles], ["dense", *names]
+        ax.set_xlabel(f"{xlabel} (small numbers: layers removed, %)")
+        ax.set_ylabel(ylabel)
+        ax.grid()
+        _frame(figure, title, handles, names)
+    return figure
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that no other one beats in one coordinate without losing in the other, ascending by the first."""
+    front: list[tuple[float, float]] = []
+    for point in sorted(set(points), reverse=True):
+        if not front or point[1] > front[-1][1]:
+            front.append(point)
+    return front[::-1]
+
+
+def _frame(figure: Figure, title: str, handles: Sequence[Any], names: Sequence[str]) -> None:
+    """Heading and legend of a figure with curves."""
+    if title:
+        heading = figure.suptitle(_short(title), x=0.01, ha="left", fontsize=10, weight="bold")
+        heading.set_parse_math(False)
+    if handles:
         legend = figure.legend(handles, names, loc="outside right upper")
         for text in legend.get_texts():
             text.set_parse_math(False)
+
+
+def importance_map(plans: Mapping[str, Plan], *, title: str = "") -> Figure:
+    """Strategies by layers: how important each finds every layer, as a rank, since their scales have no common unit.
+
+    Crosses mark the layers that the plan removes.
+
+    Args:
+        plans: one by label, with importance.
+        title: heading of the figure.
+
+    Raises:
+        SvlError: if there is no plan, or the plans are of models with different numbers of layers.
+    """
+    n_layers = _depth(plans.values())
+    ranks = []
+    for plan in plans.values():
+        values = np.array(plan.importance)
+        ranks.append([100 * float((values < v).mean() + (values == v).mean() / 2) for v in values])
+    cell, bar = 0.25, 0.62
+    with mpl.rc_context(STYLE):
+        figure, ax = _grid(list(plans), n_layers, cell, title, bar)
+        edges = (np.arange(n_layers + 1) - 0.5, np.arange(len(plans) + 1) - 0.5)
+        mesh = ax.pcolormesh(*edges, np.array(ranks), cmap="viridis", vmin=0, vmax=100, ec="white", lw=0.8)
+        for row, plan in enumerate(plans.values()):
+            dark = [i for i in plan.removed if ranks[row][i] < 60]
+            for chosen, color in ((dark, "white"), (sorted(set(plan.removed) - set(dark)), "black")):
+                ax.plot(chosen, [row] * len(chosen), "x", color=color, ms=5, mew=1.4)
+        ax.set_xlabel("decoder layer (crosses: removed first)")
+        width, height = figure.get_size_inches()
+        box = ax.get_position()
+        shades = figure.add_axes((box.x0, 0.3 / height, min(2.6 / width, box.width), 0.09 / height))
+        made: Any = figure.colorbar(mesh, cax=shades, orientation="horizontal", ticks=[0, 50, 100])
+        made.outline.set_visible(False)
+        made.ax.tick_params(labelsize=8, length=2)
+        figure.text(
+            box.x0 + min(2.6 / width, box.width) + 0.12 / width, 0.3 / height,
+            "importance: rank among the layers (%)", fontsize=8, va="bottom",
+        )  # fmt: skip
+    return figure
+
+
+def removed_layers(plans: Mapping[str, Mapping[float, Plan]], *, title: str = "") -> Figure:
+    """Which layers go, a line for every method and ratio.
+
+    Args:
+        plans: by label and ratio.
+        title: heading of the figure.
+
+    Raises:
+        SvlError: if there is no plan, or the plans are of models with different numbers of layers.
+    """
+    n_layers = _depth([plan for by_ratio in plans.values() for plan in by_ratio.values()])
+    color = colors(list(plans))
+    names, gone, shades = [], [], []
+    for label, by_ratio in plans.items():
+        for i, (ratio, plan) in enumerate(sorted(by_ratio.items())):
+            names.append(f"{label if i == 0 else ''}  −{100 * ratio:g} %")
+            gone.append([layer in plan.removed for layer in range(n_layers)])
+            shades.append(color[label])
+    with mpl.rc_context(STYLE):
+        figure, ax = _grid(names, n_layers, 0.19, title)
+        for row, (line, shade) in enumerate(zip(gone, shades, strict=True)):
+            for layer, removed in enumerate(line):
+                face = shade if removed else KEPT
+                ax.add_patch(Rectangle((layer - 0.5, row - 0.5), 1, 1, fc=face, ec="white", lw=1))
+        for row, name in enumerate(names):
+            if row and not name.startswith("  "):
+                ax.axhline(row - 0.5, color="#888888", lw=0.8)
+        ax.set_xlabel("decoder layer (filled: removed)")
+    return figure
+
+
+def _depth(plans: Iterable[Plan]) -> int:
+    """The number of layers that all plans are of."""
+    depths = {plan.n_layers for plan in plans}
+    if len(depths) != 1:
+        raise SvlError(f"a figure of layers needs plans of one model, but these have {sorted(depths)} layers")
+    return depths.pop()
+
+
+def _grid(names: Sequence[str], n_layers: int, cell: float, title: str, below: float = 0.0) -> tuple[Figure, Axes]:
+    """Axes with a line `cell` inches high for every name, a column for every layer, and room below."""
+    shown = [name if len(name) <= 44 else name[:43] + "…" for name in names]
+    left, top, bottom = 0.2 + 0.068 * max(map(len, shown)), 0.38 if title else 0.08, 0.42 + below
+    height = top + cell * len(names) + bottom
+    figure = Figure(figsize=(WIDTH, height))
+    ax = figure.add_axes((left / WIDTH, bottom / height, (WIDTH - left - 0.12) / WIDTH, cell * len(names) / height))
+    ax.set_xlim(-0.5, n_layers - 0.5)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    for label in ax.set_yticks(range(len(names)), shown, fontsize=8):
+        label.label1.set_parse_math(False)
+    ax.set_xticks(range(0, n_layers, max(1, math.ceil(n_layers / 20))))
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    if title:
+        y = 1 - 0.08 / height
+        figure.text(0.1 / WIDTH, y, _short(title), va="top", fontsize=10, weight="bold", parse_math=False)
+    return figure, ax
+
+
+def feature_gap(
+    panels: Mapping[str, Mapping[str, tuple[Sequence[int], Sequence[float], Sequence[float]]]], *, title: str = ""
+) -> Figure:
+    """How far hidden states are from the dense model's, at every layer behind the first removed one.
+
+    Args:
+        panels: by heading and label, (layers, error without compensation, error with it); errors are mean
+            |h' - h|² / |h|².
+        title: heading of the figure.
+    """
+    labels = list(dict.fromkeys(label for curves in panels.values() for label in curves))
+    color = colors(labels)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 0.5 + 2.7 * len(panels)), layout="constrained")
+        lines: dict[str, Any] = {}
+        for ax, (heading, curves) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items(),
+                                         strict=True):  # fmt: skip
+            for label, (layers, before, after) in curves.items():
+                mark = MARKERS[labels.index(label) % len(MARKERS)]
+                ax.plot(layers, before, color=color[label], ls=(0, (3, 2)), lw=1)
+                (lines[label],) = ax.plot(layers, after, color=color[label], marker=mark, ms=4, lw=1.3)
+            every = [y for _, before, after in curves.values() for y in (*before, *after)]
+            if max(every) > 20 * min(every) > 0:
+                ax.set_yscale("log")
+            else:
+                ax.set_ylim(0, 1.08 * max(every) or 1)
+            ax.set_title(heading, loc="left", fontsize=9)
+            ax.set_ylabel("mean |h′ − h|² / |h|²")
+            ax.set_xlabel("state before layer (the last: after all layers)")
+            ax.xaxis.get_major_locator().set_params(integer=True)
+            ax.grid(axis="y")
+        (plain,) = ax.plot([], [], color="#555555", ls=(0, (3, 2)), lw=1)
+        _frame(figure, title, [plain, *lines.values()], ["without compensation", *lines])
+    return figure
+
+
+def spectrum(panels: Mapping[str, Mapping[str, tuple[Sequence[float], float, int]]], *, title: str = "") -> Figure:
+    """What a subspace compensation sees: the singular values of the feature gaps beside every changed layer.
+
+    Args:
+        panels: by heading and label, (values, descending; sum of the squares of all values, also of those not given;
+            number of directions used).
+        title: heading of the figure.
+    """
+    across = 1 if len(panels) == 1 else 2
+    down = math.ceil(len(panels) / across)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 0.4 + 2.9 * down), layout="constrained")
+        axes = figure.subplots(down, across, squeeze=False, sharey=True).ravel()
+        for ax, (heading, curves) in zip(axes, panels.items(), strict=False):
+            for i, (label, (values, squares, rank)) in enumerate(curves.items()):
+                share = 100 * sum(v * v for v in values[:rank]) / squares if squares else 0
+                color = PALETTE[i % len(PALETTE)]
+                x = range(1, len(values) + 1)
+                ax.plot(x, np.array(values) / values[0], color=color, lw=1.1, marker=".", ms=3)
+                ax.plot([], [], color=color, marker="o", ls="", ms=4, label=f"{label}: first {rank} hold {share:.0f} %")
+                ax.axvline(rank + 0.5, color="#999999", lw=0.8, ls=(0, (2, 2)), zorder=0)
+            ax.set(xscale="log", yscale="log", xlabel="direction", ylabel="singular value / largest")
+            ax.xaxis.set_major_formatter("{x:g}")
+            ax.set_title(heading, loc="left", fontsize=9).set_parse_math(False)
+            ax.grid()
+            ax.legend(fontsize=7, handlelength=0.8, loc="lower left")
+        for ax in axes[len(panels) :]:
+            ax.set_visible(False)
+        _frame(figure, title, [], [])
     return figure
 
 
@@ -133,10 +367,7 @@ def importance(plans: Mapping[str, Mapping[float, Plan]], *, title: str = "") ->
     Raises:
         SvlError: if there is no plan, or the plans are of models with different numbers of layers.
     """
-    depths = {plan.n_layers for by_ratio in plans.values() for plan in by_ratio.values()}
-    if len(depths) != 1:
-        raise SvlError(f"a figure of layer importance needs plans of one model, but these have {sorted(depths)} layers")
-    n_layers = depths.pop()
+    n_layers = _depth(plan for by_ratio in plans.values() for plan in by_ratio.values())
     left, right, bars, cell, head, gap, bottom = 0.95, 0.15, 0.8, 0.17, 0.26, 0.12, 0.36  # inches
     blocks = {k: [p for _, p in sorted(v.items())] for k, v in plans.items()}
     heights = {k: head + bars * any(p.importance for p in v) + 0.05 + cell * len(v) + gap for k, v in blocks.items()}

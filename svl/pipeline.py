@@ -41,6 +41,7 @@ PACKAGES = ("svl", "torch", "transformers", "lmms_eval", "datasets", "hydra-core
 
 
 SAMPLES = "samples.parquet"
+SPECTRUM = 128  # singular values of a compensation that are kept
 
 
 class Run:
@@ -255,6 +256,7 @@ class Run:
                 surgery.save_patch(patch, folder / "patch.safetensors")
             return {
                 "notes": patch.notes,
+                "spectra": spectra(patch),
                 "changed": sorted(
                     {f"{layer}.{role}" for layer, role in patch.updates} | {f"{layer}.*" for layer in patch.blends}
                 ),
@@ -580,6 +582,17 @@ def score_example(stats: Stats, calibrated: Path, folder: Path) -> None:
     text = zip(example.pop("tokens"), scores[~trace.visual].tolist(), weights[~trace.visual].tolist(), strict=True)
     visual = {"visual": scores[trace.visual].tolist(), "visual_selected": weights[trace.visual].tolist()}
     (folder / "example.json").write_text(json.dumps({**example, **visual, "text": [list(row) for row in text]}))
+
+
+def spectra(patch: Patch) -> dict[str, dict[str, Any]]:
+    """Of a patch's spectra by layer: the largest `values`, their number `of`, and the sum of all `squares`."""
+    return {
+        str(layer): {
+            "values": [float(f"{v:.4g}") for v in values[:SPECTRUM]], "of": len(values),
+            "squares": sum(v * v for v in values),
+        }
+        for layer, values in patch.spectra.items()
+    }  # fmt: skip
 
 
 def identity(method: Any) -> dict[str, Any]:

@@ -14,6 +14,8 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from svl.core import Plan
@@ -91,8 +93,13 @@ def change_error(pruned: Entry, dense: Entry, share: float = 1.0) -> float | Non
 
 def _samples(entry: Entry) -> dict[int, dict[str, Any]]:
     """By `doc_id`, the samples that the main metric is about (MME perception: not those on cognition)."""
-    rows = map(json.loads, (entry.path / "samples.jsonl").read_text("utf-8").splitlines())
-    return {row["doc_id"]: row for row in rows if row["score"] is not None}
+    return _read(entry.path / "samples.jsonl")
+
+
+@lru_cache(maxsize=16)  # one dense model is compared with many
+def _read(path: Path) -> dict[int, dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:  # str.splitlines would also split at U+2028, which answers may have
+        return {row["doc_id"]: row for row in map(json.loads, file) if row["score"] is not None}
 
 
 # ---------------------------------------------------------------------------------------- sample by sample
@@ -104,13 +111,30 @@ def compare(first: Entry, second: Entry) -> dict[str, Any] | None:
     `agreement`: share of equal answers; `gained` and `lost`: questions that only the first, only the second answered
     right (score of at least 1/2); `p`: two-sided exact McNemar test of gained against lost.
     """
-    ours, theirs = _samples(first), _samples(second)
-    common = [(ours[i], theirs[i]) for i in ours if i in theirs]
+    common = _pairs(first, second)
     if not common or not first.output.get("higher_is_better", True):
         return None
-    gained, lost = (sum(a["score"] >= 0.5 > b["score"] for a, b in x) for x in (common, [p[::-1] for p in common]))
+    gained, lost = map(len, flipped(first, second))
     same = sum(_plain(a["prediction"]) == _plain(b["prediction"]) for a, b in common)
     return {"agreement": same / len(common), "gained": gained, "lost": lost, "p": mcnemar(gained, lost)}
+
+
+Pair = tuple[dict[str, Any], dict[str, Any]]  # lines of two models' samples.jsonl on one question
+
+
+def _pairs(first: Entry, second: Entry) -> list[Pair]:
+    """What both models answered, question by question."""
+    ours, theirs = _samples(first), _samples(second)
+    return [(ours[i], theirs[i]) for i in ours if i in theirs]
+
+
+def flipped(first: Entry, second: Entry) -> tuple[list[Pair], list[Pair]]:
+    """Questions that only the first, and that only the second model answered right, in the data's order."""
+    common = _pairs(first, second)
+    return (
+        [(a, b) for a, b in common if a["score"] >= 0.5 > b["score"]],
+        [(a, b) for a, b in common if b["score"] >= 0.5 > a["score"]],
+    )
 
 
 def mcnemar(gained: int, lost: int) -> float:
@@ -124,31 +148,28 @@ def _plain(answer: Any) -> str:
     return str(answer).strip().rstrip(".").lower()
 
 
-def flips(pairs: Mapping[str, tuple[Entry, Entry]], names: tuple[str, str], most: int = 50) -> str:
+def flips(tasks: Mapping[str, tuple[Entry, Entry]], names: tuple[str, str], most: int = 50) -> str:
     """A page (Markdown) of the questions that one of two models answered right and the other wrong, task by task.
 
-    `pairs` are the scores of both by task, `names` what to call them; at most `most` questions are listed each way.
+    `tasks` has the scores of both by task, `names` what to call them; at most `most` questions are listed each way.
     """
     first, second = names
     page = [f"# Answers that differ: {first} and {second}"]
-    for task, (one, other) in pairs.items():
+    for task, (one, other) in tasks.items():
         change = compare(one, other)
         if change is None:
             continue
-        ours, theirs = _samples(one), _samples(other)
+        gained, lost = flipped(one, other)
         page.append(
-            f"## {task}\n\n{len(ours)} questions, {100 * change['agreement']:.1f} % equal answers; right only in "
+            f"## {task}\n\n{len(_samples(one))} questions, "
+            f"{100 * change['agreement']:.1f} % equal answers; right only in "
             f"{first}: {change['gained']}, only in {second}: {change['lost']} (McNemar p = {change['p']:.2g})"
         )
         limit = one.output.get("limit")
         if limit is not None:
             page.append(f"Caution: limit={limit:g}, so only a part of the benchmark was used.")
-        for who, way in ((second, 1), (first, -1)):
-            rows = []
-            for i in ours:
-                a, b = (ours[i], theirs.get(i))
-                if b and (b["score"] >= 0.5) != (a["score"] >= 0.5) and (b["score"] > a["score"]) == (way == 1):
-                    rows.append([str(i), a["question"], a["target"], b["prediction"], a["prediction"]])
+        for who, pairs in ((second, lost), (first, gained)):
+            rows = [[str(a["doc_id"]), a["question"], a["target"], b["prediction"], a["prediction"]] for a, b in pairs]
             if rows:
                 table = ["| no. | question | expected | " + f"{second} | {first} |", "|---:|---|---|---|---|"]
                 table += ["| " + " | ".join(map(_cell, row)) + " |" for row in rows[:most]]

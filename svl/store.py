@@ -43,6 +43,7 @@ SCHEMA = {
     "score": 1,
     "efficiency": 1,
     "run": 1,
+    "gap": 1,
     "track": 1,
 }
 MINIMUM_FREE = 16 * 2**20  # bytes that must be free before a stage starts

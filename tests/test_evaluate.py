@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import importlib
 import importlib.util
@@ -19,6 +20,7 @@ from types import ModuleType
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -255,6 +257,23 @@ def test_answers_return_to_their_questions(run, monkeypatch):
     assert lengths != [len(s["question"]) for s in samples]
     assert [s["doc_id"] for s in samples] == list(range(23))
     assert all(s["prediction"] == s["question"] for s in samples)
+
+
+def test_images_of_wrong_answers_are_kept(run, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "THUMBNAILS", 3)
+    monkeypatch.setattr(evaluation, "THUMBNAIL", 32)
+    monkeypatch.setattr(evaluation.Answerer, "answer", lambda _, asked, n: [("yes",)] * len(asked))
+    _, rows = run("svl_demo_existence", limit=20)
+    kept = json.loads((tmp_path / "thumbnails.json").read_text())
+    assert list(kept) == [str(row["doc_id"]) for row in rows if row["score"] == 0][:3]
+    for number, uri in kept.items():
+        head, _, body = uri.partition(",")
+        assert head == "data:image/webp;base64"
+        with Image.open(io.BytesIO(base64.b64decode(body))) as small:
+            source = Image.open(io.BytesIO(data["existence"][int(number)]["image"]["bytes"])).convert("RGB")
+            assert max(small.size) == 32
+            pair = [np.asarray(image.convert("RGB").resize((8, 8)), float) for image in (small, source)]
+            assert np.abs(pair[0] - pair[1]).mean() < 10  # of 255: it is that document's image
 
 
 def test_model_survives_and_batches_do_not_matter(run, lvlm):

@@ -282,8 +282,9 @@ def scp_projector(states, weights, rows, scope, anchor, centered, rank, run) -> 
             H.append(gap.mean(0, keepdim=True) if rows == "means" else gap)
     stacked = torch.cat(H)
     stacked = stacked - stacked.mean(0) if centered else stacked
-    V = torch.linalg.svd(stacked, full_matrices=False).Vh[:rank].mT
-    return V @ V.mT
+    _, singular, Vh = torch.linalg.svd(stacked, full_matrices=False)
+    V = Vh[:rank].mT
+    return V @ V.mT, singular
 
 
 @pytest.fixture(scope="module")
@@ -298,11 +299,15 @@ def test_scp_equals_the_svd_of_the_stacked_gaps(chosen, layers, vlm, samples, un
     stats, states = unpruned[vlm.name]
     stats = select(stats, selector := Tis(p=0.4, layers=layers))
     patch = Subspace(rank=2, gain=0.7, **chosen).fit(Activations(vlm, samples, stats, batch_size=2), PLAN)
-    expected = scp_projector(states, [selector.weights(t) for t in stats.traces], rank=2, run=(1, 3), **chosen)
+    expected, singular = scp_projector(
+        states, [selector.weights(t) for t in stats.traces], rank=2, run=(1, 3), **chosen
+    )
     ((key, update),) = patch.updates.items()
     assert key == ({"before": 0, "after": 3}[chosen["anchor"]], "mlp")
     operator = update.left.double() @ update.right.double()
     torch.testing.assert_close(operator, 0.7 * expected, atol=1e-4, rtol=0)
+    seen = torch.tensor(patch.spectra[key[0]][: len(singular)]).double()
+    torch.testing.assert_close(seen, singular.double()[: len(seen)], atol=1e-2, rtol=1e-3)
     spectrum = torch.linalg.eigvalsh(torch.eye(32) + operator)
     torch.testing.assert_close(spectrum, torch.tensor([1.0] * 30 + [1.7] * 2).double(), atol=1e-5, rtol=0)
 
@@ -315,7 +320,7 @@ def test_every_removed_run_has_its_own_directions(llava, samples, unpruned):
     assert sorted(patch.updates) == [(0, "attn"), (0, "mlp"), (2, "attn"), (2, "mlp")]
     weights = [Visual().weights(t) for t in stats.traces]
     for run in plan.runs:
-        expected = scp_projector(states, weights, **SETTINGS[0], rank=3, run=run)
+        expected, _ = scp_projector(states, weights, **SETTINGS[0], rank=3, run=run)
         for target in ("mlp", "attn"):
             update = patch.updates[run[0] - 1, target]
             torch.testing.assert_close(update.left.double() @ update.right.double(), expected, atol=1e-4, rtol=0)

@@ -40,7 +40,7 @@ def wheel(tmp_path_factory):
     tree = tmp_path_factory.mktemp("tree")
     for name in INGREDIENTS:
         shutil.copy(ROOT / name, tree)
-    for folder in ("svl", "conf", "tests"):
+    for folder in ("svl", "conf", "tests", "experiments/paper"):
         shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__", "local"))
     for name in ("conf/local/default.yaml", "svl/__pycache__/core.cpython-311.pyc"):
         (tree / name).parent.mkdir()
@@ -52,7 +52,9 @@ def wheel(tmp_path_factory):
 
 def test_wheel_holds_package_configuration_and_demo_and_nothing_else(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert names == sources("svl") | {f"svl/{name}" for name in sources("conf")}
+    paper = {f"svl/report/{name.rpartition('/')[2]}" for name in sources("experiments/paper") if name.endswith(".csv")}
+    assert names == sources("svl") | {f"svl/{name}" for name in sources("conf")} | paper
+    assert len(paper) == 1
     assert names >= {
         "svl/conf/config.yaml", "svl/conf/strategy/short_lvlm.yaml", "svl/demo/demo_lvlm/model.safetensors",
         "svl/demo/demo_lvlm/chat_template.jinja", "svl/demo/data/calibration.parquet",
@@ -100,3 +102,5 @@ def test_installed_wheel_works_from_another_folder(wheel, tmp_path):
         assert str(path) in shown
         assert path.is_dir()
     assert not list(elsewhere.iterdir())
+    beside = "from svl.report.paper import numbers; print(numbers('llava-1.5-7b').value(None, 'svl_pope', []))"
+    assert run(python, "-c", beside, cwd=elsewhere) == "84.8\n"

@@ -92,6 +92,7 @@ class Subspace:
                     total[anchor] = total[anchor] + weighted.sum(0)
                     count[anchor] = count[anchor] + n
         updates: dict[tuple[int, str], Update] = {}
+        spectra = {}
         for anchor, matrix in gram.items():
             if count[anchor] == 0:
                 raise SvlError("the selector leaves no token for compensation; choose another selector or rows=all")
@@ -106,7 +107,8 @@ class Subspace:
             k = min(self.rank, int((values > noise).sum()))  # beyond the rank of H, vectors are arbitrary
             if k < self.rank:
                 notes.append(f"the gap beside layer {anchor} spans only {k} of the {self.rank} directions asked for")
+            spectra[anchor] = tuple(values.clamp(min=0).sqrt().flip(0).tolist())
             v = vectors.flip(1)[:, :k].float().cpu()
             update = Update(left=self.gain * v, right=v.mT.contiguous())
             updates |= {(anchor, target): update for target in self.targets}
-        return Patch(updates, notes=tuple(notes))
+        return Patch(updates, notes=tuple(notes), spectra=spectra)
