@@ -590,6 +590,7 @@ class NotTrackedError(Exception):
     """The tracker gave up; it has said why."""
 
 
+@cache
 def versions() -> dict[str, str]:
     """Versions of what results depend on, and the commit if this is a checkout."""
     found = {"python": platform.python_version()}

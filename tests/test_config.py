@@ -124,6 +124,15 @@ def test_settings_of_the_machine_apply_below_experiments_and_the_command_line(tm
     assert compose(mine, "paths.store=here").paths.store == "here"
 
 
+@pytest.mark.parametrize(("found", "jobs"), [(0, 1), (3, 3)])
+def test_as_many_jobs_at_once_as_accelerators(found, jobs, monkeypatch):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: found)
+    hydra_config = compose("hydra/launcher=gpus", with_hydra=True).hydra
+    assert hydra_config.launcher.n_jobs == jobs
+    assert hydra_config.job.env_set.SVL_LEASE == "1"
+
+
 def test_seed_reaches_what_is_random():
     parts = config.validate(compose("strategy=random", "selector=random", "seed=7"))
     assert parts["strategy"].seed == parts["selector"].seed == 7
