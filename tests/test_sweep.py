@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 from test_cli import QUIET, numbers, read, svl
+
+from svl.config import PACKAGE
 
 WHOLE = ("tracker=none", "paths.store=store", "paths.outputs=out", "benchmark.limit=5", "benchmark.batch_size=3")
 
@@ -69,3 +72,19 @@ def test_ratios_that_remove_the_same_layers_are_pointed_out(tmp_path):
         "note: ratios 0.25, 0.26 are the same 4 of 16 layers of demo_lvlm, so they were evaluated once" in done.stderr
     )
     assert len(list((tmp_path / "store" / "plan").iterdir())) == 3
+
+
+def test_two_models_of_one_name_are_refused(tmp_path):
+    for folder in ("a", "b"):
+        shutil.copytree(PACKAGE / "demo" / "demo_lvlm", tmp_path / folder / "mine")
+    with open(tmp_path / "b" / "mine" / "generation_config.json", "a") as file:
+        file.write("\n")
+    jobs = ("model.path=a/mine,b/mine", "strategy=tail", "ratio=0.125,0.25")
+    done = svl("-m", *jobs, *QUIET, cwd=tmp_path, code=1)
+    (root,) = (tmp_path / "out" / "run").iterdir()
+    assert [(root / n / "result.json").exists() for n in "0123"] == [True, True, False, False]
+    assert "error: 2 of 4 jobs failed" in done.stderr
+    assert len(re.findall(r"/[23]: two different models of this sweep are called 'mine'", done.stderr)) == 2
+    assert "loaded mine" in (root / "0" / "run.log").read_text()
+    assert "loaded mine" not in (root / "2" / "run.log").read_text()  # refused before anything heavy
+    svl("-m", "model.path=b/mine", "strategy=tail", *QUIET, cwd=tmp_path)  # by itself, it is as good
