@@ -73,9 +73,13 @@ def test_every_experiment_and_every_value_it_sweeps_over_is_valid(name):
     swept = cfg.hydra.sweeper.get("params") or {}
     assert cfg.hydra.mode is None  # run with -m; Hydra 1.4 refuses a mode in a file
     for key, values in swept.items():
-        batches = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides([f"{key}={values}"]), None)
-        for (override,) in batches[0]:
-            config.validate(compose(f"experiment={name}", override))
+        (override,) = OverridesParser.create().parse_overrides([f"{key}={values}"])
+        if override.is_interval_sweep():
+            words = [f"{key}={end}" for end in (override.value().start, override.value().end)]
+        else:
+            words = [word for (word,) in BasicSweeper.split_arguments([override], None)[0]]
+        for word in words:
+            config.validate(compose(f"experiment={name}", word))
 
 
 PAGES = {page.parent.name: page.read_text() for page in (ROOT / "experiments").glob("*/README.md")}
@@ -85,7 +89,7 @@ TWINS = [name for name in EXPERIMENTS if name.endswith("_demo")]
 def test_every_experiment_has_a_page_and_every_page_speaks_of_experiments_there_are():
     for name in EXPERIMENTS:  # variants of one may be told of with it: NAME, NAME_demo, NAME_tokens
         pages = [page for folder, page in PAGES.items() if f"{name}_".startswith(f"{folder}_")]
-        assert any(re.search(rf"^svl -m experiment={name}\b", page, re.MULTILINE) for page in pages), name
+        assert any(re.search(rf"^ *svl -m experiment={name}\b", page, re.MULTILINE) for page in pages), name
     named = {
         name for page in PAGES.values() for name in re.findall(r"^ *svl (?:-m )?experiment=(\w+)", page, re.MULTILINE)
     }

@@ -96,7 +96,7 @@ def test_sweeps_killed_at_any_moment_end_with_the_tables_of_one_left_alone(say, 
         started = time.monotonic()
         running = [say("begin", *SWEEP, f"paths.outputs=killed-{k}") for k in range(2 if number % 3 == 2 else 1)]
         for process in running:
-            time.sleep(chance.uniform(0, length / 2))
+            time.sleep(chance.uniform(0, length))
             with suppress(ProcessLookupError):
                 os.killpg(process, signal.SIGKILL)
         ended = [say("wait", str(process)) for process in running]
