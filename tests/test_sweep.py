@@ -7,9 +7,11 @@ import re
 import shutil
 
 import pytest
+from omegaconf import OmegaConf
 from test_cli import QUIET, numbers, read, svl
 
 from svl.config import PACKAGE
+from svl.sweep import _Once
 
 WHOLE = ("tracker=none", "paths.store=store", "paths.outputs=out", "benchmark.limit=5", "benchmark.batch_size=3")
 
@@ -43,6 +45,25 @@ def test_plans_answered_together_score_as_they_do_alone(tmp_path):
     assert [numbers(result) for result in together] == [numbers(result) for result in alone]
     assert {result["cost"]["samples_per_second"] for result in together} == {None}  # was not measured
     assert all(result["cost"]["samples_per_second"] > 0 for result in alone)
+
+
+def test_jobs_are_composed_once():
+    class Loader:
+        """As Hydra's."""
+
+        def load_sweep_config(self, master_config, sweep_overrides):
+            composed.append(sweep_overrides)
+            return OmegaConf.create({"job": {"overrides": sweep_overrides}})
+
+    composed, loader = [], Loader()
+    once = _Once(loader)
+    first, second = once(None, ["ratio=1"]), once(None, ["ratio=1"])
+    first.job.overrides[0] = "ratio=3"  # Hydra writes into what it gets
+    assert second == once(None, ["ratio=1"]) == {"job": {"overrides": ["ratio=1"]}}
+    assert once(None, ["ratio=2"]).job.overrides == ["ratio=2"]
+    assert composed == [["ratio=1"], ["ratio=2"]]
+    _, (same,) = once.__reduce__()  # other processes get the loader, and nothing that was made
+    assert same is loader
 
 
 def test_failing_jobs_are_listed_at_the_end(tmp_path):
