@@ -7,10 +7,10 @@ and those of one model are evaluated together (see svl.prefix); the jobs then fi
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
-import pickle
 import shutil
 import sys
 import time
@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,22 +63,25 @@ class Sweep(Callback):
 
 class _Once:
     """Composes every job of a sweep once, which takes 0.1 s: Hydra asks for all of them first, to see that they are
-    valid, then for each to run it, and `share` does in between. Other processes start with nothing.
+    valid, then for each to run it, and `share` does in between. In other processes jobs are composed as ever.
     """
 
+    most = 1000  # kept, of 0.15 MB each
+
     def __init__(self, loader: Any):
-        self.loader, self.made = loader, dict[tuple[str, ...], bytes]()
+        self.loader, self.made = loader, dict[tuple[str, ...], DictConfig]()
 
     def __call__(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
-        key = tuple(sweep_overrides)
-        if key not in self.made:
-            made = type(self.loader).load_sweep_config(self.loader, master_config, sweep_overrides)
-            self.made[key] = pickle.dumps(made)  # a twentieth of the object's size
-        config: DictConfig = pickle.loads(self.made[key])
-        return config
+        if (key := tuple(sweep_overrides)) in self.made:
+            return copy.deepcopy(self.made[key])
+        function, arguments = self.__reduce__()
+        made: DictConfig = function(*arguments)(master_config, sweep_overrides)
+        if len(self.made) < self.most:
+            self.made[key] = copy.deepcopy(made)
+        return made
 
     def __reduce__(self) -> Any:
-        return _Once, (self.loader,)
+        return partial, (type(self.loader).load_sweep_config, self.loader)
 
 
 def share(config: DictConfig, jobs: Sequence[Sequence[str]]) -> None:

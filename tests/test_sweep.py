@@ -62,8 +62,9 @@ def test_jobs_are_composed_once():
     assert second == once(None, ["ratio=1"]) == {"job": {"overrides": ["ratio=1"]}}
     assert once(None, ["ratio=2"]).job.overrides == ["ratio=2"]
     assert composed == [["ratio=1"], ["ratio=2"]]
-    _, (same,) = once.__reduce__()  # other processes get the loader, and nothing that was made
-    assert same is loader
+    compose, arguments = once.__reduce__()  # what other processes get
+    assert compose(*arguments)(None, ["ratio=1"]) == second
+    assert composed == [["ratio=1"], ["ratio=2"], ["ratio=1"]]
 
 
 def test_failing_jobs_are_listed_at_the_end(tmp_path):
