@@ -87,6 +87,7 @@ TWINS = [name for name in EXPERIMENTS if name.endswith("_demo")]
 
 
 def test_every_experiment_has_a_page_and_every_page_speaks_of_experiments_there_are():
+    assert len(EXPERIMENTS) >= 19
     for name in EXPERIMENTS:  # variants of one may be told of with it: NAME, NAME_demo, NAME_tokens
         pages = [page for folder, page in PAGES.items() if f"{name}_".startswith(f"{folder}_")]
         assert any(re.search(rf"^ *svl -m experiment={name}\b", page, re.MULTILINE) for page in pages), name
