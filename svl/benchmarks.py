@@ -21,6 +21,7 @@ import importlib.metadata
 import importlib.util
 import re
 from collections.abc import Iterable, Iterator
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ def settings(task: str, include_path: str | None) -> dict[str, Any]:
     """What the YAML of `task` says, with what it includes and what it changes; functions by name."""
 
     def read(path: Path) -> dict[str, Any]:
-        config = dict(_parsed(path))
+        config = deepcopy(_parsed(path))
         included: dict[str, Any] = {}
         for name in reversed(list(_strings(config.pop("include", None)))):
             included |= read(path.parent / name)

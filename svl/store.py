@@ -7,7 +7,8 @@
 * An artifact is built in `<root>/tmp`, together with its manifest, and renamed into place: it is there whole or not
   at all. A killed writer leaves only a temporary folder, swept by the next writer of that key.
 * One lock per key (released by the kernel when its owner dies): of several processes, one computes, the rest wait.
-* The manifest holds every file's size and SHA-256, and its own; a damaged artifact is named and computed again.
+* The manifest holds every file's size and SHA-256, and its own; a damaged artifact is named and computed again. A
+  process hashes a file once, and again when its size or times change.
 """
 
 from __future__ import annotations
