@@ -9,7 +9,7 @@ that layer in the dense model and h' in the pruned one, without and with the run
 the decoder ends and the mean over all places, without the patch; the share of each that the patch takes away; the
 average score, and what share of the loss of the run without compensation it makes good. Runs that differ in the seed
 alone are one row, with mean and standard deviation. Writes feature_gap.csv with all places, feature_gap_layers.csv with
-the gap that every layer would leave alone, and a figure. Gaps of runs are kept in the store, where svl-report finds them.
+the gap that every layer would leave alone, and a figure. Gaps of runs are kept in the store, for svl-report to draw.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ import importlib.metadata
 import importlib.util
 import re
 from collections.abc import Iterable, Iterator
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from typing import Any
 import yaml
 
 from svl.core import SvlError, did_you_mean, one_of
-from svl.store import digest, file_digest
+from svl.store import digest, file_digest, remembered
 
 OWN = Path(__file__).parent / "tasks"
 UPSTREAM = "upstream_"  # before the names of lmms-eval's metrics, where a task has its own beside
@@ -45,7 +46,17 @@ _Loader.add_constructor("!function", lambda loader, node: loader.construct_scala
 
 def tasks(folder: Path) -> dict[str, Path]:
     """The YAML file of every task below `folder`."""
-    return {name: path for path in sorted(folder.rglob("*.yaml")) for name in _NAME.findall(path.read_text("utf-8"))}
+    return {name: path for path in sorted(folder.rglob("*.yaml")) for name in _names(path)}
+
+
+@remembered
+def _names(path: Path) -> list[str]:
+    return _NAME.findall(path.read_text("utf-8"))
+
+
+@remembered
+def _parsed(path: Path) -> dict[str, Any]:
+    return yaml.load(path.read_text("utf-8"), _Loader) or {}
 
 
 def find(task: str, include_path: str | None) -> Path:
@@ -90,7 +101,7 @@ def settings(task: str, include_path: str | None) -> dict[str, Any]:
     """What the YAML of `task` says, with what it includes and what it changes; functions by name."""
 
     def read(path: Path) -> dict[str, Any]:
-        config = yaml.load(path.read_text("utf-8"), _Loader) or {}
+        config = deepcopy(_parsed(path))
         included: dict[str, Any] = {}
         for name in reversed(list(_strings(config.pop("include", None)))):
             included |= read(path.parent / name)
@@ -188,7 +199,7 @@ def _files(path: Path) -> Iterator[Path]:
     """The files that a task's YAML consists of, itself included."""
     yield path
     yield from path.parent.glob("*.py")
-    config = yaml.load(path.read_text("utf-8"), _Loader) or {}
+    config = _parsed(path)
     for included in _strings(config.get("include")):
         yield from _files(path.parent / included)
     if "upstream" in config:

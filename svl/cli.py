@@ -48,7 +48,7 @@ def app(cfg: DictConfig) -> float | None:
 
         if os.environ.get("SVL_LEASE"):
             parallel.lease()
-        result = run(cfg, folder)
+        result = run(cfg, folder, Path(info.sweep.dir) if sweeping else None)
     except Exception as error:
         with suppress(OSError):  # the disk may be full
             (folder / "failed.txt").write_text("".join(traceback.format_exception(error)))

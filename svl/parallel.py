@@ -1,6 +1,7 @@
 """Several processes on one machine, or on one run.
 
-Jobs of a sweep that run in parallel each `lease` an accelerator.
+Jobs of a sweep that run in parallel each `lease` an accelerator. One after the other or not, they `claim` the name of
+their model.
 
 Of processes that torchrun started on one run, each evaluates its share of the questions with its own model. The first
 does everything else, and everything in the store; the others follow it from stage to stage, compute with it where a
@@ -19,7 +20,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from svl.store import Entry, Store
+from svl.core import SvlError
+from svl.store import Entry, Store, digest
 
 _leased: dict[int, FileLock] = {}
 
@@ -70,6 +72,24 @@ def lease(count: int | None = None) -> int | None:
             return number
         time.sleep(1)
     return None
+
+
+def claim(folder: Path, name: str, fingerprint: str) -> None:
+    """Let a model's name stand for one model in the sweep of this folder: reports go by names.
+
+    Raises:
+        SvlError: if a job before this one has given it to another model.
+    """
+    place = folder / ".models" / digest(name)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(place.with_suffix(".lock")):
+        if not (first := place.read_text() if place.exists() else ""):
+            place.write_text(first := fingerprint)
+    if first != fingerprint:
+        raise SvlError(
+            f"two different models of this sweep are called '{name}' ({first} and {fingerprint}), and reports could "
+            "not tell them apart: give them names, each in a file of conf/model, or by model.name= in two sweeps"
+        )
 
 
 def gather(value: Any) -> list[Any]:

@@ -607,6 +607,7 @@ class NotTrackedError(Exception):
     """The tracker gave up; it has said why."""
 
 
+@cache
 def versions() -> dict[str, str]:
     """Versions of what results depend on, and the commit if this is a checkout."""
     found = {"python": platform.python_version()}
@@ -622,10 +623,13 @@ def versions() -> dict[str, str]:
     return {**found, "git": git.stdout.strip()} if git.returncode == 0 else found
 
 
-def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
-    """Run a configuration; files go to `folder`, finished stages to the store.
+def run(cfg: DictConfig, folder: Path, sweep: Path | None = None) -> dict[str, Any]:
+    """Run a configuration; files go to `folder`, finished stages to the store. `sweep`: the folder of all its jobs.
 
     Raises:
         SvlError: on bad input, before any heavy work.
     """
-    return Run(cfg, folder).execute()
+    job = Run(cfg, folder)
+    if sweep:
+        parallel.claim(sweep, job.name, job.fingerprint)
+    return job.execute()

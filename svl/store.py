@@ -7,7 +7,8 @@
 * An artifact is built in `<root>/tmp`, together with its manifest, and renamed into place: it is there whole or not
   at all. A killed writer leaves only a temporary folder, swept by the next writer of that key.
 * One lock per key (released by the kernel when its owner dies): of several processes, one computes, the rest wait.
-* The manifest holds every file's size and SHA-256, and its own; a damaged artifact is named and computed again.
+* The manifest holds every file's size and SHA-256, and its own; a damaged artifact is named and computed again. A
+  process hashes a file once, and again when its size or times change.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -46,6 +48,7 @@ SCHEMA = {
     "gap": 1,
     "track": 1,
 }
+T = TypeVar("T")
 MINIMUM_FREE = 16 * 2**20  # bytes that must be free before a stage starts
 
 
@@ -55,6 +58,28 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def remembered(read: Callable[[Path], T]) -> Callable[[Path], T]:
+    """`read(path)`, once in this process for a file that stays as it is by inode, size and times.
+
+    A file of the last two seconds is read again: within a tick of the clock, a change would leave its times.
+    """
+    known: dict[tuple[str, int, int, int, int], T] = {}
+
+    @wraps(read)
+    def once(path: Path) -> T:
+        info, now = os.stat(path), time.time_ns()
+        state = (str(path), info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+        if state in known:
+            return known[state]
+        value = read(path)
+        if now - max(info.st_mtime_ns, info.st_ctime_ns) > 2 * 10**9:
+            known[state] = value
+        return value
+
+    return once
+
+
+@remembered
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes, hexadecimal."""
     with open(path, "rb") as file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -25,6 +26,7 @@ from svl.selectors.tis import Tis
 
 config.register()
 
+ROOT = Path(__file__).parents[1]
 CHOICES = sorted(
     (path.parent.relative_to(config.CONF).as_posix(), path.stem)
     for path in config.CONF.rglob("*.yaml")
@@ -71,9 +73,46 @@ def test_every_experiment_and_every_value_it_sweeps_over_is_valid(name):
     swept = cfg.hydra.sweeper.get("params") or {}
     assert cfg.hydra.mode is None  # run with -m; Hydra 1.4 refuses a mode in a file
     for key, values in swept.items():
-        batches = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides([f"{key}={values}"]), None)
-        for (override,) in batches[0]:
-            config.validate(compose(f"experiment={name}", override))
+        (override,) = OverridesParser.create().parse_overrides([f"{key}={values}"])
+        if override.is_interval_sweep():
+            words = [f"{key}={end}" for end in (override.value().start, override.value().end)]
+        else:
+            words = [word for (word,) in BasicSweeper.split_arguments([override], None)[0]]
+        for word in words:
+            config.validate(compose(f"experiment={name}", word))
+
+
+PAGES = {page.parent.name: page.read_text() for page in (ROOT / "experiments").glob("*/README.md")}
+TWINS = [name for name in EXPERIMENTS if name.endswith("_demo")]
+
+
+def test_every_experiment_has_a_page_and_every_page_speaks_of_experiments_there_are():
+    assert len(EXPERIMENTS) >= 19
+    for name in EXPERIMENTS:  # variants of one may be told of with it: NAME, NAME_demo, NAME_tokens
+        pages = [page for folder, page in PAGES.items() if f"{name}_".startswith(f"{folder}_")]
+        assert any(re.search(rf"^ *svl -m experiment={name}\b", page, re.MULTILINE) for page in pages), name
+    named = {
+        name for page in PAGES.values() for name in re.findall(r"^ *svl (?:-m )?experiment=(\w+)", page, re.MULTILINE)
+    }
+    assert named == set(EXPERIMENTS)
+    index = (ROOT / "experiments" / "README.md").read_text()
+    assert {folder for folder in PAGES if f"({folder}/README.md)" not in index} == set()
+
+
+def test_experiments_on_the_hubs_models_have_twins_on_bundled_ones():
+    def models(name: str) -> set[str]:
+        swept = (compose(f"experiment={name}", with_hydra=True).hydra.sweeper.get("params") or {}).get("model")
+        names = swept.split(",") if swept else [None]
+        chosen = [compose(f"experiment={name}", *([f"model={n}"] if n else [])) for n in names]
+        return {str(cfg.model.path) for cfg in chosen}
+
+    assert len(TWINS) == 7
+    for twin in TWINS:
+        assert twin.removesuffix("_demo") in EXPERIMENTS
+        assert all(path.startswith(("svl:", str(config.PACKAGE))) for path in models(twin)), twin
+    for name in set(EXPERIMENTS) - set(TWINS):
+        bundled = all(path.startswith(("svl:", str(config.PACKAGE))) for path in models(name))
+        assert bundled or f"{name}_demo" in TWINS, name
 
 
 def test_defaults_are_valid():
@@ -122,6 +161,15 @@ def test_settings_of_the_machine_apply_below_experiments_and_the_command_line(tm
     assert (compose(mine).name, compose(mine).paths.store) == ("mine", "/scratch/store")
     assert compose(mine, "experiment=demo").name == "demo"
     assert compose(mine, "paths.store=here").paths.store == "here"
+
+
+@pytest.mark.parametrize(("found", "jobs"), [(0, 1), (3, 3)])
+def test_as_many_jobs_at_once_as_accelerators(found, jobs, monkeypatch):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: found)
+    hydra_config = compose("hydra/launcher=gpus", with_hydra=True).hydra
+    assert hydra_config.launcher.n_jobs == jobs
+    assert hydra_config.job.env_set.SVL_LEASE == "1"
 
 
 def test_seed_reaches_what_is_random():

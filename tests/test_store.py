@@ -260,6 +260,24 @@ def test_key_depends_on_stage_schema_and_inputs_only(tmp_path, monkeypatch):
     assert key(6, x=1, y=[2]) != first
 
 
+def test_file_that_stays_as_it_is_is_read_once(tmp_path, monkeypatch):
+    file, reads = tmp_path / "file", []
+    read = module.remembered(lambda path: reads.append(path) or path.read_text())
+    file.write_text("first")
+    assert [read(file), read(file), len(reads)] == ["first", "first", 2]  # too young: its times might hide a change
+    later = time.time_ns() + 10**10
+    monkeypatch.setattr(time, "time_ns", lambda: later)
+    assert [read(file), read(file), len(reads)] == ["first", "first", 3]
+    before = file.stat()
+    time.sleep(0.05)
+    file.write_text("other")  # of the same size, at the same time of modification
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert [read(file), len(reads)] == ["other", 4]
+    file.unlink()
+    with pytest.raises(FileNotFoundError):
+        read(file)
+
+
 # ------------------------------------------------------------------------------------- checkpoint fingerprint
 
 
