@@ -135,20 +135,17 @@ def flips(pairs: Mapping[str, tuple[Entry, Entry]], names: tuple[str, str], most
         change = compare(one, other)
         if change is None:
             continue
-        ours, theirs = _samples(one), _samples(other)
         page.append(
-            f"## {task}\n\n{len(ours)} questions, {100 * change['agreement']:.1f} % equal answers; right only in "
+            f"## {task}\n\n{len(_samples(one))} questions, {100 * change['agreement']:.1f} % equal answers; right only in "
             f"{first}: {change['gained']}, only in {second}: {change['lost']} (McNemar p = {change['p']:.2g})"
         )
         limit = one.output.get("limit")
         if limit is not None:
             page.append(f"Caution: limit={limit:g}, so only a part of the benchmark was used.")
-        for who, way in ((second, 1), (first, -1)):
-            rows = []
-            for i in ours:
-                a, b = (ours[i], theirs.get(i))
-                if b and (b["score"] >= 0.5) != (a["score"] >= 0.5) and (b["score"] > a["score"]) == (way == 1):
-                    rows.append([str(i), a["question"], a["target"], b["prediction"], a["prediction"]])
+        found = flipped(one, other, names)
+        for who, gained in ((second, False), (first, True)):
+            columns = ("no", "question", "expected", second, first)
+            rows = [[row[name] for name in columns] for row in found if row["gained"] == gained]
             if rows:
                 table = ["| no. | question | expected | " + f"{second} | {first} |", "|---:|---|---|---|---|"]
                 table += ["| " + " | ".join(map(_cell, row)) + " |" for row in rows[:most]]
@@ -156,6 +153,23 @@ def flips(pairs: Mapping[str, tuple[Entry, Entry]], names: tuple[str, str], most
                     table.append(f"\n... and {len(rows) - most} more")
                 page.append(f"### Right only in {who}\n\n" + "\n".join(table))
     return "\n\n".join(page) + "\n"
+
+
+def flipped(one: Entry, other: Entry, names: tuple[str, str]) -> list[dict[str, Any]]:
+    """The questions that one of two models, called `names`, answered right and the other wrong.
+
+    Each has its number `no`, `question`, the `expected` answer, those of both models under their names, and whether
+    the first model `gained` it.
+    """
+    ours, theirs = _samples(one), _samples(other)
+    return [
+        {
+            **{"no": i, "question": a["question"], "expected": str(a["target"])},
+            **{names[1]: str(b["prediction"]), names[0]: str(a["prediction"]), "gained": a["score"] >= 0.5},
+        }
+        for i, a in ours.items()
+        if (b := theirs.get(i)) and (a["score"] >= 0.5) != (b["score"] >= 0.5)
+    ]
 
 
 def _cell(value: Any) -> str:
