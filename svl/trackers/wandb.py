@@ -1,15 +1,21 @@
 """Weights & Biases: one run for each result, its summary the row of the runs table.
 
-Offline, which is the default, a run is a folder that `wandb sync` uploads; its command is printed. Runs have the key
-of the result as their id, so that a run which is mirrored twice is one run there.
+A run is written to a folder without network. Offline, which is the default, that is all, and the command that uploads
+it is printed; online, it is uploaded at once by a process that has so many seconds, because W&B's client would go on
+trying for days when a server is lost. Runs have the key of the result as their id: mirrored twice, they are one there.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import shlex
+import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svl.core import one_of
@@ -19,7 +25,8 @@ if TYPE_CHECKING:
     import wandb
 
 log = logging.getLogger(__name__)
-PATIENCE = 30.0  # seconds that a server which does not answer may hold up a run, at its start and at its end
+MODES = ("offline", "online", "disabled")
+PATIENCE = 120.0  # seconds that an upload may take
 ROWS = 1000  # in a table
 
 
@@ -40,23 +47,25 @@ class Wandb:
     tags: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        one_of("tracker.mode", self.mode, ("offline", "online", "disabled"))
+        one_of("tracker.mode", self.mode, MODES)
 
     def mirror(self, record: Record) -> str | None:
         """Write a run, numbers first: whatever fails after them, they are in it."""
+        mode = os.environ.get("WANDB_MODE") or self.mode
+        one_of("WANDB_MODE", mode, MODES)
+        if mode == "disabled":
+            return None
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # or W&B reports its crashes to a server of its own
         import wandb
 
-        mode = os.environ.get("WANDB_MODE") or self.mode
         record.folder.mkdir(parents=True, exist_ok=True)  # or W&B would write to the temporary directory
-        wandb.setup(wandb.Settings(silent=True))  # process-wide, so that a batch job is never asked to log in
+        wandb.setup(wandb.Settings(silent=True))  # process-wide: settings of a run come too late for some messages
         run = wandb.init(
             project=self.project,
             entity=self.entity,
-            mode=mode,  # type: ignore[arg-type]  # WANDB_MODE is W&B's to check
+            mode="offline",
             dir=str(record.folder),
             id=record.key,
-            resume="allow" if mode == "online" else None,  # offline there is nothing to resume, W&B would warn
             reinit="finish_previous",
             group=record.group[:128],  # W&B's limits: a longer name or tag is an error there
             name=record.name[:128],
@@ -68,18 +77,44 @@ class Wandb:
                 console="off",  # run.log has it
                 x_disable_stats=True,  # a mirror is made when the work is done; `seconds/*` and `cost/*` tell of that
                 save_code=False,
-                init_timeout=PATIENCE,
             ),
         )
-        if run.disabled:
-            return None
-        place: str = run.url or run.settings.sync_dir
+        folder = Path(run.settings.sync_dir)
         try:
             fill(run, record)
         finally:
             run.finish(exit_code=int(record.error is not None))
-        log.info("  tracked    %s", place if run.url else f"upload it with: wandb sync {shlex.quote(place)}")
-        return place
+        if mode == "online":
+            return upload(folder)
+        log.info("  tracked    upload it with: %s", command(folder))
+        return str(folder)
+
+
+def command(folder: Path) -> str:
+    """What uploads an offline run."""
+    return f"wandb sync {shlex.quote(str(folder))}"
+
+
+def upload(folder: Path) -> str:
+    """Send an offline run to the server; its address there.
+
+    Raises:
+        OSError: if that fails, with what to do.
+    """
+    call = [sys.executable, "-m", "wandb", "beta", "sync", str(folder)]
+    try:
+        done = subprocess.run(
+            call, cwd=folder.parent.parent, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, timeout=PATIENCE, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise OSError(f"the server did not take the run in {PATIENCE:g} s; later: {command(folder)}") from error
+    if done.returncode or not list(folder.glob("*.synced")):
+        said = done.stdout.strip().rpartition("\n")[2].strip()
+        raise OSError(f"the run was not uploaded ({said}); later: {command(folder)}")
+    address = re.search(r"https?://\S+/runs/\S+", done.stdout)
+    log.info("  tracked    %s", address[0] if address else folder)
+    return address[0] if address else str(folder)
 
 
 def fill(run: wandb.Run, record: Record) -> None:
@@ -95,8 +130,11 @@ def fill(run: wandb.Run, record: Record) -> None:
         run.log({f"figures/{title}": wandb.Image(str(path))})
     for kind, files in record.files.items():
         artifact = wandb.Artifact(f"{kind}-{run.id}", type=kind)
-        for file in files:  # the file itself: W&B's own copy would be gone before an offline run is uploaded
-            artifact.add_file(str(file), policy="immutable", skip_cache=True)
+        for file in files:
+            # A copy in the run's folder: one of W&B's would be gone before an offline run is uploaded, and the file
+            # itself would be gone afterwards, because uploading deletes it.
+            copied = shutil.copy(file, run.dir)
+            artifact.add_file(copied, policy="immutable", skip_cache=True)
         run.log_artifact(artifact)
     # Last, because W&B stages tables in the home directory, which on clusters may be read-only.
     for title, rows in (("layers", record.layers()), ("flips", record.flips[:ROWS])):
