@@ -136,8 +136,8 @@ def flips(pairs: Mapping[str, tuple[Entry, Entry]], names: tuple[str, str], most
         if change is None:
             continue
         page.append(
-            f"## {task}\n\n{len(_samples(one))} questions, {100 * change['agreement']:.1f} % equal answers; right only in "
-            f"{first}: {change['gained']}, only in {second}: {change['lost']} (McNemar p = {change['p']:.2g})"
+            f"## {task}\n\n{len(_samples(one))} questions, {100 * change['agreement']:.1f} % equal answers; "
+            f"right only in {first}: {change['gained']}, only in {second}: {change['lost']} (McNemar p = {change['p']:.2g})"
         )
         limit = one.output.get("limit")
         if limit is not None:
@@ -164,8 +164,12 @@ def flipped(one: Entry, other: Entry, names: tuple[str, str]) -> list[dict[str, 
     ours, theirs = _samples(one), _samples(other)
     return [
         {
-            **{"no": i, "question": a["question"], "expected": str(a["target"])},
-            **{names[1]: str(b["prediction"]), names[0]: str(a["prediction"]), "gained": a["score"] >= 0.5},
+            "no": i,
+            "question": a["question"],
+            "expected": str(a["target"]),
+            names[1]: str(b["prediction"]),
+            names[0]: str(a["prediction"]),
+            "gained": a["score"] >= 0.5,
         }
         for i, a in ours.items()
         if (b := theirs.get(i)) and (a["score"] >= 0.5) != (b["score"] >= 0.5)

@@ -7,6 +7,7 @@ import json
 import re
 import threading
 from collections import defaultdict
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -115,7 +116,9 @@ class Endpoint(ThreadingHTTPServer):
     def on_CreateArtifactFiles(self, asked: dict[str, Any]) -> dict[str, Any]:
         nodes = [
             {
-                **{"storagePath": file["name"], "uploadMultipartUrls": None, "artifact": {"id": file["artifactID"]}},
+                "storagePath": file["name"],
+                "uploadMultipartUrls": None,
+                "artifact": {"id": file["artifactID"]},
                 **self.upload_to(file["artifactID"], file["name"]),
             }
             for file in asked["artifactFiles"]
@@ -151,13 +154,11 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(text)
 
-    do_PUT = do_GET = do_POST
+    do_PUT = do_GET = do_POST  # noqa: N815
 
     def log_message(self, *_: Any) -> None:
         """Quiet."""
 
     def handle(self) -> None:
-        try:
+        with suppress(ConnectionError):  # the client has gone
             super().handle()
-        except ConnectionError:  # the client has gone
-            pass

@@ -80,7 +80,7 @@ class Mlflow:
 
     @contextmanager
     def _place(self) -> Iterator[tuple[str, str | None]]:
-        """Where runs go and where their files, None if the server decides; a local database has one writer at a time."""
+        """Where runs go and where their files (None: the server decides). A local database has one writer at a time."""
         if self.uri:
             yield self.uri, None
             return
