@@ -137,7 +137,8 @@ def flips(pairs: Mapping[str, tuple[Entry, Entry]], names: tuple[str, str], most
             continue
         page.append(
             f"## {task}\n\n{len(_samples(one))} questions, {100 * change['agreement']:.1f} % equal answers; "
-            f"right only in {first}: {change['gained']}, only in {second}: {change['lost']} (McNemar p = {change['p']:.2g})"
+            f"right only in {first}: {change['gained']}, only in {second}: {change['lost']} "
+            f"(McNemar p = {change['p']:.2g})"
         )
         limit = one.output.get("limit")
         if limit is not None:
