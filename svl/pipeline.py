@@ -517,9 +517,9 @@ class Run:
         if parallel.rank() > 0:
             return
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        facts = {"key": f"failed-{digest(describe(self.cfg))}", "name": f"{self.name}-{self.choice('strategy')}-failed"}
+        key, name = f"failed-{digest(describe(self.cfg))}", f"{self.name}-{self.choice('strategy')}-failed"
         try:
-            self.mirror(Record(**facts, error=reason, **self.labels("prune")))
+            self.mirror(Record(key=key, name=name, error=reason, **self.labels("prune")))
         except NotTrackedError as problem:
             log.warning("  the failure is not tracked: %s", problem)
 
@@ -566,7 +566,7 @@ class Run:
 
     def curves(self, plan: dict[str, Any], stats: Entry | None) -> dict[str, list[float]]:
         """Numbers per decoder layer."""
-        curves = {"removed": [int(i in plan["removed"]) for i in range(plan["n_layers"])]}
+        curves: dict[str, list[float]] = {"removed": [int(i in plan["removed"]) for i in range(plan["n_layers"])]}
         curves |= {"importance": plan["importance"]} if plan["importance"] else {}
         if stats and "cosine" in stats.manifest["inputs"]["statistics"]:
             curves["cosine"] = self.statistics(stats).cosine().tolist()
