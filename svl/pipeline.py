@@ -568,7 +568,7 @@ class Run:
         """Numbers per decoder layer."""
         curves: dict[str, list[float]] = {"removed": [int(i in plan["removed"]) for i in range(plan["n_layers"])]}
         curves |= {"importance": plan["importance"]} if plan["importance"] else {}
-        if stats and "cosine" in stats.manifest["inputs"]["statistics"]:
+        if stats and self.measures and "cosine" in stats.manifest["inputs"]["statistics"]:
             curves["cosine"] = self.statistics(stats).cosine().tolist()
         return curves
 
