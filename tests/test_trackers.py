@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -269,6 +270,17 @@ def test_environment_chooses_the_mode(record, monkeypatch):
         Wandb().mirror(record)
     with pytest.raises(SvlError, match="did you mean 'offline'"):
         Wandb(mode="ofline")
+
+
+def test_workspace_shows_what_runs_have(record, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
+    from wandb_workspace import workspace
+
+    model = workspace("lab")._to_model()
+    text = model.model_dump_json(by_alias=True)
+    names = set(re.findall(r'"(?:summary:)?((?:eval|cost|prune|layers)/[^"]+)"', text))
+    assert len(names) >= 6
+    assert names <= {*record.summary(), *(f"layers/{name}" for name in CURVES)}
 
 
 # ------------------------------------------------------------------------------------------------- MLflow
