@@ -29,7 +29,8 @@ from svl import benchmarks, bundled, export, parallel, results
 from svl.config import PACKAGE, describe, validate
 from svl.core import Patch, Plan, Probe, Stats, SvlError, layers_to_remove, one_of
 from svl.data import Examples, draw, read_samples, save
-from svl.store import Entry, Store, checkpoint_fingerprint, file_digest
+from svl.record import Record
+from svl.store import Entry, Store, checkpoint_fingerprint, digest, file_digest
 
 if TYPE_CHECKING:
     from svl.loading import Lvlm
@@ -444,8 +445,8 @@ class Run:
         measured = self.efficiency(plan, patch)
         if parallel.rank() > 0:  # the first process does the rest
             return {}
+        pairs = {task: (pruned[task], dense[task]) for task in pruned}
         if (plan.removed or self.combined) and pruned:
-            pairs = {task: (pruned[task], dense[task]) for task in pruned}
             (self.folder / "flips.md").write_text(results.flips(pairs, ("pruned", "dense")), encoding="utf-8")
         identification = {
             "name": self.cfg.name, "model": self.name, "model_fingerprint": self.fingerprint,
@@ -483,7 +484,7 @@ class Run:
         result = run.output
         (self.folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
         self.export(plan, patch, run)
-        self.track(run)
+        self.track(run, stats, pairs)
         if result["retained"]:
             log.info(
                 "  retained %.1f %% of dense, %.1f s", 100 * result["retained"]["value"], time.perf_counter() - began
@@ -506,27 +507,76 @@ class Run:
             protect=self.protect, trust_remote_code=model.trust_remote_code, **record,
         )  # fmt: skip
 
-    def track(self, run: Entry) -> None:
+    def track(self, run: Entry, stats: Entry | None, pairs: dict[str, tuple[Entry, Entry]]) -> None:
         """Stage `track`: mirror a finished run to the tracker, once. Failing to do so changes no result."""
 
         def build(folder: Path) -> dict[str, Any]:
-            result = run.output
-            label = f"{self.name}-{result['strategy']}-r{result['ratio']:g}-{result['selector'] or 'data-free'}"
-            tags = [f"model:{self.name}", f"strategy:{result['strategy']}", f"benchmark:{self.cfg.benchmark.name}"]
-            self.tracker.start(
-                {**describe(self.cfg), "svl": {"versions": result["versions"], "keys": result["keys"]}},
-                name=label, group=self.cfg.name, tags=tags, key=run.key, folder=self.folder,
-            )  # fmt: skip
-            self.tracker.log(result, self.draw(result))
-            self.tracker.finish(ok=True)
-            if self.tracker.failed:
-                raise NotTrackedError
-            return {"run": run.key, "location": self.tracker.location}
+            return {"run": run.key, "location": self.mirror(self.record(run, stats, pairs))}
 
         try:
             self.store.make("track", {"run": run.key, "tracker": identity(self.tracker)}, build)
-        except NotTrackedError:
-            log.warning("  the run is stored, but not tracked; running it again tracks it")
+        except NotTrackedError as error:
+            log.warning("  the run is stored, but not tracked; running it again tracks it: %s", error)
+
+    def track_failure(self, error: Exception) -> None:
+        """Show a failed run where finished ones are, too. It has no result whose key it could have."""
+        if parallel.rank() > 0:
+            return
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        key, name = f"failed-{digest(describe(self.cfg))}", f"{self.name}-{self.choice('strategy')}-failed"
+        try:
+            self.mirror(Record(key=key, name=name, error=reason, **self.labels("prune")))
+        except NotTrackedError as problem:
+            log.warning("  the failure is not tracked: %s", problem)
+
+    def mirror(self, record: Record) -> str | None:
+        """Hand a record to the tracker.
+
+        Raises:
+            NotTrackedError: if that fails, for whatever reason.
+        """
+        try:
+            where: str | None = self.tracker.mirror(record)
+        # Deliberately broad: a mirror that breaks (no disk, no server, no login, an interface that changed) must not
+        # take hours of computed results with it.
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise NotTrackedError(f"{self.choice('tracker')} failed: {reason}") from error
+        return where
+
+    def record(self, run: Entry, stats: Entry | None, pairs: dict[str, tuple[Entry, Entry]]) -> Record:
+        """What there is to show of a finished run."""
+        result, plan = run.output, run.output["plan"]
+        measured = [entry.output for entry, _ in pairs.values()] + [result["efficiency"] or {}]
+        facts = {"versions": result["versions"], "keys": result["keys"], "device": measured[0].get("device")}
+        report = [self.folder / name for name in ("result.json", "flips.md")]
+        return Record(
+            key=run.key,
+            name=f"{self.name}-{result['strategy']}-r{result['ratio']:g}-{result['selector'] or 'data-free'}",
+            result=result,
+            curves=self.curves(plan, stats),
+            flips=[{"task": task, **flip} for task, pair in pairs.items() for flip in results.flip_rows(*pair)],
+            figures=self.draw(result),
+            files={"plan": [self.folder / "plan.json"], "report": [file for file in report if file.exists()]},
+            **self.labels("prune" if plan["removed"] else "evaluate", **facts),
+        )
+
+    def labels(self, kind: str, **facts: Any) -> dict[str, Any]:
+        """What a record says of the configuration, whether the run finished or failed."""
+        groups = ("strategy", "selector", "compensation")
+        names = {"model": self.name, **{g: self.choice(g) for g in groups}, "benchmark": self.cfg.benchmark.name}
+        return {
+            "group": self.cfg.name, "kind": kind, "folder": self.folder, "tags": [f"{g}:{n}" for g, n in names.items()],
+            "config": {**describe(self.cfg), "svl": {"versions": self.store.versions, **facts}},
+        }  # fmt: skip
+
+    def curves(self, plan: dict[str, Any], stats: Entry | None) -> dict[str, list[float]]:
+        """Numbers per decoder layer."""
+        curves: dict[str, list[float]] = {"removed": [int(i in plan["removed"]) for i in range(plan["n_layers"])]}
+        curves |= {"importance": plan["importance"]} if plan["importance"] else {}
+        if stats and self.measures and "cosine" in stats.manifest["inputs"]["statistics"]:
+            curves["cosine"] = self.statistics(stats).cosine().tolist()
+        return curves
 
     def draw(self, result: dict[str, Any]) -> dict[str, Path]:
         """The run's figures, drawn into the output folder."""
@@ -604,7 +654,7 @@ def identity(method: Any) -> dict[str, Any]:
 
 
 class NotTrackedError(Exception):
-    """The tracker gave up; it has said why."""
+    """The tracker failed."""
 
 
 @cache
@@ -632,4 +682,8 @@ def run(cfg: DictConfig, folder: Path, sweep: Path | None = None) -> dict[str, A
     job = Run(cfg, folder)
     if sweep:
         parallel.claim(sweep, job.name, job.fingerprint)
-    return job.execute()
+    try:
+        return job.execute()
+    except Exception as error:
+        job.track_failure(error)
+        raise

@@ -137,6 +137,18 @@ def flipped(first: Entry, second: Entry) -> tuple[list[Pair], list[Pair]]:
     )
 
 
+def flip_rows(pruned: Entry, dense: Entry) -> list[dict[str, Any]]:
+    """What `flipped` finds, as rows of one table; `gained` says whether the pruned model was the one to be right."""
+    return [
+        {
+            "no": a["doc_id"], "question": a["question"], "expected": str(a["target"]),
+            "dense": str(b["prediction"]), "pruned": str(a["prediction"]), "gained": gained,
+        }
+        for gained, pairs in zip((True, False), flipped(pruned, dense), strict=True)
+        for a, b in pairs
+    ]  # fmt: skip
+
+
 def mcnemar(gained: int, lost: int) -> float:
     """Two-sided exact p-value: that of `gained` among `gained + lost` throws of a fair coin."""
     n = gained + lost

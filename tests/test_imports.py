@@ -17,7 +17,7 @@ METHODS = ("selectors", "strategies", "compensation")
 # A module may import those of earlier lines only.
 ORDER = (
     {"core"},
-    {"regression"},
+    {"regression", "record"},
     {"config", "store", "data", "attention", "checkpoint", "card", "models"},
     {"loading", "benchmarks", "bundled", "results", "figures", "parallel"},
     {"surgery", "skeleton", "prompts", "replay", "measure", "prefix"},
@@ -30,10 +30,11 @@ ORDER = (
     {"__main__"},
 )
 SIDE = {  # imported by nothing
-    "track": {"core"},
+    "trackers": {"core", "record"},
     "report": {"core", "store", "results", "figures", "report"},
     "tasks": {"demo"},
 }
+TRACKERS = ("trackers/none.py", "trackers/wandb.py", "trackers/mlflow.py")
 FILES = sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py"))
 
 
@@ -101,15 +102,19 @@ def test_methods_import_core_regression_and_torch_only(file):
     assert {n for n in imports(file) if not n.startswith(own) and n.partition(".")[0] not in allowed} == set()
 
 
-@pytest.mark.parametrize(("library", "owner"), [("lmms_eval", "evaluate.py"), ("wandb", "track.py")])
+@pytest.mark.parametrize(
+    ("library", "owner"),
+    [("lmms_eval", "evaluate.py"), ("wandb", "trackers/wandb.py"), ("mlflow", "trackers/mlflow.py")],
+)
 def test_optional_and_heavy_libraries_have_one_owner(library, owner):
     users = {file for file in FILES if any(name.partition(".")[0] == library for name in imports(file))}
     assert users - {"tasks/utils.py"} == {owner}  # which is code for lmms-eval, run by it
 
 
 def test_what_the_command_line_needs_first_is_light():
-    for file in ("core.py", "config.py", "store.py", "benchmarks.py", "cli.py", "pipeline.py", "track.py"):
-        heavy = {"torch", "transformers", "lmms_eval", "wandb", "datasets", "matplotlib"}
+    first = ("core.py", "config.py", "store.py", "benchmarks.py", "cli.py", "pipeline.py", "record.py")
+    for file in (*first, *TRACKERS):
+        heavy = {"torch", "transformers", "lmms_eval", "wandb", "mlflow", "datasets", "matplotlib"}
         assert {name.partition(".")[0] for name in imports(file, top_level=True)} & heavy == set(), file
 
 

@@ -461,7 +461,7 @@ def test_failing_writer_leaves_the_old_files(store, monkeypatch, capsys):
 def test_imports_nothing_heavy(store):
     demo(store)
     code = (
-        "import sys; import svl.report, svl.track\n"
+        "import sys; import svl.report, svl.trackers.wandb\n"
         "heavy = {'torch', 'transformers', 'wandb', 'lmms_eval', 'matplotlib.pyplot'}\n"
         "assert not (heavy | {'matplotlib'}) & set(sys.modules), 'on import'\n"
         "assert svl.report.main(['experiment=demo']) == 0\n"
