@@ -92,7 +92,7 @@ class MPLUGOwl2Config(LlamaConfig):
 
     Attributes:
         visual_config: a `MPLUGOwl2VisualConfig`, or its fields.
-        image_token_id: stands where a visual token goes; default: the one after the vocabulary's last.
+        image_token_index: stands where a visual token goes; default: the one after the vocabulary's last.
 
     Raises:
         ValueError: if the visual parts do not fit each other, or are those of mPLUG-Owl2.1.
@@ -102,15 +102,15 @@ class MPLUGOwl2Config(LlamaConfig):
     sub_configs = {"visual_config": MPLUGOwl2VisualConfig}
 
     visual_config: Any = None
-    image_token_id: int | None = None
+    image_token_index: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs.pop("auto_map", None)  # names code that may come with a checkpoint and is not needed here
         if not isinstance(self.visual_config, PreTrainedConfig):
             given = self.visual_config or {}
             self.visual_config = MPLUGOwl2VisualConfig(**{k: v for k, v in given.items() if k != "model_type"})
-        if self.image_token_id is None:
-            self.image_token_id = self.vocab_size
+        if self.image_token_index is None:
+            self.image_token_index = self.vocab_size
         super().__post_init__(**kwargs)
         tower, abstractor = self.visual_config.visual_model, self.visual_config.visual_abstractor
         if not (tower.use_cls_token and tower.use_post_layernorm):

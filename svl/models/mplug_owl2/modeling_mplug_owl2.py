@@ -446,7 +446,7 @@ class MPLUGOwl2ForConditionalGeneration(MPLUGOwl2PreTrainedModel, GenerationMixi
         if places.sum() != wanted:
             raise ValueError(
                 f"{0 if images is None else len(images)} images need {wanted} tokens <|image|> (id "
-                f"{self.config.image_token_id}) in input_ids, which have {int(places.sum())}"
+                f"{self.config.image_token_index}) in input_ids, which have {int(places.sum())}"
             )
         embeds = self.model.embed_tokens(input_ids.masked_fill(places, 0))  # the vocabulary does not have it
         return embeds if images is None else embeds.masked_scatter(places[..., None], images.to(embeds))
@@ -497,7 +497,7 @@ class MPLUGOwl2ForConditionalGeneration(MPLUGOwl2PreTrainedModel, GenerationMixi
             if visual is not None:
                 raise ValueError("visual belongs to inputs_embeds; of input_ids it is known")
             images = None if pixel_values is None else self.get_image_features(pixel_values)
-            places = input_ids == self.config.image_token_id
+            places = input_ids == self.config.image_token_index
             inputs_embeds = self._with_images(input_ids, places, images)
             visual = None if images is None else places
         outputs = self.model(
