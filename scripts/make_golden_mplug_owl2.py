@@ -323,6 +323,8 @@ def main() -> None:
         found[f"{config}/pixels"] = made[:, ::step, ::step].contiguous()
     save_file(found, OUT / "logits.safetensors")
     (OUT / "config.json").write_text(json.dumps(full_config(code, "short").to_dict(), indent=1) + "\n")
+    weights = code.model.modeling_mplug_owl2.MPLUGOwl2LlamaForCausalLM(full_config(code, "short")).state_dict()
+    (OUT / "keys.json").write_text(json.dumps({name: list(tensor.shape) for name, tensor in weights.items()}) + "\n")
     file = OUT / "tokenizer.model"
     file.write_bytes(vocabulary())
     result = {"strings": strings(), "legacy": encoded(code, file, True), "new": encoded(code, file, False)}
