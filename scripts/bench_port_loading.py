@@ -22,7 +22,10 @@ import torch
 from torch import Tensor
 
 # what the original config.json says beyond the defaults of the port's config
-MODELS = {"qwen_vl": {"model_type": "qwen", "torch_dtype": "bfloat16"}}
+MODELS = {
+    "qwen_vl": {"model_type": "qwen", "torch_dtype": "bfloat16"},
+    "mplug_owl2": {"model_type": "mplug_owl2", "torch_dtype": "bfloat16", "rms_norm_eps": 1e-5},
+}
 LOAD = """
 import re, sys, time
 import torch
@@ -39,9 +42,10 @@ base, began = high(), time.perf_counter()
 model = auto.from_pretrained(sys.argv[1], dtype="auto").eval()
 seconds = time.perf_counter() - began
 with torch.inference_mode():
-    for p in model.parameters():
+    weights = model.state_dict().values()
+    for p in weights:
         p.view(-1)[:: 1024].sum()
-print(base, high() - base, seconds, sum(p.numel() * p.element_size() for p in model.parameters()))
+print(base, high() - base, seconds, sum(p.numel() * p.element_size() for p in weights))
 """
 
 
@@ -52,7 +56,7 @@ def shapes(config: Path) -> dict[str, tuple[int, ...]]:
 
     described, auto = describe(config)
     model = hollow(auto, described, torch.bfloat16, shapes_only=True)
-    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def shards(sizes: dict[str, tuple[int, ...]], limit: float) -> Iterator[list[str]]:
