@@ -83,7 +83,7 @@ def write(folder: Path, kind: str, limit: float) -> int:
         tensors: dict[str, Tensor] = {}
         for name in names:
             n = torch.Size(sizes[name]).numel()
-            tensors[name] = noise.repeat(-(-n // len(noise)))[:n].view(sizes[name])
+            tensors[name] = noise.repeat(-(-n // len(noise)))[:n].clone().view(sizes[name])  # no larger than it is
             total += 2 * n
         stem = "model" if kind == "safetensors" else "pytorch_model"
         file = f"{stem}-{number + 1:05}-of-{len(groups):05}.{kind}"
@@ -91,7 +91,7 @@ def write(folder: Path, kind: str, limit: float) -> int:
         if kind == "safetensors":
             save_file(tensors, folder / file, {"format": "pt"})
         else:
-            torch.save({name: tensor.clone() for name, tensor in tensors.items()}, folder / file)
+            torch.save(tensors, folder / file)
     index = {"metadata": {"total_size": total}, "weight_map": where}
     (folder / f"{stem}.{kind}.index.json").write_text(json.dumps(index))
     return total

@@ -7,8 +7,9 @@ needs: transformers 4.31.0 (tokenizers 0.13.3, huggingface_hub 0.19.4), PyTorch 
 protobuf, einops, icecream, Pillow. None of the original code is here; the test imports this file for the sizes, weights
 and inputs.
 
-The files in tests/golden/mplug_owl2 were made from X-PLUG/mPLUG-Owl at 0f3068f (2 April 2025). LLaMA's vocabulary is not
-free, so `tokenizer.model` is a small one, trained with the settings of LLaMA's.
+The files in tests/golden/mplug_owl2 were made from X-PLUG/mPLUG-Owl at
+0f3068fdb47b77aedc71fc39f5735cd7aa35e8f9 (2 April 2025).
+LLaMA's vocabulary is not free, so `tokenizer.model` is a small one, trained with the settings of LLaMA's.
 """
 
 from __future__ import annotations
@@ -157,7 +158,7 @@ def strings() -> list[str]:
 
 
 def vocabulary(size: int = 700) -> bytes:
-    """A small SentencePiece model, made as LLaMA's is: byte-pair encoding, bytes for what is rare, text left as it is."""
+    """A small SentencePiece model like LLaMA's: byte-pair encoding, bytes for what is rare, text left as it is."""
     import sentencepiece
 
     model = io.BytesIO()
@@ -216,18 +217,17 @@ def logits(code: Any, config: str, case: str) -> dict[str, Tensor]:
         found["logits"] = model(given_ids, attention_mask=given_mask, images=given).logits
         found["logits"] = found["logits"][SHOWN].contiguous()
         return found
-    if len(texts) == 1:
-        forward = one(model, torch.tensor(texts), given)
-    else:
-        forward = several(model, texts, given, mask)
+    alone = len(texts) == 1
+    forward = one(model, torch.tensor(texts), given) if alone else several(model, texts, given, mask)
     prompt, past = forward(None, None)
     steps, new, last = [], [], prompt
     for _ in range(STEPS):
         new.append(last[:, -1].argmax(-1, keepdim=True))
         last, past = forward(new[-1], past)
         steps.append(last)
-    if len(texts) == 1:  # the original's own generation agrees
-        whole = model.generate(torch.tensor(texts), images=given, max_new_tokens=STEPS, do_sample=False, eos_token_id=-1)
+    if alone:  # the original's own generation agrees
+        options = {"max_new_tokens": STEPS, "do_sample": False, "eos_token_id": -1}
+        whole = model.generate(torch.tensor(texts), images=given, **options)
         if not torch.equal(whole[:, len(texts[0]) :], torch.cat(new, 1)):
             raise RuntimeError(f"{config}/{case}: generation is not that of the steps")
     return {**found, "logits": prompt[SHOWN].contiguous(), "new": torch.cat(new, 1),

@@ -81,7 +81,7 @@ class MPLUGOwl2VisualConfig(PreTrainedConfig):
             given = getattr(self, name) or {}
             if not isinstance(given, PreTrainedConfig):
                 # original checkpoints list all defaults of the transformers of 2023, too
-                known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+                known = {field.name for field in fields(kind)}
                 setattr(self, name, kind(**{k: v for k, v in given.items() if k in known}))
         super().__post_init__(**kwargs)
 

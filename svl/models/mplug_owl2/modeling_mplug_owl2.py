@@ -58,16 +58,16 @@ def split(x: Tensor, heads: int) -> Tensor:
 
 def sincos(positions: Tensor, width: int) -> Tensor:
     """Sine-cosine positions [n, width] of `positions` [n]."""
-    frequencies = 10000.0 ** -(torch.arange(width // 2) / (width / 2))
+    frequencies = 1 / 10000.0 ** (torch.arange(width // 2, dtype=torch.float32) / (width / 2))
     angles = positions[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], 1)
 
 
 def sincos_2d(side: int, width: int) -> Tensor:
-    """Those [1 + side * side, width] of a class token (zeros) and a grid: columns in the first half, rows in the other."""
+    """Those [1 + side * side, width] of a class token (zeros) and a grid: columns in the first half, rows after."""
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     grid = torch.cat([sincos(columns.flatten(), width // 2), sincos(rows.flatten(), width // 2)], 1)
-    return torch.cat([torch.zeros(1, width), grid])
+    return torch.cat([torch.zeros(1, width, dtype=grid.dtype), grid])
 
 
 # ------------------------------------------------------------------------------------------------- vision
@@ -166,6 +166,8 @@ class MPLUGOwl2AbstractorAttention(nn.Module):
 
     num_key_value_groups = 1
     is_causal = False
+    q_pos_embed: Tensor
+    k_pos_embed: Tensor
 
     def __init__(self, config: MPLUGOwl2AbstractorConfig):
         super().__init__()
@@ -173,7 +175,7 @@ class MPLUGOwl2AbstractorAttention(nn.Module):
         w = config.hidden_size
         self.query, self.key, self.value = (nn.Linear(w, w) for _ in range(3))
         for name, table in self.tables().items():
-            self.register_buffer(name, table)
+            self.register_buffer(name, table.to(self.query.weight.dtype))
 
     def tables(self) -> dict[str, Tensor]:
         """Positions of queries [Q, w] and patches [P, w]. They are fixed, but original checkpoints hold them."""
@@ -341,7 +343,7 @@ class MPLUGOwl2DecoderLayer(GradientCheckpointingLayer):
 
 
 class MPLUGOwl2PreTrainedModel(PreTrainedModel):
-    config: MPLUGOwl2Config
+    config: Any
     config_class = MPLUGOwl2Config
     base_model_prefix = "model"
     input_modalities = ["image", "text"]

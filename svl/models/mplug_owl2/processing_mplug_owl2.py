@@ -27,9 +27,9 @@ TEMPLATE = (
 class MPLUGOwl2ImageProcessor(CLIPImageProcessorPil):
     """CLIP's image processor after a step before: any form is stretched to a square as large as its longer side."""
 
-    def process_image(self, image: Any, **kwargs: Any) -> np.ndarray:
+    def process_image(self, image: Any, *args: Any, **kwargs: Any) -> np.ndarray:
         """An image as an array [3, side, side]."""
-        array = super().process_image(image, **kwargs)
+        array = super().process_image(image, *args, **kwargs)
         side = max(array.shape[-2:])
         return self.resize(array, SizeDict(height=side, width=side), resample=self.resample)
 
@@ -40,7 +40,7 @@ class MPLUGOwl2Processor(ProcessorMixin):
     Args:
         image_processor: a `MPLUGOwl2ImageProcessor`, makes `pixel_values` [images, 3, size, size].
         tokenizer: a `MPLUGOwl2Tokenizer`.
-        image_seq_length: visual tokens per image; each `<|image|>` in a prompt stands for one image and becomes as many.
+        image_seq_length: visual tokens per image; each `<|image|>` in a prompt is an image and becomes as many.
         chat_template: default: the original's conversation.
 
     Raises:

@@ -69,7 +69,7 @@ class MPLUGOwl2Tokenizer(SentencePieceBackend):
         pairs = pairwise([image, *token_ids_0])
         return [i for before, now in pairs for i in (start * (before == image != now) + [now])]
 
-    def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:  # type: ignore[override]
+    def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
         """The text of tokens, with a blank before special ones unless they are the first or follow each other."""
         text, known, special = "", set(self.all_special_tokens), True
         ordinary: list[str] = []
