@@ -23,7 +23,7 @@ from test_families import close, generate, logits
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 import svl
-from svl import card, loading, offload, surgery
+from svl import attention, card, loading, offload, surgery
 from svl.core import Plan, SvlError
 from svl.loading import Lvlm
 from svl.models.mplug_owl2.configuration_mplug_owl2 import MPLUGOwl2Config
@@ -391,6 +391,27 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------ pruning
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_visual_parts_keep_their_attention(source, inputs, attn):
+    loaded = AutoModelForImageTextToText.from_pretrained(
+        source, **({} if attn == "sdpa" else {"attn_implementation": attn})
+    )
+    owl = Lvlm(loaded.eval(), None, loading.find_anatomy(loaded), "owl")
+    pruned = surgery.apply(owl, Plan(6, (1,)))
+
+    def kinds(model):
+        visual = model.config.visual_config
+        return {p._attn_implementation for p in (visual, visual.visual_model, visual.visual_abstractor)}
+
+    for model in (owl.model, pruned.model):
+        assert kinds(model) == {model.config._attn_implementation} == {attn}
+        modality = torch.ones(1, 2, inputs["input_ids"].shape[1])
+        with attention.metering(model, modality):
+            assert (model.config._attn_implementation, kinds(model)) == (attention.NAME, {attn})
+            logits(model, inputs)
+        assert kinds(model) == {model.config._attn_implementation} == {attn}
 
 
 def test_answers_do_not_depend_on_padding(lvlm):

@@ -376,6 +376,8 @@ class MPLUGOwl2Model(MPLUGOwl2PreTrainedModel):
     def __init__(self, config: MPLUGOwl2Config):
         super().__init__(config)
         visual = config.visual_config
+        if visual._attn_implementation is None:  # its parts are no models of their own, which would see to it
+            visual._attn_implementation = config._attn_implementation
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(MPLUGOwl2DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
