@@ -4,7 +4,8 @@
 
 Writes a random checkpoint of the full-size MODEL (in bf16, shard by shard, its decoder cut to N layers) to the new
 folder FOLDER, loads it in another process as svl does, reads every weight once, and removes it. Memory is the
-high-water mark of resident memory, mapped files included, above that of the interpreter with its libraries.
+high-water mark of resident memory, mapped files included, above that of the interpreter with its libraries. Where
+memory is short, the system drops mapped pages before that; so what is not backed by files is given, too.
 """
 
 from __future__ import annotations
@@ -22,26 +23,31 @@ import torch
 from torch import Tensor
 
 # what the original config.json says beyond the defaults of the port's config
-MODELS = {"qwen_vl": {"model_type": "qwen", "torch_dtype": "bfloat16"}}
+MODELS = {
+    "qwen_vl": {"model_type": "qwen", "torch_dtype": "bfloat16"},
+    "mplug_owl2": {"model_type": "mplug_owl2", "torch_dtype": "bfloat16", "rms_norm_eps": 1e-5},
+}
 LOAD = """
 import re, sys, time
 import torch
 import svl
 from svl.loading import describe
 
-def high():
-    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+def memory(field):
+    return int(re.search(field + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 
 config, auto = describe(sys.argv[1])
 import transformers.modeling_utils, safetensors.torch  # noqa
 auto._model_mapping[type(config)]
-base, began = high(), time.perf_counter()
+base, own, began = memory("VmHWM"), memory("RssAnon"), time.perf_counter()
 model = auto.from_pretrained(sys.argv[1], dtype="auto").eval()
 seconds = time.perf_counter() - began
 with torch.inference_mode():
-    for p in model.parameters():
+    weights = model.state_dict().values()
+    for p in weights:
         p.view(-1)[:: 1024].sum()
-print(base, high() - base, seconds, sum(p.numel() * p.element_size() for p in model.parameters()))
+size = sum(p.numel() * p.element_size() for p in weights)
+print(base, memory("VmHWM") - base, memory("RssAnon") - own, seconds, size)
 """
 
 
@@ -52,7 +58,7 @@ def shapes(config: Path) -> dict[str, tuple[int, ...]]:
 
     described, auto = describe(config)
     model = hollow(auto, described, torch.bfloat16, shapes_only=True)
-    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def shards(sizes: dict[str, tuple[int, ...]], limit: float) -> Iterator[list[str]]:
@@ -79,7 +85,7 @@ def write(folder: Path, kind: str, limit: float) -> int:
         tensors: dict[str, Tensor] = {}
         for name in names:
             n = torch.Size(sizes[name]).numel()
-            tensors[name] = noise.repeat(-(-n // len(noise)))[:n].view(sizes[name])
+            tensors[name] = noise.repeat(-(-n // len(noise)))[:n].clone().view(sizes[name])  # no larger than it is
             total += 2 * n
         stem = "model" if kind == "safetensors" else "pytorch_model"
         file = f"{stem}-{number + 1:05}-of-{len(groups):05}.{kind}"
@@ -87,7 +93,7 @@ def write(folder: Path, kind: str, limit: float) -> int:
         if kind == "safetensors":
             save_file(tensors, folder / file, {"format": "pt"})
         else:
-            torch.save({name: tensor.clone() for name, tensor in tensors.items()}, folder / file)
+            torch.save(tensors, folder / file)
     index = {"metadata": {"total_size": total}, "weight_map": where}
     (folder / f"{stem}.{kind}.index.json").write_text(json.dumps(index))
     return total
@@ -95,7 +101,10 @@ def write(folder: Path, kind: str, limit: float) -> int:
 
 def measure(model: str, folder: Path, layers: int | None = None, kind: str = "safetensors", limit: float = 2e9,
             sizes: dict | None = None) -> dict[str, float]:  # fmt: skip
-    """Bytes on disk and in memory, seconds, and peak: memory above the interpreter's, over bytes on disk."""
+    """Bytes on disk and in memory, seconds, and peak: memory above the interpreter's, over bytes on disk.
+
+    `anonymous` is what of the model is not backed by files in the end.
+    """
     folder.mkdir(parents=True)
     config = {**MODELS[model], **({"num_hidden_layers": layers} if layers else {}), **(sizes or {})}
     (folder / "config.json").write_text(json.dumps(config))
@@ -103,8 +112,9 @@ def measure(model: str, folder: Path, layers: int | None = None, kind: str = "sa
     out = subprocess.run([sys.executable, "-c", LOAD, str(folder)], capture_output=True, text=True)
     if out.returncode:
         raise RuntimeError(out.stderr)
-    base, peak, seconds, resident = map(float, out.stdout.split())
-    return {"size": size, "base": base, "above": peak, "weights": resident, "seconds": seconds, "peak": peak / size}
+    base, peak, own, seconds, resident = map(float, out.stdout.split())
+    return {"size": size, "base": base, "above": peak, "anonymous": own, "weights": resident, "seconds": seconds,
+            "peak": peak / size}  # fmt: skip
 
 
 def main() -> None:
@@ -126,7 +136,8 @@ def main() -> None:
     print(
         f"{given.model}, {given.layers or 'all'} layers, {given.format}: {found['size'] / 1e9:.2f} GB on disk, loaded "
         f"in {found['seconds']:.1f} s, peak {found['above'] / 1e9:.2f} GB = {found['peak']:.3f} x above the "
-        f"interpreter's {found['base'] / 1e9:.2f} GB; {time.perf_counter() - began:.0f} s in all"
+        f"interpreter's {found['base'] / 1e9:.2f} GB, {found['anonymous'] / 1e9:.2f} GB not backed by files; "
+        f"{time.perf_counter() - began:.0f} s in all"
     )
 
 

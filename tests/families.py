@@ -25,6 +25,8 @@ from transformers import (
     TimmWrapperConfig,
 )
 
+import svl  # noqa: F401 # for its ports
+
 VOCABULARY, IMAGE, VIDEO, START, END = 64, 60, 61, 62, 63  # the last ones mark images; ordinary words are below 50
 DEPTH, WIDTH = 6, 32
 
@@ -214,6 +216,17 @@ def fast_vlm() -> Family:
     tower = TimmWrapperConfig(architecture="test_resnet", initializer_range=0.02)
     tower.num_features = tower.hidden_size = 96
     return plain("fast_vlm", config("qwen2", **LLAMA), tower, 4, pixel_values=pixels(1, 3, 64, 64))
+
+
+@family
+def mplug_owl2() -> Family:
+    """A port of svl: visual tokens have keys, values and norms of their own."""
+    tower = {**TOWER, "image_size": 16, "patch_size": 4}
+    abstractor = {**TOWER, "encoder_hidden_size": 16, "num_learnable_queries": 5, "grid_size": 4}
+    visual = {"visual_model": tower, "visual_abstractor": abstractor}
+    return build(
+        config("mplug_owl2", **LLAMA, visual_config=visual, image_token_index=IMAGE), 6, {"pixel_values": pixels()}
+    )
 
 
 @family

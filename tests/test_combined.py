@@ -16,7 +16,7 @@ from svl.visual_tokens.fastv import Fastv
 
 SEEING = (
     "llava", "llava_next", "llava_onevision", "internvl", "idefics3", "smolvlm", "paligemma", "qwen2_5_vl", "ovis2",
-    "glm4v",
+    "glm4v", "mplug_owl2",
 )  # fmt: skip
 SLIDING = ("mistral3", "aya_vision", "qwen2_vl")  # windows shorter than the prompt
 

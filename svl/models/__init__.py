@@ -7,7 +7,7 @@ whose `register` does the same for it.
 
 import transformers  # noqa: F401 # first, as it imports this package when it is through
 
-from svl.models import qwen_vl
+from svl.models import mplug_owl2, qwen_vl
 
-for port in (qwen_vl,):
+for port in (mplug_owl2, qwen_vl):
     port.register()
