@@ -242,7 +242,7 @@ def removed_layers(plans: Mapping[str, Mapping[float, Plan]], *, title: str = ""
     names, gone, shades = [], [], []
     for label, by_ratio in plans.items():
         for i, (ratio, plan) in enumerate(sorted(by_ratio.items())):
-            names.append(f"{label if i == 0 else ''}  −{100 * ratio:g} %")
+            names.append(f"{_short(label, 36) if i == 0 else ''}  −{100 * ratio:g} %")
             gone.append([layer in plan.removed for layer in range(n_layers)])
             shades.append(color[label])
     with mpl.rc_context(STYLE):
@@ -268,7 +268,7 @@ def _depth(plans: Iterable[Plan]) -> int:
 
 def _grid(names: Sequence[str], n_layers: int, cell: float, title: str, below: float = 0.0) -> tuple[Figure, Axes]:
     """Axes with a line `cell` inches high for every name, a column for every layer, and room below."""
-    shown = [name if len(name) <= 44 else name[:43] + "…" for name in names]
+    shown = [_short(name, 44) for name in names]
     left, top, bottom = 0.2 + 0.068 * max(map(len, shown)), 0.38 if title else 0.08, 0.42 + below
     height = top + cell * len(names) + bottom
     figure = Figure(figsize=(WIDTH, height))
@@ -520,9 +520,9 @@ COLUMNS = 96  # characters in a line of text tokens
 MAX_LINES = 9
 
 
-def _short(title: str) -> str:
-    """A title that fits the width."""
-    return title if len(title) <= 80 else title[:79] + "…"
+def _short(text: str, most: int = 80) -> str:
+    """A text that fits: by default, a title's width."""
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def readable(token: str) -> str:

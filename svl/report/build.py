@@ -159,12 +159,16 @@ class Report:
         out = io.StringIO()
         table = csv.writer(out, lineterminator="\n")
         numbers = ["group", "task", "metric", "main", "n", "value", "stderr", "dense"]
-        table.writerow(["experiment", "run", *shared, "removed", *numbers])
+        calibration = ["file", "samples", "seed"]
+        table.writerow(
+            ["experiment", "run", *shared, *(f"calibration_{name}" for name in calibration), "removed", *numbers]
+        )
         for entry in self.entries:
             run = entry.output
-            removed = " ".join(map(str, run["plan"]["removed"]))
+            data, removed = run["settings"].get("calibration", {}), " ".join(map(str, run["plan"]["removed"]))
+            about = [*(run[name] for name in shared), *(data.get(name) for name in calibration), removed]
             for row in tables.numbers(run):
-                table.writerow([self.name, entry.key, *(run[name] for name in shared), removed, *row])
+                table.writerow([self.name, entry.key, *about, *row])
         return out.getvalue()
 
     def wandb_sync(self) -> str | None:
