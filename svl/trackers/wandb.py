@@ -102,10 +102,12 @@ def upload(folder: Path) -> str:
         OSError: if that fails, with what to do.
     """
     call = [sys.executable, "-m", "wandb", "beta", "sync", str(folder)]
+    # Not through this process's W&B service, which would go on trying and hold up the end of this process.
+    alone = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     try:
         done = subprocess.run(
-            call, cwd=folder.parent.parent, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, timeout=PATIENCE, check=False,
+            call, cwd=folder.parent.parent, env=alone, text=True, timeout=PATIENCE, check=False,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         raise OSError(f"the server did not take the run in {PATIENCE:g} s; later: {command(folder)}") from error
