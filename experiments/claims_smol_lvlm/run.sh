@@ -8,7 +8,10 @@ for experiment in claims_smol_lvlm claims_smol_lvlm_tokens; do
 done
 svl -m experiment=claims_smol_lvlm_tokens calibration=prose selector=all together=8
 svl -m experiment=ablation_bridge model=smol_lvlm calibration.seed=0,1,2 name=claims_smol_lvlm_gap together=8
-for experiment in claims_smol_lvlm claims_smol_lvlm_tokens claims_smol_lvlm_gap; do
+scp="model=smol_lvlm strategy=short_lvlm ratio=0.2 name=claims_smol_lvlm_scp compensation.gain=-1,0.25,1"
+svl -m $scp compensation.rank=1,4,16 together=9
+svl -m $scp compensation.anchor=after together=3
+for experiment in claims_smol_lvlm claims_smol_lvlm_tokens claims_smol_lvlm_gap claims_smol_lvlm_scp; do
   svl-report experiment=$experiment
 done
 python scripts/feature_gap.py --experiment claims_smol_lvlm_gap --model svl:smol_lvlm \
