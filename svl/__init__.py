@@ -9,11 +9,15 @@ The Python API is the pipeline's own stages; they are imported on first use, so 
     ...  # the README has the rest
 """
 
+import logging
 import sys
 from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
+
+# torchao, which transformers imports wherever it is installed, makes torch warn of a call that it no longer needs.
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 _WHERE = {
     "Plan": "core",
