@@ -257,6 +257,15 @@ def test_build_is_the_plain_command(store, no_figures, capsys):
     assert files[0] == files[1]
 
 
+def test_csv_says_what_a_run_was_calibrated_on(store, no_figures):
+    data = {"file": "questions.parquet", "samples": 64, "seed": 2}
+    store.add(result(settings=result()["settings"] | {"calibration": data}), result("tail", level=0.2))
+    assert main(["experiment=demo", "out=there"]) == 0
+    rows = list(csv.DictReader(io.StringIO(Path("there/results.csv").read_text())))
+    found = {row["strategy"]: [row[f"calibration_{name}"] for name in data] for row in rows}
+    assert sorted(found.values()) == [["", "", ""], ["questions.parquet", "64", "2"]]
+
+
 def test_csv(store, no_figures):
     demo(store)
     assert main(["experiment=demo", "out=there"]) == 0
