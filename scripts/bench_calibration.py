@@ -26,10 +26,13 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from transformers.utils import logging
 
 import svl
-from svl.calibrate import _encode, _forward, calibrate
+from svl.calibration.calibrate import calibrate
+from svl.calibration.encoding import encode_samples
+from svl.calibration.hooks import run_decoder
+from svl.calibration.samples import Samples
 from svl.config import PACKAGE
-from svl.data import Examples
-from svl.loading import Lvlm, find_anatomy
+from svl.models.anatomy import find_anatomy
+from svl.models.lvlm import Lvlm
 
 LIBC = ctypes.CDLL("libc.so.6")
 
@@ -64,17 +67,17 @@ class Large:
         return Inputs(model, None, find_anatomy(model), "random LLaVA, width 1024, 16 layers, T=640")
 
 
-def plain(lvlm: Lvlm, data: Examples, size: int) -> None:
+def plain(lvlm: Lvlm, data: Samples, size: int) -> None:
     """(a) the forward pass alone."""
     with torch.inference_mode():
         for i in range(0, len(data), size):
-            _forward(lvlm, _encode(lvlm, data.items[i : i + size])[0])
+            run_decoder(lvlm, encode_samples(lvlm, data.samples[i : i + size])[0])
 
 
-def measured(*statistics: str) -> Callable[[Lvlm, Examples, int], None]:
+def measured(*statistics: str) -> Callable[[Lvlm, Samples, int], None]:
     """(b), (c) svl's calibration, written to disk as a run does."""
 
-    def run(lvlm: Lvlm, data: Examples, size: int) -> None:
+    def run(lvlm: Lvlm, data: Samples, size: int) -> None:
         folder = Path(tempfile.mkdtemp())
         calibrate(lvlm, data, statistics=statistics, batch_size=size, folder=folder)
         shutil.rmtree(folder)
@@ -82,13 +85,13 @@ def measured(*statistics: str) -> Callable[[Lvlm, Examples, int], None]:
     return run
 
 
-def naive(lvlm: Lvlm, data: Examples, size: int) -> None:
+def naive(lvlm: Lvlm, data: Samples, size: int) -> None:
     """(d) all hidden states and all attention maps, then the same reductions."""
     model = lvlm.model
     model.set_attn_implementation({"text_config": "eager"})
     with torch.inference_mode():
         for i in range(0, len(data), size):
-            inputs, present, visual = _encode(lvlm, data.items[i : i + size])
+            inputs, present, visual = encode_samples(lvlm, data.samples[i : i + size])
             out = model(**inputs, use_cache=False, output_hidden_states=True, output_attentions=True)
             for before, after in zip(out.hidden_states[:-1], out.hidden_states[1:], strict=True):
                 torch.cosine_similarity(before.float(), after.float(), dim=-1)
@@ -123,7 +126,7 @@ VARIANTS = {
 }
 
 
-def bench(lvlm: Lvlm, data: Examples, size: int, repeats: int) -> None:
+def bench(lvlm: Lvlm, data: Samples, size: int, repeats: int) -> None:
     print(f"\n{lvlm.name}: {len(data)} samples in batches of {size}, median of {repeats} (min)")
     seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
     memory: dict[str, list[float]] = {name: [] for name in VARIANTS}
@@ -155,12 +158,12 @@ def main() -> None:
     data = svl.read_samples(PACKAGE / "demo" / "data" / "calibration.parquet")
     bench(demo, data, 8, 3 * args.repeats)
 
-    large, example = Large().lvlm(), data.items[0]
-    bench(large, Examples("synthetic", (example,) * 4), 1, args.repeats)
+    large, example = Large().lvlm(), data.samples[0]
+    bench(large, Samples("synthetic", (example,) * 4), 1, args.repeats)
 
     print("\nPeak memory of (c) on the large model against the number of samples:")
     for n in (2, 4, 8, 16):
-        _, above = peak(lambda n=n: measured("cosine", "attention")(large, Examples("synthetic", (example,) * n), 1))
+        _, above = peak(lambda n=n: measured("cosine", "attention")(large, Samples("synthetic", (example,) * n), 1))
         print(f"  {n:3d} samples: + {above:.0f} MiB")
 
 

@@ -5,7 +5,7 @@
 The model is the bundled LVLM without 4 of its 16 layers, as an exported checkpoint. lmms-eval's adapter `llava_hf` (its
 chat version, from the pinned release, which answers one question at a time only) and ours read the same prompts, and
 must give the same answers. Ways alternate within each round; ratios are medians over rounds. Then the speed of models
-without 25 and 50 % of their layers against the dense ones (svl.measure), beside the ideal L / (L - n).
+without 25 and 50 % of their layers against the dense ones (svl.evaluation.efficiency), beside the ideal L / (L - n).
 """
 
 from __future__ import annotations
@@ -24,30 +24,33 @@ from typing import Any
 import torch
 
 import svl
-from svl import bundled, measure
 from svl.config import PACKAGE
 from svl.core import Plan
-from svl.evaluate import evaluate
-from svl.loading import Lvlm
-from svl.store import Store
+from svl.demo import bundled
+from svl.evaluation import efficiency
+from svl.evaluation.evaluate import evaluate
+from svl.evaluation.settings import EfficiencySettings, TaskOptions
+from svl.models.lvlm import Lvlm
+from svl.store.artifacts import Store
 
 MODEL, TASKS = PACKAGE / "demo" / "demo_lvlm", str(PACKAGE / "demo" / "tasks")
 
 
 def adapter(path: Path) -> Any:
-    """lmms-eval's `llava_hf` on a checkpoint, with the clock that `svl.evaluate` reads."""
+    """lmms-eval's `llava_hf` on a checkpoint, with the clock that `evaluate` reads."""
     if "decord" not in sys.modules:  # imported for videos, by a package that recent Pythons have no wheel of
         sys.modules["decord"] = types.ModuleType("decord")
         sys.modules["decord"].VideoReader = sys.modules["decord"].cpu = None  # type: ignore[attr-defined]
     from lmms_eval.models.chat.llava_hf import LlavaHf
 
     class Timed(LlavaHf):
-        seconds, first = 0.0, ""
+        seconds, first_prompt = 0.0, ""
 
         def clean(self) -> None:
             """Nothing: lmms-eval would drop the model."""
 
-        def place(self) -> dict[str, Any]:
+        def device_facts(self) -> dict[str, Any]:
+            """Unknown: its speed is taken here."""
             return {}
 
         def generate_until(self, requests: list[Any]) -> list[str]:
@@ -63,10 +66,10 @@ def adapter(path: Path) -> Any:
 def asked(model: Any, given: argparse.Namespace, batch_size: int) -> tuple[float, list[str]]:
     """Seconds per question, and the answers."""
     with tempfile.TemporaryDirectory() as folder:
-        scores = evaluate(
-            model, given.task, include_path=TASKS, metric="accuracy", limit=given.limit, batch_size=batch_size,
-            max_new_tokens=16, folder=Path(folder),
-        )  # fmt: skip
+        options = TaskOptions(
+            "accuracy", limit=given.limit, max_new_tokens=16, batch_size=batch_size, include_path=TASKS
+        )
+        scores = evaluate(model, given.task, options, Path(folder))
         rows = map(json.loads, (Path(folder) / "samples.jsonl").read_text().splitlines())
         return scores["seconds"] / scores["n"], [row["prediction"].strip() for row in rows]
 
@@ -77,13 +80,17 @@ def compare(given: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = svl.save(MODEL, Plan(len(dense.layers), (4, 6, 9, 14)), Path(folder) / "pruned")
         theirs, ours = adapter(path), svl.load(path, device="cpu")
-        ways = {"lmms-eval llava_hf, batch 1": (theirs, 1), "svl, batch 1": (ours, 1),
-                f"svl, batch {given.batch_size}": (ours, given.batch_size)}  # fmt: skip
+        ways = {
+            "lmms-eval llava_hf, batch 1": (theirs, 1),
+            "svl, batch 1": (ours, 1),
+            f"svl, batch {given.batch_size}": (ours, given.batch_size),
+        }
         times: dict[str, list[float]] = {name: [] for name in ways}
         for i in range(given.rounds):
             answers = {}
             for name in ways if i % 2 else reversed(ways):
-                seconds, answers[name] = asked(*ways[name][:1], given, ways[name][1])
+                model, batch_size = ways[name]
+                seconds, answers[name] = asked(model, given, batch_size)
                 times[name].append(seconds)
             first, *others = answers.values()
             if any(other != first for other in others):
@@ -100,13 +107,12 @@ def compare(given: argparse.Namespace) -> None:
 def speed(dense: Lvlm, repeats: int) -> None:
     """Pruned models against the dense one."""
     n = len(dense.layers)
-    example = svl.read_samples(PACKAGE / "demo" / "data" / "calibration.parquet").items[0]
+    example = svl.read_samples(PACKAGE / "demo" / "data" / "calibration.parquet").samples[0]
     for share in (0.25, 0.5):
         gone = tuple(range(n - 1 - int(share * n), n - 1))
-        found = measure.measure(
-            dense, svl.apply(dense, Plan(n, gone)), example.prompt, example.image, batch_size=8, new_tokens=16,
-            warmup=2, repeats=repeats,
-        )  # fmt: skip
+        pruned = svl.apply(dense, Plan(n, gone))
+        settings = EfficiencySettings(batch_size=8, new_tokens=16, warmup=2, repeats=repeats)
+        found = efficiency.measure_efficiency(dense, pruned, example.prompt, example.image, settings)
         up, ideal = found["speedup"], found["ideal"]
         cells = [f"× {up[p]['value']:.2f} ({up[p]['low']:.2f} to {up[p]['high']:.2f})" for p in ("prefill", "decode")]
         cells += [f"× {ideal:.2f}", *(f"{up[part]['value'] / ideal:.2f}" for part in ("prefill", "decode"))]
@@ -129,7 +135,7 @@ def main() -> None:
     print("\n| model | removed | prefill | decode | ideal | prefill / ideal | decode / ideal |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     for name in given.models:
-        path = MODEL if name == "demo_lvlm" else bundled.resolve(f"svl:{name}", Store(given.store))
+        path = MODEL if name == "demo_lvlm" else bundled.resolve_bundled(f"svl:{name}", Store(given.store))
         speed(svl.load(path, device="cpu", name=name), given.repeats)
 
 

@@ -21,14 +21,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from svl import checkpoint, skeleton, surgery
-from svl.checkpoint import Piece
+from svl.checkpoints.safetensors_files import read_header, read_tensors
+from svl.checkpoints.safetensors_writing import NewTensor, write_weights
 from svl.core import Patch, Plan, Update
+from svl.models.transformers_internals import empty_model
+from svl.pruning import patch_file
 
 LAYERS, REMOVED = 12, (4, 5, 8)
 MEASURE = """
@@ -48,19 +52,21 @@ OURS = (
     """
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.llama import modeling_llama
-from svl import card, checkpoint, export, loading, skeleton, surgery
+from svl.checkpoints import export, new_checkpoint
 from svl.core import Plan
+from svl.models import anatomy, loading, lvlm
+from svl.pruning import patch_file, surgery
 """,
     """
-export.save(source, Plan.from_json(Path(plan).read_text()), out, surgery.load_patch(Path(patch)) if patch else None)
+export.save(source, Plan.from_json(Path(plan).read_text()), out, patch_file.load_patch(Path(patch)) if patch else None)
 """,
 )
 MEMORY = (
     OURS[0],
     """
 model = AutoModelForCausalLM.from_pretrained(source)
-lvlm = loading.Lvlm(model, None, loading.find_anatomy(model))
-surgery.apply(lvlm, Plan.from_json(Path(plan).read_text())).model.save_pretrained(out)
+dense = lvlm.Lvlm(model, None, anatomy.find_anatomy(model))
+surgery.apply(dense, Plan.from_json(Path(plan).read_text())).model.save_pretrained(out)
 """,
 )
 MERGEKIT = (
@@ -83,15 +89,16 @@ def write_source(folder: Path, width: int) -> None:
     """A random Llama in bf16."""
     sizes = {"hidden_size": width, "intermediate_size": 11 * width // 4, "num_attention_heads": width // 64}
     config = LlamaConfig(**sizes, num_hidden_layers=LAYERS, vocab_size=32000, architectures=["LlamaForCausalLM"])
-    model = skeleton.hollow(AutoModelForCausalLM, config, torch.bfloat16)
-
-    def block(shape: torch.Size) -> list[torch.Tensor]:
-        return [(torch.randn(shape) * 0.02).bfloat16()]
-
-    pieces = [Piece(n, "BF16", tuple(p.shape), lambda s=p.shape: block(s)) for n, p in model.state_dict().items()]
+    model = empty_model(AutoModelForCausalLM, config, torch.bfloat16)
+    tensors = [NewTensor(n, "BF16", tuple(p.shape), partial(noise, p.shape)) for n, p in model.state_dict().items()]
     folder.mkdir(parents=True)
-    checkpoint.write(folder, pieces, 5 * 10**9)
+    write_weights(folder, tensors, 5 * 10**9)
     model.config.save_pretrained(folder)
+
+
+def noise(shape: torch.Size) -> list[torch.Tensor]:
+    """A random tensor, in one block."""
+    return [(torch.randn(shape) * 0.02).bfloat16()]
 
 
 def child(python: str, code: tuple[str, str], threads: int, *arguments: str) -> list[float]:
@@ -106,7 +113,7 @@ def child(python: str, code: tuple[str, str], threads: int, *arguments: str) -> 
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def copy(source: Path, target: Path) -> list[float]:
+def copy(source: str, target: str) -> list[float]:
     """Seconds of `cp -r`; its memory is not worth a column."""
     began = time.perf_counter()
     subprocess.run(["cp", "-r", source, target], check=True)
@@ -114,6 +121,7 @@ def copy(source: Path, target: Path) -> list[float]:
 
 
 def main() -> None:
+    """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--repeats", type=int, default=5)
@@ -123,56 +131,70 @@ def main() -> None:
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
-        folder = Path(scratch)
-        source, plan, patch, model = (str(folder / n) for n in ("source", "plan.json", "patch", "model"))
-        write_source(Path(source), args.width)
-        chosen = Plan(LAYERS, REMOVED)
-        Path(plan).write_text(chosen.to_json())
-        low = Update(torch.randn(args.width, 4) * 0.02, torch.randn(4, args.width) * 0.02)
-        surgery.save_patch(Patch({(i, "mlp"): low for i in chosen.kept}), Path(patch))
-        child(sys.executable, OURS, args.threads, source, plan, model, "")
-        stored = checkpoint.read(Path(model)).values()
-        size, largest = sum(t.size for t in stored) / 2**20, max(t.size for t in stored if len(t.shape) > 1) / 2**20
-        matrix = args.width * (11 * args.width // 4) * 2 / 2**20
+        measure(Path(scratch), args)
+
+
+def measure(folder: Path, args: argparse.Namespace) -> None:
+    """All variants in turn, `repeats` times, and a table of them."""
+    source, plan, patch, model = (str(folder / n) for n in ("source", "plan.json", "patch", "model"))
+    write_source(Path(source), args.width)
+    chosen = Plan(LAYERS, REMOVED)
+    Path(plan).write_text(chosen.to_json())
+    low = Update(torch.randn(args.width, 4) * 0.02, torch.randn(4, args.width) * 0.02)
+    patch_file.save_patch(Patch({(i, "mlp"): low for i in chosen.kept}), Path(patch))
+
+    def run(code: tuple[str, str], out: str, patch: str = "", python: str = sys.executable) -> list[float]:
+        return child(python, code, args.threads, source, plan, out, patch)
+
+    run(OURS, model)
+    describe(Path(model), args)
+    variants: dict[str, Callable[[str], list[float]]] = {
+        "cp -r of the same bytes": partial(copy, model),
+        "svl-export": partial(run, OURS),
+        "svl-export, compensated": partial(run, OURS, patch=patch),
+        "load, prune, save_pretrained": partial(run, MEMORY),
+    }
+    if args.mergekit:
+        variants["mergekit passthrough"] = partial(run, MERGEKIT, python=args.mergekit)
+    results: dict[str, list[list[float]]] = {name: [] for name in variants}
+    for _ in range(args.repeats):
+        for name, variant in variants.items():
+            os.sync()
+            results[name].append(variant(str(folder / "out")))
+            if name == "mergekit passthrough":
+                check_same(Path(model), folder / "out")
+            shutil.rmtree(folder / "out")
+    print_table(results)
+
+
+def describe(model: Path, args: argparse.Namespace) -> None:
+    """What is exported."""
+    stored = read_tensors(model).values()
+    size, largest = sum(t.size for t in stored) / 2**20, max(t.size for t in stored if len(t.shape) > 1) / 2**20
+    matrix = args.width * (11 * args.width // 4) * 2 / 2**20
+    print(
+        f"torch {torch.__version__}, {args.threads} threads; {size:.0f} MiB exported; largest tensor {largest:.0f} "
+        f"MiB, largest matrix that is changed {matrix:.0f} MiB; median of {args.repeats} (min)"
+    )
+
+
+def print_table(results: dict[str, list[list[float]]]) -> None:
+    """Seconds and memory of every variant, and how many times as long as copying it takes."""
+    base = [row[0] for row in results["cp -r of the same bytes"]]
+    for name, rows in results.items():
+        seconds, above, whole = zip(*rows, strict=True)
+        median, least = statistics.median(seconds), min(seconds)
         print(
-            f"torch {torch.__version__}, {args.threads} threads; {size:.0f} MiB exported; largest tensor {largest:.0f} "
-            f"MiB, largest matrix that is changed {matrix:.0f} MiB; median of {args.repeats} (min)"
+            f"{name:30s} {median:7.2f} s  x {median / statistics.median(base):6.2f} (x {least / min(base):6.2f})   "
+            f"+ {statistics.median(above):6.0f} MiB, {statistics.median(whole):6.0f} MiB in all"
         )
-        variants = {
-            "cp -r of the same bytes": lambda out: copy(Path(model), Path(out)),
-            "svl-export": lambda out: child(sys.executable, OURS, args.threads, source, plan, out, ""),
-            "svl-export, compensated": lambda out: child(sys.executable, OURS, args.threads, source, plan, out, patch),
-            "load, prune, save_pretrained": lambda out: child(
-                sys.executable, MEMORY, args.threads, source, plan, out, ""
-            ),
-        }
-        if args.mergekit:
-            variants["mergekit passthrough"] = lambda out: child(
-                args.mergekit, MERGEKIT, args.threads, source, plan, out, ""
-            )
-        results: dict[str, list[list[float]]] = {name: [] for name in variants}
-        for _ in range(args.repeats):
-            for name, run in variants.items():
-                os.sync()
-                results[name].append(run(str(folder / "out")))
-                if name == "mergekit passthrough":
-                    check_same(Path(model), folder / "out")
-                shutil.rmtree(folder / "out")
-        base = [row[0] for row in results["cp -r of the same bytes"]]
-        for name, rows in results.items():
-            seconds, above, whole = zip(*rows, strict=True)
-            median, least = statistics.median(seconds), min(seconds)
-            print(
-                f"{name:30s} {median:7.2f} s  x {median / statistics.median(base):6.2f} (x {least / min(base):6.2f})   "
-                f"+ {statistics.median(above):6.0f} MiB, {statistics.median(whole):6.0f} MiB in all"
-            )
 
 
 def check_same(ours: Path, theirs: Path) -> None:
     """Raise unless two exports hold the same tensors."""
-    a = checkpoint.read(ours)
+    a = read_tensors(ours)
     files = sorted(theirs.glob("*.safetensors"))
-    b = {name: tensor for file in files for name, tensor in checkpoint.header(file).items()}
+    b = {name: tensor for file in files for name, tensor in read_header(file).items()}
     if a.keys() != b.keys() or not all(torch.equal(a[n].read(), b[n].read()) for n in list(a)[::9]):
         raise RuntimeError("the exports differ")
 

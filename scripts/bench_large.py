@@ -18,18 +18,25 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from io import BytesIO
 from pathlib import Path
 
 import torch
+from PIL import Image
 from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlavaConfig
 from transformers.utils import logging
 
-from svl import checkpoint, export, offload, skeleton
-from svl.calibrate import calibrate, select
-from svl.checkpoint import Piece
-from svl.data import Example, Examples
+from svl.calibration import offload
+from svl.calibration.calibrate import calibrate, select
+from svl.calibration.samples import Sample, Samples
+from svl.checkpoints import export
+from svl.checkpoints.safetensors_writing import NewTensor, write_weights
+from svl.checkpoints.skeleton import Skeleton, read_skeleton
+from svl.core import Plan
+from svl.models.transformers_internals import empty_model
 from svl.selectors.tis import Tis
 from svl.strategies.cosine import Cosine
 
@@ -67,25 +74,26 @@ def config() -> LlavaConfig:
 
 def write_source(folder: Path) -> int:
     """The random checkpoint; its bytes."""
-    model = skeleton.hollow(AutoModelForImageTextToText, config(), torch.bfloat16)
-
-    def blocks(size: int, start: int, norm: bool) -> Iterator[torch.Tensor]:
-        while size:
-            part = NOISE[start : start + size]
-            yield part + 1 if norm else part
-            size, start = size - len(part), 0
-
-    pieces = []
+    model = empty_model(AutoModelForImageTextToText, config(), torch.bfloat16)
+    tensors = []
     for number, (name, p) in enumerate(model.state_dict().items()):
         if p.is_floating_point():
-            source = lambda p=p, at=977 * number, norm=p.ndim == 1: blocks(p.numel(), at, norm)  # noqa: E731
-            pieces.append(Piece(name, "BF16", tuple(p.shape), source))
-    total = sum(piece.size for piece in pieces)
-    export.check_room(folder, int(1.8 * total))
+            blocks = partial(noise_blocks, p.numel(), 977 * number, is_norm=p.ndim == 1)
+            tensors.append(NewTensor(name, "BF16", tuple(p.shape), blocks))
+    total = sum(tensor.size for tensor in tensors)
+    export.check_disk_space(folder, int(1.8 * total))
     folder.mkdir(parents=True)
-    checkpoint.write(folder, pieces, 5 * 10**9)
+    write_weights(folder, tensors, 5 * 10**9)
     model.config.save_pretrained(folder)
     return total
+
+
+def noise_blocks(size: int, start: int, is_norm: bool) -> Iterator[torch.Tensor]:
+    """So many random numbers, around 1 for a norm, otherwise around 0."""
+    while size:
+        part = NOISE[start : start + size]
+        yield part + 1 if is_norm else part
+        size, start = size - len(part), 0
 
 
 def resident(field: str) -> int:
@@ -118,7 +126,38 @@ def stage(name: str, bytes_read: int = 0) -> Iterator[None]:
     )
 
 
+def plan_removal(lvlm: Inputs, texts: int, size: int) -> Plan:
+    """Which 10 layers go, after calibration on a black picture and so many texts; `size` bytes are read."""
+    png = BytesIO()
+    Image.new("RGB", (3, 3)).save(png, "png")
+    samples = [Sample(0, "What is it?", png.getvalue()), *(Sample(i, f"Text {i}") for i in range(1, texts + 1))]
+    began = time.perf_counter()
+
+    def show(items: Iterable[int], what: str, n: int) -> Iterator[int]:
+        for i in items:
+            print(f"  layer {i} of {n}, {time.perf_counter() - began:.0f} s", flush=True)
+            yield i
+
+    with stage(f"calibrate, {len(samples)} samples, all layers", size):
+        statistics = ["cosine", "attention"]
+        stats = calibrate(lvlm, Samples("made up", tuple(samples)), statistics=statistics, batch_size=1, show=show)
+        return Cosine().plan(select(stats, Tis()), 10)
+
+
+def check(out: Path, dense: Skeleton, plan: Plan) -> None:
+    """Compare every 40th tensor of an export with the source's, and print what was found."""
+    pruned, wrong = read_skeleton(out), []
+    for key, tensor in list(pruned.stored.items())[::40]:
+        layer = pruned.layer(pruned.places[key].name)
+        old = key if layer is None else key.replace(f".{layer}.", f".{plan.kept[layer]}.", 1)
+        wrong += [] if torch.equal(tensor.read(), dense.stored[old].read()) else [key]
+    depth = json.loads((out / "config.json").read_text())["text_config"]["num_hidden_layers"]
+    written = sum(tensor.size for tensor in pruned.stored.values())
+    print(f"  {written / 1e9:.1f} GB, {depth} layers, {len(pruned.stored)} tensors, wrong: {wrong}")
+
+
 def main() -> None:
+    """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--texts", type=int, default=3)
@@ -136,41 +175,15 @@ def main() -> None:
             size = write_source(source)
         print(f"  {size / 1e9:.1f} GB in {len(list(source.glob('*.safetensors')))} shards")
         with stage("open it"):
-            bones = skeleton.build(source)
-            opened = offload.assemble(bones, None, "random LLaVA-1.5-13B", "cpu")
-            lvlm = Inputs(opened.model, None, opened.anatomy, opened.name, skeleton=bones)
-        image = torch.zeros(3, 3, 3, dtype=torch.uint8).numpy()
-        from io import BytesIO
-
-        from PIL import Image
-
-        Image.fromarray(image).save(png := BytesIO(), "png")
-        rows = [Example(0, "What is it?", png.getvalue())]
-        rows += [Example(i, f"Text {i}") for i in range(1, args.texts + 1)]
-
-        def show(items, what: str, n: int):
-            for i in items:
-                print(f"  layer {i} of {n}, {time.perf_counter() - began:.0f} s", flush=True)
-                yield i
-
-        began = time.perf_counter()
-        with stage(f"calibrate, {len(rows)} samples, all layers", size):
-            stats = calibrate(
-                lvlm, Examples("made up", tuple(rows)), statistics=["cosine", "attention"], batch_size=1, show=show
-            )
-            plan = Cosine().plan(select(stats, Tis()), 10)
+            dense = read_skeleton(source)
+            opened = offload.assemble_offloaded(dense, None, "random LLaVA-1.5-13B", "cpu")
+            lvlm = Inputs(opened.model, None, opened.anatomy, opened.name, skeleton=dense)
+        plan = plan_removal(lvlm, args.texts, size)
         print(f"  without layers {list(plan.removed)}")
         with stage("export without 10 of 40 layers", int(0.75 * size)):
             export.save(source, plan, out)
         with stage("check"):
-            pruned, wrong = skeleton.build(out), []
-            for key, tensor in list(pruned.stored.items())[::40]:
-                layer = pruned.layer(pruned.places[key].name)
-                old = key if layer is None else key.replace(f".{layer}.", f".{plan.kept[layer]}.", 1)
-                wrong += [] if torch.equal(tensor.read(), bones.stored[old].read()) else [key]
-            depth = json.loads((out / "config.json").read_text())["text_config"]["num_hidden_layers"]
-        written = sum(t.size for t in pruned.stored.values())
-        print(f"  {written / 1e9:.1f} GB, {depth} layers, {len(pruned.stored)} tensors, wrong: {wrong}")
+            check(out, dense, plan)
     finally:
         if not args.keep:
             shutil.rmtree(args.folder, ignore_errors=True)

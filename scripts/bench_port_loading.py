@@ -31,14 +31,15 @@ LOAD = """
 import re, sys, time
 import torch
 import svl
-from svl.loading import describe
+from svl.models.loading import read_model_config
+from svl.models.transformers_internals import empty_model
 
 def memory(field):
     return int(re.search(field + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 
-config, auto = describe(sys.argv[1])
-import transformers.modeling_utils, safetensors.torch  # noqa
-auto._model_mapping[type(config)]
+config, auto = read_model_config(sys.argv[1])
+import safetensors.torch  # noqa
+empty_model(auto, config, torch.bfloat16, shapes_only=True)  # imports what loading does
 base, own, began = memory("VmHWM"), memory("RssAnon"), time.perf_counter()
 model = auto.from_pretrained(sys.argv[1], dtype="auto").eval()
 seconds = time.perf_counter() - began
@@ -53,11 +54,11 @@ print(base, memory("VmHWM") - base, memory("RssAnon") - own, seconds, size)
 
 def shapes(config: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the weights of the model that a config describes."""
-    from svl.loading import describe
-    from svl.skeleton import hollow
+    from svl.models.loading import read_model_config
+    from svl.models.transformers_internals import empty_model
 
-    described, auto = describe(config)
-    model = hollow(auto, described, torch.bfloat16, shapes_only=True)
+    described, auto = read_model_config(config)
+    model = empty_model(auto, described, torch.bfloat16, shapes_only=True)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 

@@ -16,18 +16,19 @@ from pathlib import Path
 
 import torch
 
-from svl import bundled, loading
-from svl.calibrate import encode_answer
+from svl.calibration.encoding import encode_answer
+from svl.calibration.removal_probe import ModelProbe
+from svl.calibration.samples import read_samples
 from svl.core import layers_to_remove
-from svl.data import read_samples
-from svl.probe import ModelProbe
-from svl.store import Store
+from svl.demo import bundled
+from svl.models import loading, lvlm
+from svl.store.artifacts import Store
 
 
 class Naive:
     """Every candidate with a forward pass of its own through everything."""
 
-    def __init__(self, lvlm: loading.Lvlm, examples):
+    def __init__(self, lvlm: lvlm.Lvlm, examples):
         self.lvlm, self.layer_forwards = lvlm, 0
         self.inputs = [encode_answer(lvlm, e) for e in examples]
 
@@ -60,11 +61,11 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.25)
     arguments = parser.parse_args()
 
-    path = bundled.resolve(arguments.model, Store(arguments.store))
+    path = bundled.resolve_bundled(arguments.model, Store(arguments.store))
     lvlm = loading.load(path, dtype="float32", device="cpu", name=arguments.model.rpartition(":")[2])
     examples = read_samples(arguments.calibration, arguments.samples)
     n_layers, n = lvlm.anatomy.n_layers, layers_to_remove(arguments.ratio, lvlm.anatomy.n_layers)
-    searches = {"naive": Naive(lvlm, examples.items), "ours": ModelProbe(lvlm, examples)}
+    searches = {"naive": Naive(lvlm, examples.samples), "ours": ModelProbe(lvlm, examples)}
     removed: dict[str, list[int]] = {name: [] for name in searches}
     seconds = dict.fromkeys(searches, 0.0)
     print(f"{lvlm.name}: {n} of {n_layers} layers, {len(examples)} samples, {torch.get_num_threads()} threads")

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from svl.store import Store
+from svl.store.artifacts import Store
 
 SWEEP = (
     "strategy=short_lvlm,bridge,shortgpt,runs,spaced,streamline,angular,replaceme,tail,random",

@@ -67,9 +67,11 @@ def main() -> None:
     given = parser.parse_args()
     common = [f"benchmark.batch_size={given.batch_size}", *given.settings]
     common += [f"benchmark.limit={given.limit}"] if given.limit else []
-    ways = {"together": lambda f: sweep(f, common, given.removed, together=13),
-            "shared store": lambda f: sweep(f, common, given.removed),
-            "separate runs": lambda f: separate(f, common, given.removed)}  # fmt: skip
+    ways = {
+        "together": lambda f: sweep(f, common, given.removed, together=13),
+        "shared store": lambda f: sweep(f, common, given.removed),
+        "separate runs": lambda f: separate(f, common, given.removed),
+    }
     clock: dict[str, list[float]] = {name: [] for name in ways}
     processor: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(given.rounds):

@@ -24,7 +24,7 @@ from tqdm import tqdm
 import svl
 from svl.config import PACKAGE
 from svl.core import Plan
-from svl.loading import Lvlm
+from svl.models.lvlm import Lvlm
 
 FOLDER = PACKAGE / "demo" / "demo_lvlm"
 BLANK = Image.new("RGB", (64, 64), (128, 128, 128))

@@ -25,22 +25,24 @@ from PIL import Image
 from tqdm import tqdm
 
 import svl
-from svl import figures, perplexity
-from svl.bundled import SMOL, resolve
-from svl.calibrate import calibrate
+from svl.calibration.calibrate import calibrate
+from svl.calibration.samples import read_samples
 from svl.config import PACKAGE
 from svl.core import Plan, Stats
-from svl.data import read_samples
 from svl.demo import smol
-from svl.loading import Lvlm
-from svl.selectors import simple, tis
-from svl.store import Store
+from svl.demo.bundled import SMOL, resolve_bundled
+from svl.evaluation import perplexity
+from svl.evaluation.settings import TaskOptions
+from svl.models.lvlm import Lvlm
+from svl.report.figures import style
+from svl.selectors import all_tokens, last, text, tis, visual
+from svl.store.artifacts import Store
 
 DATA, TASKS = PACKAGE / "demo" / "data", str(PACKAGE / "demo" / "tasks")
 BLANK = Image.new("RGB", (48, 48), (128, 128, 128))
 PROSE = {"fiction": "svl_prose_fiction", "essays": "svl_prose_essays"}
 SELECTORS = {
-    "all": simple.All(), "visual": simple.Visual(), "text": simple.Text(), "last": simple.Last(), "TIS": tis.Tis(),
+    "all": all_tokens.All(), "visual": visual.Visual(), "text": text.Text(), "last": last.Last(), "TIS": tis.Tis(),
 }  # fmt: skip
 
 CARD = """---
@@ -133,13 +135,9 @@ def correct(lvlm: Lvlm, rows: list[dict], blank: bool = False, size: int = 24) -
 
 def prose(lvlm: Lvlm, limit: int | None = None) -> dict[str, dict]:
     """Loss and perplexity on each prose, as `svl.perplexity` gives them."""
+    options = TaskOptions(metric="perplexity", limit=limit, batch_size=4, include_path=TASKS)
     with tempfile.TemporaryDirectory() as folder:
-        return {
-            name: perplexity.evaluate(
-                lvlm, task, include_path=TASKS, metric="perplexity", limit=limit, batch_size=4, folder=Path(folder)
-            )
-            for name, task in PROSE.items()
-        }
+        return {name: perplexity.evaluate_perplexity(lvlm, task, options, Path(folder)) for name, task in PROSE.items()}
 
 
 def reading(lvlm: Lvlm) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -171,7 +169,7 @@ def above(ax) -> None:
 
 def lines(ax, values: dict[str, np.ndarray], **labels) -> None:
     """One marked line per name over the layers."""
-    for (name, color), marker in zip(figures.colors(list(values)).items(), figures.MARKERS, strict=False):
+    for (name, color), marker in zip(style.colors(list(values)).items(), style.MARKERS, strict=False):
         dotted = name == "uniform"
         ax.plot(values[name], ":" if dotted else "-", color="#888888" if dotted else color,
                 marker=None if dotted else marker, markersize=3, label=name)  # fmt: skip
@@ -183,16 +181,16 @@ def lines(ax, values: dict[str, np.ndarray], **labels) -> None:
 def training(log: Path) -> Figure:
     """Loss, drift and validation accuracy against the step."""
     rows = [json.loads(line) for line in log.read_text().splitlines()]
-    figure = Figure(figsize=(figures.WIDTH, 3.2), layout="constrained")
+    figure = Figure(figsize=(style.WIDTH, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     steps = {row["step"]: row for row in rows if row["stage"] == "train"}  # of a repeated step, the last
     for key, label, color in (("loss", "loss per answer token", 0), ("drift", "KL from SmolLM2 per text token", 1)):
-        left.plot(list(steps), [row[key] for row in steps.values()], color=figures.PALETTE[color], label=label)
+        left.plot(list(steps), [row[key] for row in steps.values()], color=style.PALETTE[color], label=label)
     left.set(xlabel="step", ylabel="nats", yscale="log")
     tried = {row["step"]: row for row in rows if row["stage"] == "validation"}
     for i, kind in enumerate(smol.ASKED):
         at = [step for step, row in tried.items() if kind in row]
-        right.plot(at, [100 * tried[step][kind] for step in at], color=figures.PALETTE[i % 7],
+        right.plot(at, [100 * tried[step][kind] for step in at], color=style.PALETTE[i % 7],
                    ls="--" if i > 6 else "-", label=kind)  # fmt: skip
     right.set(xlabel="step", ylabel="validation accuracy (%)", ylim=(0, 101))
     for ax in (left, right):
@@ -203,13 +201,13 @@ def training(log: Path) -> Figure:
 
 def removals(accuracy: np.ndarray, dense: float, losses: dict[str, np.ndarray]) -> Figure:
     """Accuracy and change of the loss with each single layer removed."""
-    figure = Figure(figsize=(figures.WIDTH, 4.2), layout="constrained")
+    figure = Figure(figsize=(style.WIDTH, 4.2), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
-    upper.bar(range(len(accuracy)), accuracy, color=figures.PALETTE[0])
+    upper.bar(range(len(accuracy)), accuracy, color=style.PALETTE[0])
     upper.axhline(dense, color="black", lw=0.8, ls="--", label="dense")
     upper.set(ylabel="accuracy (%)", ylim=(0, 100))
     above(upper)
-    for (name, change), color, marker in zip(losses.items(), figures.PALETTE, figures.MARKERS, strict=False):
+    for (name, change), color, marker in zip(losses.items(), style.PALETTE, style.MARKERS, strict=False):
         lower.plot(change, color=color, marker=marker, markersize=4, label=name)
     lower.set(xlabel="removed layer", ylabel="change of loss (nats)", yscale="log", xticks=range(0, len(accuracy), 2))
     lower.grid(True)
@@ -219,7 +217,7 @@ def removals(accuracy: np.ndarray, dense: float, losses: dict[str, np.ndarray]) 
 
 def redundancy(share: dict[str, np.ndarray], cosine: dict[str, np.ndarray]) -> Figure:
     """Attention to the image and cosine of input and output, per layer."""
-    figure = Figure(figsize=(figures.WIDTH, 3.2), layout="constrained")
+    figure = Figure(figsize=(style.WIDTH, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     lines(left, share, ylabel="attention to the image", ylim=(0, 1))
     lines(right, cosine, ylabel="cosine of input and output")
@@ -255,7 +253,7 @@ def main() -> None:
     args = parser.parse_args()
     store = Store(args.store)
     base, lvlm = (
-        svl.load(resolve(f"svl:{name}", store), dtype="bfloat16", device="cpu")
+        svl.load(resolve_bundled(f"svl:{name}", store), dtype="bfloat16", device="cpu")
         for name in ("smollm2_135m", "smol_lvlm")
     )
     rows = held_out()
@@ -288,10 +286,10 @@ def main() -> None:
     print("change of loss", {name: values.round(3).tolist() for name, values in change.items()})
     share, cosine = reading(lvlm)
 
-    with matplotlib.rc_context(figures.STYLE):
-        figures.save(training(args.log), SMOL / "training.png")
-        figures.save(removals(single, float(whole), change), SMOL / "layers.png")
-        figures.save(redundancy(share, cosine), SMOL / "reading.png")
+    with matplotlib.rc_context(style.STYLE):
+        style.write_figure(training(args.log), SMOL / "training.png")
+        style.write_figure(removals(single, float(whole), change), SMOL / "layers.png")
+        style.write_figure(redundancy(share, cosine), SMOL / "reading.png")
     trained = [row for line in args.log.read_text().splitlines() if (row := json.loads(line))["stage"] == "train"]
     steps = max(row["step"] for row in trained)
     (SMOL / "README.md").write_text(CARD.format(

@@ -25,23 +25,25 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from svl import bundled, loading, surgery
-from svl.calibrate import Activations
+from svl.calibration.activations import Activations
+from svl.calibration.samples import Samples, read_samples
 from svl.core import Patch, Plan, Stats
-from svl.data import Examples, read_samples
-from svl.pipeline import versions
-from svl.store import Entry, Store
+from svl.demo import bundled
+from svl.models import loading, lvlm
+from svl.pruning import patch_file
+from svl.run.keys import versions
+from svl.store.artifacts import Entry, Store
 
 LABEL = ("strategy", "selector", "compensation")
 
 
-def gaps(lvlm: loading.Lvlm, examples: Examples, plan: Plan, patch: Patch | None = None) -> dict[int, float]:
+def gaps(lvlm: lvlm.Lvlm, examples: Samples, plan: Plan, patch: Patch | None = None) -> dict[int, float]:
     """Relative squared error by layer (L: behind all), for kept layers behind the first removed one."""
     hidden = Activations(lvlm, examples, Stats(plan.n_layers, lvlm.anatomy.removable))
     points = [i for i in (*plan.kept, plan.n_layers) if i > plan.removed[0]]
     total, tokens = dict.fromkeys(points, 0.0), 0
     for dense, pruned in zip(hidden.stream(points), hidden.stream(points, plan=plan, patch=patch), strict=True):
-        tokens += len(dense.weights)
+        tokens += dense.weights.shape[-1]
         for i in points:
             h = dense.h(i)
             total[i] += float(((pruned.h(i) - h).square().sum(-1) / h.square().sum(-1)).sum())
@@ -63,7 +65,7 @@ def main() -> None:
 
     store = Store(args.store, versions())
     lvlm = loading.load(
-        bundled.resolve(args.model, store), dtype=args.dtype, name=Path(args.model.rpartition(":")[2]).name
+        bundled.resolve_bundled(args.model, store), dtype=args.dtype, name=Path(args.model.rpartition(":")[2]).name
     )
     examples = read_samples(args.samples, args.n, args.seed)
     groups: dict[tuple[str, str, str], list[Entry]] = defaultdict(list)
@@ -123,7 +125,7 @@ class Measured:
         return self.run["average"]["value"]
 
 
-def measured(lvlm: loading.Lvlm, examples: Examples, store: Store, entry: Entry) -> Measured:
+def measured(lvlm: lvlm.Lvlm, examples: Samples, store: Store, entry: Entry) -> Measured:
     """The gaps of a run, measured once and then read from the store."""
     run = entry.output
     plan = Plan(run["plan"]["n_layers"], tuple(run["plan"]["removed"]))
@@ -131,7 +133,7 @@ def measured(lvlm: loading.Lvlm, examples: Examples, store: Store, entry: Entry)
 
     def build(_: Path) -> dict[str, Any]:
         alone = gaps(lvlm, examples, plan)
-        patched = gaps(lvlm, examples, plan, surgery.load_patch(file)) if file and file.exists() else alone
+        patched = gaps(lvlm, examples, plan, patch_file.load_patch(file)) if file and file.exists() else alone
         lines = {"layers": list(alone), "alone": list(alone.values()), "patched": list(patched.values())}
         return {"run": entry.key, "samples": len(examples), **lines}
 
@@ -150,12 +152,12 @@ def spread(values: Sequence[float]) -> str:
     return f"{fmean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "") if values else "–"
 
 
-def single(lvlm: loading.Lvlm, examples: Examples) -> list[float]:
+def single(lvlm: lvlm.Lvlm, examples: Samples) -> list[float]:
     """For every layer: mean over tokens of |h_{i+1} - h_i|^2 / |h_{i+1}|^2, what its removal alone leaves behind it."""
     n = lvlm.anatomy.n_layers
     total, tokens = [0.0] * n, 0
     for sample in Activations(lvlm, examples, Stats(n, lvlm.anatomy.removable)).stream(range(n + 1)):
-        tokens += len(sample.weights)
+        tokens += sample.weights.shape[-1]
         for i in range(n):
             below, above = sample.h(i), sample.h(i + 1)
             total[i] += float(((above - below).square().sum(-1) / above.square().sum(-1)).sum())

@@ -4,7 +4,8 @@
 
 Design decisions:
 
-* Benchmarks use test scenes, calibration uses calibration scenes (`Scene.split`): none was trained on.
+* Benchmarks use test scenes, calibration uses calibration scenes (`Scene.split`): none was trained on. A third file has
+  questions of all kinds on validation scenes: for choosing settings, which must not be done on what is reported.
 * One question per scene: rows are independent, which is what their standard errors assume.
 * Answers that could be guessed are balanced: yes and no, and the four letters, are equally frequent.
 * Rows are shuffled, so that `limit=n` takes a fair sample.
@@ -61,10 +62,13 @@ def draw(seed: int) -> dict[str, list[Pair]]:
     test = scenes.stream(seed, "test", dict.fromkeys(KINDS, 1))  # one stream: no scene is in two files
     letters = {f"choice {letter}": 100 for letter in scenes.LETTERS}
     short = {k: 80 for k in OPEN if k != "compare"} | {"compare yes": 40, "compare no": 40}
+    balanced = {f"choice {letter}": 10 for letter in scenes.LETTERS} | {k: 40 for k in OPEN if k != "compare"}
+    balanced |= {f"{k} {answer}": 20 for k in ("existence", "compare") for answer in ("yes", "no")}
     drawn = {
         "existence": take(test, {"existence yes": 200, "existence no": 200}, answered),
         "choice": take(test, letters, answered),
         "open": take(test, short, answered),
+        "validation": take(scenes.stream(seed, "validation", dict.fromkeys(KINDS, 1)), balanced, answered),
         "calibration": take(scenes.stream(seed, "calibration", dict.fromkeys(KINDS, 1)), dict.fromkeys(KINDS, 8), kind),
     }
     for name, pairs in drawn.items():

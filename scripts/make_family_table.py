@@ -1,6 +1,6 @@
 """Write the support table of docs/families.md from docs/families.json, the results of the family tests.
 
-    python -m pytest tests/test_families.py tests/test_export.py --families docs/families.json
+    python -m pytest tests/models/test_families.py tests/checkpoints/test_export.py --families docs/families.json
     python scripts/make_family_table.py
 
 Nothing in the table is written by hand: a cell is what the tests of that family and column showed when they last ran.

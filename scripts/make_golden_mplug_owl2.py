@@ -1,4 +1,4 @@
-"""What the original code of mPLUG-Owl2 computes, for tests/test_mplug_owl2.py.
+"""What the original code of mPLUG-Owl2 computes, for tests/models/ports/test_mplug_owl2.py.
 
     python scripts/make_golden_mplug_owl2.py FOLDER
 
@@ -7,7 +7,7 @@ needs: transformers 4.31.0 (tokenizers 0.13.3, huggingface_hub 0.19.4), PyTorch 
 protobuf, einops, icecream, Pillow. None of the original code is here; the test imports this file for the sizes, weights
 and inputs.
 
-The files in tests/golden/mplug_owl2 were made from X-PLUG/mPLUG-Owl at
+The files in tests/models/ports/golden/mplug_owl2 were made from X-PLUG/mPLUG-Owl at
 0f3068fdb47b77aedc71fc39f5735cd7aa35e8f9 (2 April 2025).
 LLaMA's vocabulary is not free, so `tokenizer.model` is a small one, trained with the settings of LLaMA's.
 """
@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-OUT = Path(__file__).parents[1] / "tests" / "golden" / "mplug_owl2"
+OUT = Path(__file__).parents[1] / "tests" / "models" / "ports" / "golden" / "mplug_owl2"
 WORDS = 300  # ordinary tokens are below
 IMAGE = -200  # what stands for an image in the original's ids
 SHOWN = (slice(None), slice(-32, None), slice(None, None, 8))  # of logits [B, T, vocabulary]

@@ -1,4 +1,4 @@
-"""What the original code of Qwen-VL-Chat computes, for tests/test_qwen_vl.py.
+"""What the original code of Qwen-VL-Chat computes, for tests/models/ports/test_qwen_vl.py.
 
     python scripts/make_golden_qwen_vl.py FOLDER [QWEN_TIKTOKEN]
 
@@ -7,10 +7,11 @@ qwen_generation_utils.py, tokenization_qwen.py), QWEN_TIKTOKEN is its vocabulary
 transformers 4.37.2 (tokenizers 0.15.2, huggingface_hub 0.20.3), transformers_stream_generator, einops, tiktoken,
 matplotlib. None of the original code is here; the test imports this file for the sizes, weights and inputs.
 
-The files in tests/golden/qwen_vl were made from the code in GitHub x1ngzai/Qwen-VL-Chat-Int4 at 1cd721a27dd000fc4cf688c
-6ad58e614da1d600d (21 October 2023), a copy of the Hugging Face repository Qwen/Qwen-VL-Chat-Int4; its model code does
-not depend on the quantisation. It writes "Picture 1:" without a blank before the image, the later Qwen-VL-Chat with one
-(as in GitHub yellow-binary-tree/Pfram at 14be738), which is what the conversations here have.
+The files in tests/models/ports/golden/qwen_vl were made from the code in GitHub x1ngzai/Qwen-VL-Chat-Int4 at
+1cd721a27dd000fc4cf688c6ad58e614da1d600d (21 October 2023), a copy of the Hugging Face repository Qwen/Qwen-VL-Chat-
+Int4; its model code does not depend on the quantisation. It writes "Picture 1:" without a blank before the image, the
+later Qwen-VL-Chat with one (as in GitHub yellow-binary-tree/Pfram at 14be738), which is what the conversations here
+have.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-OUT = Path(__file__).parents[1] / "tests" / "golden" / "qwen_vl"
+OUT = Path(__file__).parents[1] / "tests" / "models" / "ports" / "golden" / "qwen_vl"
 START, WORDS = 300, 256  # id of <img>; ordinary tokens are below
 SHOWN = (slice(None), slice(-32, None), slice(None, None, 8))  # of logits [B, T, vocabulary]
 TOWER = {"width": 48, "layers": 2, "heads": 3, "mlp_ratio": 4.9231, "image_size": 28, "patch_size": 7, "n_queries": 16,

@@ -35,12 +35,12 @@ def draw(seed: int) -> dict[str, list[Pair]]:
     """The questions of each file with their scenes, in the order of its rows."""
 
     def fill(split: str, kinds: dict[str, int], quota: dict[str, int], by: Callable[[scenes.Question], str]):
-        return take(smol.stream(seed, split, kinds), quota, by)
+        return take(smol.plain_questions(seed, split, kinds), quota, by)
 
     every = dict.fromkeys(smol.ASKED, 1)
     short = fill("test", {k: 1 for k in every if k != "describe"}, QUOTA, category)
     seen = {scene for scene, _ in short}
-    fresh = (pair for pair in smol.stream(f"{seed}/describe", "test", {"describe": 1}) if pair[0] not in seen)
+    fresh = (pair for pair in smol.plain_questions(f"{seed}/describe", "test", {"describe": 1}) if pair[0] not in seen)
     lines = {"describe shapes": EACH - 8, "describe nothing": 8}
     drawn = {
         "smol_short": short,

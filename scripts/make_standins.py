@@ -44,7 +44,7 @@ def pope() -> tuple[dict[str, Any], Rows]:
     rows = [
         {
             "id": str(i), "question_id": str(i), "question": f"Is there a {COLORS[i % 4]} thing in the image?",
-            "answer": "yes" if i % 2 else "no", "image_source": f"COCO_val2014_{i:012}", "image": picture(i),
+            "answer": "yes" if i % 2 else "no", "image_source": f"COCO_val2014_{i // 2:012}", "image": picture(i),
             "category": category,
         }
         for i, category in enumerate(c for c in ("random", "popular", "adversarial") for _ in range(4))

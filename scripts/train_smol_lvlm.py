@@ -47,9 +47,9 @@ from transformers import (
     LlavaConfig,
 )
 
-from svl.bundled import UNUSED_TOKEN, resolve
 from svl.demo import scenes, smol
-from svl.store import Store
+from svl.demo.bundled import UNUSED_TOKEN, resolve_bundled
+from svl.store.artifacts import Store
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 PATCH, SIDE = 8, smol.GRID * scenes.CELL
@@ -286,7 +286,7 @@ class Batches(torch.utils.data.IterableDataset):
     def __iter__(self):
         for step in range(self.first, self.last):
             mix = next(mix for until, mix in CURRICULUM if step < until)
-            stream = smol.stream(f"{self.seed}/{step}", "train", mix)
+            stream = smol.plain_questions(f"{self.seed}/{step}", "train", mix)
             samples = [sample for _, sample in zip(range(self.size), stream, strict=False)]
             reasons = mix is REASON and step % TURNS_EVERY == 0
             yield pack(self.tokenizer, samples[RANK::WORLD], turns=2 if reasons else 1)
@@ -521,7 +521,7 @@ def main() -> None:
         with open(args.out / "log.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
 
-    base = resolve("svl:smollm2_135m", Store(args.store))
+    base = resolve_bundled("svl:smollm2_135m", Store(args.store))
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = Smol(AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, attn_implementation="fp32"))
     model.vision.requires_grad_(False)
@@ -565,7 +565,7 @@ def main() -> None:
         first = state["step"]
 
     held_out = [
-        pack(tokenizer, [s for _, s in zip(range(12), smol.stream(i, "validation", REASON), strict=False)])
+        pack(tokenizer, [s for _, s in zip(range(12), smol.plain_questions(i, "validation", REASON), strict=False)])
         for i in range(4)
     ]
     batches = torch.utils.data.DataLoader(

@@ -1,7 +1,7 @@
 """A W&B workspace in which strategies are compared: `python scripts/wandb_workspace.py entity=TEAM [project=NAME]`.
 
 Saves it to the server that `wandb login` knows and prints its address; needs `pip install wandb-workspaces`. Panels
-read the names that svl/record.py gives to the numbers of a run.
+read the names that svl/trackers/record.py gives to the numbers of a run.
 """
 
 from __future__ import annotations

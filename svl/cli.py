@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -13,140 +12,151 @@ import time
 import traceback
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import hydra
-from hydra._internal.utils import get_args
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from svl import config, parallel, sweep
-from svl.core import SvlError, did_you_mean
-from svl.store import cannot_write
+from svl import config
+from svl.core.processes import process_rank
+from svl.core.redaction import redact_text
+from svl.run import interruption, job_records, parallel
+from svl.run.messages import one_line, safe_line
+from svl.run.sweep import search_objective
+from svl.store.files import write_text_whole
 
 log = logging.getLogger(__name__)
-config.register()
+log_file = logging.getLogger("traceback")  # goes to run.log only
+
+
+config.register_with_hydra()
 
 
 @hydra.main(version_base="1.3", config_path=str(config.CONF), config_name="config")
 def app(cfg: DictConfig) -> float | None:
-    """Run one configuration; its average over the benchmark's tasks, for sweepers that search."""
-    if parallel.rank() > 0:
+    """Run one configuration; for sweepers that search, what they maximise."""
+    if process_rank() > 0:
         logging.getLogger("svl").setLevel(logging.ERROR)
+    interruption.end_worker_on_interrupt()
     info = HydraConfig.get()
-    sweeping = info.mode == RunMode.MULTIRUN
-    if not sweeping and (swept := info.sweeper.get("params")):
-        log.warning("this experiment is a sweep over %s; add -m to run all of it", ", ".join(swept))
+    sweep = Path(info.sweep.dir) if info.mode == RunMode.MULTIRUN else None
     folder = Path(info.runtime.output_dir)
-    changed = " ".join(o for o in info.overrides.task if not o.startswith("experiment="))
-    count = progress(int(info.job.num)) if sweeping else ""
-    log.info("%s%s", count, changed or f"strategy={info.runtime.choices['strategy']} ratio={cfg.ratio}")
+    announce_job(cfg, info, sweep is not None)
     try:
-        from svl.pipeline import run
+        from svl.run.pipeline import run_configuration
 
         if os.environ.get("SVL_LEASE"):
-            parallel.lease()
-        result = run(cfg, folder, Path(info.sweep.dir) if sweeping else None)
+            parallel.lease_accelerator()
+        result = run_configuration(cfg, folder, sweep)
+        searching = sweep is not None and not info.sweeper._target_.endswith("BasicSweeper")
+        objective = search_objective(cfg, result) if searching else None
     except Exception as error:
-        with suppress(OSError):  # the disk may be full
-            (folder / "failed.txt").write_text("".join(traceback.format_exception(error)))
-        line = mistake(error)
-        if line and not sweeping:
-            sys.exit(f"error: {line}")
-        log.error("  failed: %s", line or repr(error))  # a sweep goes on with its other jobs and fails at its end
+        line = report_failure(error, folder)
+        if sweep is None:
+            sys.exit(f"error: {safe_line(line)}")
+        log.error("  failed: %s", line)  # a sweep goes on with its other jobs and fails at its end
+        job_records.record_failure(sweep, info.job.num, folder, line)
         raise
+    if sweep is not None and result:
+        job_records.record_result(sweep, info.job.num, folder, result)
     log.info("  results in %s", folder)
-    average = result.get("average")
-    return average["value"] if average else None
+    return objective
 
 
-def progress(done: int) -> str:
+def announce_job(cfg: DictConfig, info: Any, sweeping: bool) -> None:
+    """Log what the job is about, and its place in its sweep."""
+    swept = info.sweeper.get("params")
+    if swept and not sweeping:
+        log.warning("this experiment is a sweep over %s; add -m to run all of it", ", ".join(swept))
+    changed = " ".join(word for word in info.overrides.task if not word.startswith("experiment="))
+    progress = sweep_progress(int(info.job.num)) if sweeping else ""
+    log.info("%s%s", progress, changed or f"strategy={info.runtime.choices['strategy']} ratio={cfg.ratio:g}")
+
+
+def sweep_progress(done: int) -> str:
     """ "[3/12, about 40 s left] ": place of a job in its sweep, the time judged by the jobs before it."""
     jobs, began = os.environ.get("SVL_JOBS"), os.environ.get("SVL_BEGAN")
     if not jobs or not began:
         return f"[{done + 1}] "
-    left = (time.time() - float(began)) / done * (int(jobs) - done) if done else None
-    return f"[{done + 1}/{jobs}" + (f", about {left:.0f} s left] " if left is not None else "] ")
+    if not done:
+        return f"[1/{jobs}] "
+    left = (time.time() - float(began)) / done * (int(jobs) - done)
+    return f"[{done + 1}/{jobs}, about {left:.0f} s left] "
+
+
+def report_failure(error: Exception, folder: Path) -> str:
+    """Write the traceback to run.log and failed.txt in the output folder; gives the line that says what happened."""
+    text = redact_text("".join(traceback.format_exception(error)))
+    log_file.error(text)
+    with suppress(OSError):  # the disk may be full
+        write_text_whole(folder / "failed.txt", text)
+    line = one_line(error)
+    if line is None:
+        reason = " ".join(str(error).split())
+        line = f"{type(error).__name__}: {reason} (please report it, with {folder / 'failed.txt'})"
+    forget_locals(error)
+    return line
+
+
+def forget_locals(error: BaseException | None) -> None:
+    """Free what the frames of an error hold, such as a model: in a sweep, errors outlive their jobs."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def main() -> None:
-    """Entry point: mistakes in the input become one line and exit code 1; bugs keep their traceback."""
-    if parallel.rank() > 0:  # of several processes, the first one speaks and writes
-        scratch = tempfile.mkdtemp()
-        atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-        sys.argv += [f"hydra.run.dir={scratch}", f"hydra.sweep.dir={scratch}"]
+    """Entry point: whatever ends a run becomes one line and an exit code; tracebacks of runs are in their run.log."""
+    if process_rank() > 0:
+        write_elsewhere()
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         app()
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # lets Hydra's exceptions reach us instead of being printed by it
     try:
-        app()
+        with interruption.orderly_end():
+            app()
+    except interruption.Interrupted as stop:
+        if process_rank() == 0:
+            print(describe_interruption(), file=sys.stderr)
+        sys.exit(stop.exit_code)
     except Exception as error:
-        if failed := sweep.failures():
-            listing = "".join(f"\n  {folder}: {reason}" for folder, reason in failed.items())
-            of = f" of {os.environ['SVL_JOBS']}" if "SVL_JOBS" in os.environ else ""
-            sys.exit(f"error: {len(failed)}{of} jobs failed (each folder has failed.txt and run.log):{listing}")
-        if line := mistake(error):
-            sys.exit(f"error: {line}")
-        raise
+        line = describe_failed_jobs(error) or one_line(error)
+        if line is None:
+            raise
+        sys.exit(f"error: {safe_line(line)}")
     finally:
-        for line in sweep.repeats():
-            print(f"note: {line}", file=sys.stderr)
+        if sweep := os.environ.get("SVL_SWEEP"):
+            for line in job_records.equal_ratios(Path(sweep)):
+                print(f"note: {line}", file=sys.stderr)
 
 
-def mistake(error: Exception) -> str | None:
-    """The one line to show for an error that a person can mend; None for a bug."""
-    if isinstance(error, HydraException | OmegaConfBaseException):
-        cause = error.__cause__ or error.__context__
-        return explain(cause if isinstance(cause, OmegaConfBaseException) else error, error)
-    return str(error) if isinstance(error, SvlError) else cannot_write(error)
+def write_elsewhere() -> None:
+    """Of several processes of a run, the first one speaks and writes; this one's outputs go to a temporary folder."""
+    scratch = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    sys.argv += [f"hydra.run.dir={scratch}", f"hydra.sweep.dir={scratch}"]
 
 
-def explain(error: Exception, outer: Exception) -> str:
-    """One line for a composition error, with what was probably meant."""
-    text = f"{outer}\n{error}"
-    if found := re.search(r"Could not find '(\w+)/([^']*)'", text):
-        group, choice = found.groups()
-        options = sorted({p.stem for folder in searched() for p in (folder / group).glob("*.yaml")})
-        return f"there is no {group} '{choice}'{did_you_mean(choice, options)}; choices: {', '.join(options)}"
-    if found := re.search(r"Ambiguous value for argument '([^']+)'", text):
-        return f"{found.group(1)} names several values: add -m to run all of them, or brackets to make it a list"
-    path = re.search(r"full_key: (\S+)", text)
-    if found := re.search(r"Key '([^']+)' (?:is )?not in |Could not override '([^']+)'", text):
-        key = path.group(1) if path else found.group(1) or found.group(2)
-        known = neighbours(key)
-        listing = f"; known here: {', '.join(known)}" if known else ""
-        return f"there is no setting '{key}'{did_you_mean(key, known)}{listing}"
-    line = next(s for s in str(error).splitlines() if s.strip())
-    return f"{path.group(1)}: {line}" if path else line
+def describe_failed_jobs(error: Exception) -> str | None:
+    """Which jobs of this process's sweep failed, and why; None without a sweep, or if `error` let no job start."""
+    sweep, count = os.environ.get("SVL_SWEEP"), os.environ.get("SVL_JOBS")
+    if not sweep or isinstance(error, HydraException | OmegaConfBaseException):
+        return None
+    return job_records.describe_failures(Path(sweep), int(count) if count else None)
 
 
-def searched() -> list[Path]:
-    """Folders that configuration is composed from."""
-    own = get_args().config_dir
-    return [config.CONF, *([Path(own).absolute()] if own else [])]
-
-
-def neighbours(key: str) -> list[str]:
-    """The settings next to `key` in the composed configuration of this command line without its wrong part."""
-    where = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in searched()[1:])}]"]
-    choices = [
-        a
-        for a in sys.argv[1:]
-        if re.fullmatch(r"(model|strategy|selector|compensation|quantization|visual_tokens|benchmark)=\w+", a)
-    ]
-    with hydra.initialize_config_dir(str(config.CONF), version_base="1.3"):
-        try:
-            cfg = hydra.compose("config", overrides=where + choices)
-        except (HydraException, OmegaConfBaseException):  # the wrong part is in the chosen file itself
-            cfg = OmegaConf.structured(config.Svl)
-    parent, _, _ = key.rpartition(".")
-    node = OmegaConf.select(cfg, parent) if parent else cfg
-    if not isinstance(node, DictConfig):
-        return []
-    return [f"{parent}.{k!s}" if parent else str(k) for k in node if k != "_target_"]
+def describe_interruption() -> str:
+    """What is kept of an interrupted run or sweep, and how to go on."""
+    sweep = os.environ.get("SVL_SWEEP")
+    done = ""
+    if sweep:
+        done = f" after {len(job_records.read_records(Path(sweep)))} of {os.environ.get('SVL_JOBS', '?')} jobs"
+    return f"interrupted{done}: finished stages are kept in the store; give the same command again to go on"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Configuration: the schema of the root and of every group, and the one place that builds objects from it.
 
-Method groups (selector, strategy, compensation, tracker) are frozen dataclasses named by `_target_`; the dataclass is
-the schema, so its YAML is checked against its fields. The other groups are plain values with the schemas below.
+Method groups (selector, strategy, compensation, quantization, visual_tokens, tracker) are frozen dataclasses named by
+`_target_`; the dataclass is the schema: any of its fields can be set, and nothing else. The other groups are plain
+values with the schemas below.
 """
 
 from __future__ import annotations
@@ -9,21 +10,45 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import inspect
 import os
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from svl.core import SvlError, did_you_mean, layers_to_remove, one_of
+from svl import plugins
+from svl.core import Compensation, Method, Strategy, SvlError, TokenSelector, did_you_mean, layers_to_remove, one_of
+from svl.models.options import LoadOptions
+from svl.quantization.base import Quantization
+from svl.trackers.record import Tracker
+from svl.visual_tokens.base import VisualTokens
 
 PACKAGE = Path(__file__).parent
+
+
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # installed, or a checkout
-METHODS = ("selector", "strategy", "compensation", "quantization", "visual_tokens", "tracker")
+
+
+# Groups of methods, and what their classes derive from.
+METHODS: dict[str, type[Method]] = {
+    "selector": TokenSelector,
+    "strategy": Strategy,
+    "compensation": Compensation,
+    "quantization": Quantization,
+    "visual_tokens": VisualTokens,
+    "tracker": Tracker,
+}
+
+
+RATIO_DIGITS = 6  # of a ratio: 0.1 + 0.2 is 0.3 in every key, name and table
 
 
 @dataclass
@@ -36,7 +61,7 @@ class Model:
     dtype: str = "auto"  # auto (as stored) | float32 | bfloat16 | float16
     device: str = "auto"
     offload: bool = False  # leave decoder layers on disk and read each once per calibration pass: for large models
-    prompt: str = "chat"  # how conversations are written: chat (the checkpoint's template) | a style of svl.prompts
+    prompt: str = "chat"  # chat (the template of the checkpoint) | a style of svl.models.prompts
     image_processor: dict[str, Any] = field(default_factory=dict)  # its settings, such as `size`: caps visual tokens
     layers: str | None = None  # dotted path of the decoder layers, where structure does not tell
     image_token: Any = None  # the image placeholder or its id, where config and processor do not tell
@@ -49,7 +74,7 @@ class Calibration:
     """Samples that statistics are measured on."""
 
     path: str = MISSING  # a file, a folder of images, or (with `format`) a data set of the hub or a copy of it
-    format: str | None = None  # how rows of a data set become samples, see svl.data; null: own files
+    format: str | None = None  # how rows of a data set become samples, see svl.calibration.hub_data; null: own files
     name: str | None = None  # configuration of the data set
     split: str = "train"
     revision: str | None = None
@@ -58,9 +83,8 @@ class Calibration:
     samples: int | None = None  # null: all; else a subset drawn by `seed`
     seed: int = 0  # of the subset; independent of the root seed, so that random strategies share a calibration
     batch_size: int = 8
-    statistics: list[str] = field(
-        default_factory=lambda: ["cosine", "windows", "attention"]
-    )  # measured in the one pass
+    # measured in the one pass
+    statistics: list[str] = field(default_factory=lambda: ["cosine", "windows", "attention"])
 
 
 @dataclass
@@ -97,7 +121,7 @@ class Evaluator:
 
 @dataclass
 class Efficiency:
-    """How speed and memory of the pruned model are measured beside the dense one, see svl.measure."""
+    """How speed and memory of the pruned model are measured beside the dense one, see svl.evaluation.efficiency."""
 
     batch_size: int = 1
     new_tokens: int = 32  # of every answer
@@ -120,21 +144,26 @@ class Export:
     path: str | None = None
 
 
+def _any_settings() -> DictConfig:
+    """A group whose settings are not known here but to its dataclass: Hydra takes any, `build_method` checks them."""
+    return DictConfig({}, flags={"struct": False})
+
+
 @dataclass
 class Svl:
     """The root."""
 
     model: Model = field(default_factory=Model)
     calibration: Calibration = field(default_factory=Calibration)
-    selector: Any = MISSING
-    strategy: Any = MISSING
-    compensation: Any = MISSING
-    quantization: Any = MISSING
-    visual_tokens: Any = MISSING
+    selector: Any = field(default_factory=_any_settings)
+    strategy: Any = field(default_factory=_any_settings)
+    compensation: Any = field(default_factory=_any_settings)
+    quantization: Any = field(default_factory=_any_settings)
+    visual_tokens: Any = field(default_factory=_any_settings)
     benchmark: Benchmark = field(default_factory=Benchmark)
     evaluator: Evaluator = field(default_factory=Evaluator)
     efficiency: Efficiency = field(default_factory=Efficiency)
-    tracker: Any = MISSING
+    tracker: Any = field(default_factory=_any_settings)
     paths: Paths = field(default_factory=Paths)
     export: Export = field(default_factory=Export)
     name: str | None = None
@@ -144,11 +173,23 @@ class Svl:
     together: int = 1
 
 
-def register() -> None:
-    """Make schema and resolvers known to Hydra. Safe to call twice."""
+def register_with_hydra() -> None:
+    """Make schema, resolvers and plugins known to Hydra. Safe to call twice."""
     ConfigStore.instance().store(name="schema_svl", node=Svl)
     OmegaConf.register_new_resolver("svl", lambda part: str(PACKAGE / part), replace=True)
+    OmegaConf.register_new_resolver("plugin", plugins.plugin_folder, replace=True)
     OmegaConf.register_new_resolver("accelerators", _accelerators, replace=True)
+    Plugins.instance().register(PluginSearchPath)
+
+
+class PluginSearchPath(SearchPathPlugin):
+    """The `conf` folders of plugins, for Hydra."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Append them: a plugin adds choices, it replaces none of svl's."""
+        for plugin in plugins.find_plugins():
+            if plugin.conf:
+                search_path.append(provider=f"svl plugin {plugin.name}", path=f"file://{plugin.conf}")
 
 
 def _accelerators() -> int:
@@ -158,36 +199,24 @@ def _accelerators() -> int:
     return max(1, accelerator.device_count())
 
 
-def build(node: DictConfig, group: str) -> Any:
+def build_method(node: DictConfig, group: str) -> Any:
     """The object that a method group describes: its `_target_` dataclass with the node's other keys as fields.
 
-    Targets must lie in `svl.` or in a package named in the environment variable SVL_PLUGINS (comma-separated).
+    Targets must lie in `svl.` or in a plugin (see svl.plugins).
 
     Raises:
-        SvlError: on a target that does not exist or is not allowed, an unknown key, or a value of wrong type or range.
+        SvlError: on a target that does not exist, is not allowed or is no method of this group, an unknown key, or a
+            value of wrong type or range.
     """
     values = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     if not isinstance(values, dict) or "_target_" not in values:
         raise SvlError(f"{group} has no _target_: name the dataclass that implements it")
-    target = values.pop("_target_")
-    prefixes = ["svl", *filter(None, os.environ.get("SVL_PLUGINS", "").split(","))]
-    if not any(target.startswith(f"{p}.") for p in prefixes):
-        raise SvlError(
-            f"{group}._target_ '{target}' is outside {', '.join(prefixes)}; allow its package in SVL_PLUGINS"
-        )
-    module, _, name = target.rpartition(".")
-    try:
-        cls = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise SvlError(f"{group}._target_ '{target}' cannot be imported: {error}") from error
-    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
-        raise SvlError(f"{group}._target_ '{target}' is no dataclass")
+    cls = _find_class(str(values.pop("_target_")), group)
     known = [f.name for f in dataclasses.fields(cls) if f.init]
     for key in map(str, values):
         if key not in known:
-            raise SvlError(
-                f"{group} has no setting '{key}'{did_you_mean(key, known)}; it has: {', '.join(known) or '-'}"
-            )
+            listing = ", ".join(known) or "-"
+            raise SvlError(f"{group} has no setting '{key}'{did_you_mean(key, known)}; it has: {listing}")
     try:
         typed = OmegaConf.merge(OmegaConf.structured(_schema(cls)), values)
         plain = OmegaConf.to_container(typed, throw_on_missing=True)
@@ -196,11 +225,43 @@ def build(node: DictConfig, group: str) -> Any:
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in typing.cast(dict, plain).items()})
 
 
+def _find_class(target: str, group: str) -> type[Method]:
+    """The class that `target` names.
+
+    Raises:
+        SvlError: if it is not allowed or does not exist, or cannot be a method of this group.
+    """
+    allowed = ["svl", *(plugin.name for plugin in plugins.find_plugins())]
+    if not any(target.startswith(f"{package}.") for package in allowed):
+        listing = ", ".join(allowed)
+        raise SvlError(f"{group}._target_ '{target}' is outside {listing}; allow its package in {plugins.VARIABLE}")
+    module, _, name = target.rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise SvlError(f"{group}._target_ '{target}' cannot be imported: {error}") from error
+    who, base = f"{group}._target_ '{target}'", METHODS[group]
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+        raise SvlError(f"{who} is no dataclass")
+    if not cls.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+        raise SvlError(f"{who} is no frozen dataclass: write @dataclass(frozen=True)")
+    if not issubclass(cls, base):
+        raise SvlError(f"{who} does not derive from {base.__module__}.{base.__name__}")
+    if inspect.isabstract(cls):
+        raise SvlError(f"{who} does not implement {', '.join(sorted(getattr(cls, '__abstractmethods__', ())))}")
+    if unknown := sorted(set(cls.needs) - cls.known_needs):
+        listing = ", ".join(sorted(cls.known_needs)) or "nothing"
+        raise SvlError(f"{who} needs {', '.join(unknown)}, but a {group} may only need: {listing}")
+    return cls
+
+
 def _schema(cls: type) -> type:
     """A mutable twin of a frozen dataclass, with tuples as lists: what OmegaConf can type-check values against."""
     hints = typing.get_type_hints(cls)
     fields: list[Any] = []
-    for f in filter(lambda f: f.init, dataclasses.fields(cls)):
+    for f in dataclasses.fields(cls):
+        if not f.init:
+            continue
         hint, default = hints[f.name], f.default
         if f.default_factory is not dataclasses.MISSING:
             default = f.default_factory()
@@ -213,12 +274,38 @@ def _schema(cls: type) -> type:
     return dataclasses.make_dataclass(cls.__name__, fields)
 
 
-def describe(node: DictConfig) -> dict[str, Any]:
+def plain_values(node: DictConfig) -> dict[str, Any]:
     """A configuration node as plain data, for records."""
     return typing.cast(dict[str, Any], OmegaConf.to_container(node, resolve=True))
 
 
-def validate(cfg: DictConfig) -> dict[str, Any]:
+def load_options(model: DictConfig, revision: str | None = None) -> LoadOptions:
+    """What `model` says about how its checkpoint is loaded; `revision`: the commit, where it is known.
+
+    Raises:
+        SvlError: on a dtype or a protection that there is not.
+    """
+    protect = tuple(model.protect) if OmegaConf.is_list(model.protect) else model.protect
+    return LoadOptions(
+        dtype=model.dtype,
+        device=model.device,
+        revision=revision or model.revision,
+        layers=model.layers,
+        image_token=model.image_token,
+        protect=protect,
+        name=model.name or Path(model.path).name,
+        trust_remote_code=model.trust_remote_code,
+    )
+
+
+def round_ratio(cfg: DictConfig) -> DictConfig:
+    """A copy of the configuration whose ratio has RATIO_DIGITS digits: range(0.1,0.4,0.1) gives 0.30000000000000004."""
+    rounded = cfg.copy()
+    rounded.ratio = round(cfg.ratio, RATIO_DIGITS)
+    return rounded
+
+
+def validate_config(cfg: DictConfig) -> dict[str, Any]:
     """Check everything that can be checked without loading the model; the method objects by group.
 
     Raises:
@@ -230,33 +317,40 @@ def validate(cfg: DictConfig) -> dict[str, Any]:
     for group in ("model", "calibration", "benchmark"):
         for key in OmegaConf.missing_keys(cfg[group]):
             raise SvlError(f"{group}.{key} is not set")
-    for name in (
-        "calibration.batch_size",
-        "calibration.samples",
-        "benchmark.batch_size",
-        "benchmark.max_new_tokens",
-        *(f"benchmark.tasks.{task}.max_new_tokens" for task in cfg.benchmark.tasks),
-    ):
-        value = OmegaConf.select(cfg, name)
-        if value is not None and value < 1:
-            raise SvlError(f"{name} is {value}, but must be at least 1")
-    for name, least in {"batch_size": 1, "new_tokens": 2, "warmup": 0, "repeats": 0}.items():
-        if cfg.efficiency[name] < least:
-            raise SvlError(f"efficiency.{name} is {cfg.efficiency[name]}, but must be at least {least}")
+    _check_numbers(cfg)
     if cfg.efficiency.repeats and cfg.model.offload:
         raise SvlError("efficiency cannot be measured with model.offload, which leaves layers on disk")
+    one_of("evaluator.name", cfg.evaluator.name, ("transformers", "vllm"))
+    if cfg.benchmark.tasks:
+        _check_evaluator(cfg.evaluator.name)
+    return {group: build_method(cfg[group], group) for group in METHODS}
+
+
+def _check_numbers(cfg: DictConfig) -> None:
+    """Raise SvlError if a number is out of its range."""
+    least: dict[str, int] = dict.fromkeys(("calibration.batch_size", "calibration.samples"), 1)
+    least |= dict.fromkeys(("benchmark.batch_size", "benchmark.max_new_tokens"), 1)
+    least |= {f"benchmark.tasks.{task}.max_new_tokens": 1 for task in cfg.benchmark.tasks}
+    least |= {"efficiency.batch_size": 1, "efficiency.new_tokens": 2, "efficiency.warmup": 0, "efficiency.repeats": 0}
+    least |= {"together": 1}
+    for name, bound in least.items():
+        value = OmegaConf.select(cfg, name)
+        if value is not None and value < bound:
+            raise SvlError(f"{name} is {value}, but must be at least {bound}")
     limit = cfg.benchmark.limit
     if limit is not None and not (0 < limit < 1 or (limit >= 1 and limit == int(limit))):
         raise SvlError(f"benchmark.limit is {limit:g}, but must be a whole number of samples, or a share below 1")
     for task, settings in cfg.benchmark.tasks.items():
-        if settings.scale <= 0:
+        if not settings.scale > 0:
             raise SvlError(f"benchmark.tasks.{task}.scale is {settings.scale:g}, but must be above 0")
-    one_of("evaluator.name", cfg.evaluator.name, ("transformers", "vllm"))
-    if cfg.benchmark.tasks and cfg.evaluator.name == "vllm":
+
+
+def _check_evaluator(name: str) -> None:
+    """Raise SvlError if what answers the questions is not installed, or cannot work here."""
+    if name == "vllm":
         if importlib.util.find_spec("vllm") is None:
             raise SvlError("evaluator=vllm needs vLLM (pip install vllm) and a GPU that it supports")
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise SvlError("evaluator=vllm starts processes itself: run it without torchrun, see evaluator.options")
-    if cfg.benchmark.tasks and importlib.util.find_spec("lmms_eval") is None:
+    if importlib.util.find_spec("lmms_eval") is None:
         raise SvlError("benchmarks need lmms-eval: pip install 'svl[eval]', or run with benchmark=none")
-    return {group: build(cfg[group], group) for group in METHODS}

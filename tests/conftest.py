@@ -7,12 +7,24 @@ start at once.
 
 from __future__ import annotations
 
+import atexit
 import io
 import json
+import os
 import random
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
+
+# Settings and caches of the machine's owner must not matter, nor the network: set before any library is imported.
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit all this
+    for name in [name for name in os.environ if name.startswith(("SVL_", "HYDRA_", "WANDB_", "HF_"))]:
+        del os.environ[name]
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="svl-tests-")
+    atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 WORDS = "what which where how many is are there the a of in on left right above below red green blue gray round square"
 MARKS = {"llava": "<image>", "qwen": "<|vision_start|><|image_pad|><|vision_end|>", "llama": ""}
@@ -45,6 +57,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "column(*names): the test's result, by its `family`, fills these of the table")
+    if "gpu" not in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if config.getoption("--families") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(_Table(Path(config.getoption("--families"))))
 
@@ -309,14 +323,14 @@ def png(seed: int, width: int = 16, height: int = 16) -> bytes:
 @pytest.fixture(scope="session")
 def make_samples():
     """Samples of the given numbers of words, each with a picture of its own (or none)."""
-    from svl.data import Example, Examples
+    from svl.calibration.samples import Sample, Samples
 
     def make(lengths, image: bool = True, seed: int = 0):
         chance = random.Random(seed)
-        return Examples(
+        return Samples(
             "random",
             tuple(
-                Example(
+                Sample(
                     row,
                     " ".join(chance.choices(WORDS.split(), k=length)),
                     png(seed + row, 16 + 8 * (row % 2), 16 + 8 * (row % 3)) if image else None,
@@ -340,8 +354,10 @@ def encode():
     """Model inputs of samples, in one batch."""
 
     def encoded(lvlm, examples):
-        images = [e.image for e in examples if lvlm.sees and e.image_bytes]
-        return lvlm.encode([lvlm.prompt(e.prompt, image=lvlm.sees and bool(e.image_bytes)) for e in examples], images)
+        images = [e.image for e in examples if lvlm.takes_images and e.image_bytes]
+        return lvlm.encode(
+            [lvlm.prompt(e.prompt, image=lvlm.takes_images and bool(e.image_bytes)) for e in examples], images
+        )
 
     return encoded
 

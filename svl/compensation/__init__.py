@@ -1,0 +1,1 @@
+"""What fills the gap that removed layers leave: one method a file."""

@@ -15,12 +15,13 @@ from typing import ClassVar
 
 import torch
 
-from svl.core import Hidden, Patch, Plan, SvlError, Update, one_of
-from svl.regression import Regression
+from svl.compensation.regression import Regression
+from svl.compensation.run_rows import WRITER, check_rows, notes_on_runs, stream_run_rows
+from svl.core import Compensation, HiddenStates, Patch, Plan, SvlError, Update, one_of
 
 
 @dataclass(frozen=True)
-class Linear:
+class Linear(Compensation):
     """One d x d map per removed run, folded into the down_proj before it.
 
     Attributes:
@@ -38,36 +39,29 @@ class Linear:
 
     def __post_init__(self) -> None:
         one_of("compensation.shrink", self.shrink, ("identity", "zero"))
-        one_of("compensation.rows", self.rows, ("selected", "all"))
+        check_rows(self.rows)
         if self.ridge < 0:
             raise SvlError(f"compensation.ridge is {self.ridge:g}, but must be at least 0")
 
-    def fit(self, hidden: Hidden, plan: Plan) -> Patch:
+    def fit(self, hidden: HiddenStates, plan: Plan) -> Patch:
         """T - I of every removed run that has a kept layer before it.
 
         Raises:
             SvlError: if the model lacks the projection, or the tokens do not determine T.
         """
-        one_of("the writer that compensation needs", "mlp", tuple(hidden.writers))
-        runs = [(start, stop) for start, stop in plan.runs if start > 0]
-        notes = () if len(runs) == len(plan.runs) else ("no layer before layer 0: its run is not compensated",)
+        runs, notes = plan.runs_with_layer_before, notes_on_runs(plan)
         if not runs:
             return Patch(notes=notes)
         fits = {run: Regression() for run in runs}
-        for sample in hidden.stream(sorted({i for run in runs for i in run}), [(s - 1, "mlp") for s, _ in runs]):
-            for (start, stop), regression in fits.items():
-                written = sample.wrote(start - 1, "mlp")
-                gap = sample.h(stop) - sample.h(start)
-                w = sample.weights if sample.weights.ndim == 1 else sample.weights[start - 1]
-                if self.rows == "all":
-                    w = torch.ones_like(w)
-                if self.scaled:
-                    w = w / sample.h(stop).square().sum(-1).to(w.device)
-                regression.add(written, gap if self.shrink == "identity" else gap + written, w)
+        for run, rows in stream_run_rows(hidden, runs, self.rows):
+            gap, weights = rows.after - rows.before, rows.weights
+            if self.scaled:
+                weights = weights / rows.after.square().sum(-1)
+            fits[run].add(rows.written, gap if self.shrink == "identity" else gap + rows.written, weights)
         updates = {}
         for (start, _), regression in fits.items():
             change = regression.solve(self.ridge)
             if self.shrink == "zero":
                 change = change - torch.eye(len(change), dtype=change.dtype, device=change.device)
-            updates[start - 1, "mlp"] = Update(left=change.mT.float().cpu().contiguous())
+            updates[start - 1, WRITER] = Update(left=change.mT.float().cpu().contiguous())
         return Patch(updates, notes=notes)

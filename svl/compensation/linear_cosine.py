@@ -15,11 +15,12 @@ from typing import ClassVar
 import torch
 from torch.nn import functional as F
 
-from svl.core import Hidden, Patch, Plan, SvlError, Update, one_of
+from svl.compensation.run_rows import WRITER, Run, check_rows, notes_on_runs, stream_run_rows
+from svl.core import Compensation, HiddenStates, Patch, Plan, SvlError, Update
 
 
 @dataclass(frozen=True)
-class LinearCosine:
+class LinearCosine(Compensation):
     """One d x d map per removed run, by cosine.
 
     Attributes:
@@ -40,34 +41,29 @@ class LinearCosine:
     needs: ClassVar[frozenset[str]] = frozenset({"hidden"})
 
     def __post_init__(self) -> None:
-        one_of("compensation.rows", self.rows, ("selected", "all"))
+        check_rows(self.rows)
         if self.epochs < 0 or self.batch < 1 or self.lr <= 0:
             raise SvlError("compensation.epochs must be at least 0, batch at least 1, lr above 0")
 
-    def fit(self, hidden: Hidden, plan: Plan) -> Patch:
+    def fit(self, hidden: HiddenStates, plan: Plan) -> Patch:
         """T - I of every removed run that has a kept layer before it.
 
         Raises:
             SvlError: if the model lacks the projection, or the selector leaves no token.
         """
-        one_of("the writer that compensation needs", "mlp", tuple(hidden.writers))
-        runs = [(start, stop) for start, stop in plan.runs if start > 0]
-        notes = () if len(runs) == len(plan.runs) else ("no layer before layer 0: its run is not compensated",)
-        rows: dict[tuple[int, int], list[torch.Tensor]] = {run: [] for run in runs}
-        if runs:
-            points = sorted({i for run in runs for i in run})
-            for sample in hidden.stream(points, [(s - 1, "mlp") for s, _ in runs]):
-                for start, stop in runs:
-                    w = sample.weights if sample.weights.ndim == 1 else sample.weights[start - 1]
-                    use = w > 0 if self.rows == "selected" else torch.ones_like(w, dtype=torch.bool)
-                    states = sample.wrote(start - 1, "mlp"), sample.h(start), sample.h(stop)
-                    rows[start, stop].append(torch.stack(states, 1)[use.to(states[0].device)])
+        runs, notes = plan.runs_with_layer_before, notes_on_runs(plan)
+        if not runs:
+            return Patch(notes=notes)
+        kept: dict[Run, list[torch.Tensor]] = {run: [] for run in runs}
+        for run, rows in stream_run_rows(hidden, runs, self.rows):
+            states = torch.stack([rows.written, rows.before, rows.after], 1)
+            kept[run].append(states[(rows.weights > 0).to(states.device)])
         updates = {}
-        for run, parts in rows.items():
+        for (start, _), parts in kept.items():
             tokens = torch.cat(parts)
             if len(tokens) == 0:
                 raise SvlError("the selector leaves no token for compensation; choose another selector, or rows=all")
-            updates[run[0] - 1, "mlp"] = Update(left=(self._minimise(tokens)).mT.float().cpu().contiguous())
+            updates[start - 1, WRITER] = Update(left=self._minimise(tokens).mT.float().cpu().contiguous())
         return Patch(updates, notes=notes)
 
     def _minimise(self, tokens: torch.Tensor) -> torch.Tensor:

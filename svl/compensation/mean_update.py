@@ -15,12 +15,13 @@ from typing import ClassVar
 
 import torch
 
-from svl.core import Hidden, Patch, Plan, SvlError, Update, one_of
-from svl.regression import Regression
+from svl.compensation.regression import Regression
+from svl.compensation.run_rows import WRITER, check_rows, notes_on_runs, stream_run_rows
+from svl.core import Compensation, HiddenStates, Patch, Plan, SvlError, Update
 
 
 @dataclass(frozen=True)
-class MeanUpdate:
+class MeanUpdate(Compensation):
     """One vector per removed run.
 
     Attributes:
@@ -33,40 +34,35 @@ class MeanUpdate:
     needs: ClassVar[frozenset[str]] = frozenset({"hidden"})
 
     def __post_init__(self) -> None:
-        one_of("compensation.rows", self.rows, ("selected", "all"))
+        check_rows(self.rows)
         if self.ridge < 0:
             raise SvlError(f"compensation.ridge is {self.ridge:g}, but must be at least 0")
 
-    def fit(self, hidden: Hidden, plan: Plan) -> Patch:
+    def fit(self, hidden: HiddenStates, plan: Plan) -> Patch:
         """The mean update of every removed run that has a kept layer before it.
 
         Raises:
             SvlError: if the model lacks the projection, or the selector leaves no token.
         """
-        one_of("the writer that compensation needs", "mlp", tuple(hidden.writers))
-        runs = [(start, stop) for start, stop in plan.runs if start > 0]
-        notes = [] if len(runs) == len(plan.runs) else ["no layer before layer 0: its run is not compensated"]
+        runs, notes = plan.runs_with_layer_before, [*notes_on_runs(plan)]
         if not runs:
             return Patch(notes=tuple(notes))
         fits, means = {run: Regression() for run in runs}, {run: Regression() for run in runs}
-        for sample in hidden.stream(sorted({i for run in runs for i in run}), [(s - 1, "mlp") for s, _ in runs]):
-            for start, stop in runs:
-                w = sample.weights if sample.weights.ndim == 1 else sample.weights[start - 1]
-                w = torch.ones_like(w) if self.rows == "all" else w
-                gap = sample.h(stop) - sample.h(start)
-                one = torch.ones_like(gap[:, :1])
-                means[start, stop].add(one, gap, w)
-                fits[start, stop].add(sample.wrote(start - 1, "mlp"), one, w)
+        for run, rows in stream_run_rows(hidden, runs, self.rows):
+            one = torch.ones_like(rows.before[:, :1])
+            means[run].add(one, rows.after - rows.before, rows.weights)
+            fits[run].add(rows.written, one, rows.weights)
         updates = {}
-        for start, stop in runs:
-            mean = means[start, stop].solve(0)[0].float().cpu()
-            if hidden.has_bias(start - 1, "mlp"):
-                updates[start - 1, "mlp"] = Update(shift=mean)
+        for run in runs:
+            layer = run[0] - 1
+            mean = means[run].solve(0)[0].float().cpu()
+            if hidden.has_bias(layer, WRITER):
+                updates[layer, WRITER] = Update(shift=mean)
                 continue
-            u = fits[start, stop].solve(self.ridge)
-            updates[start - 1, "mlp"] = Update(left=mean[:, None], right=u.mT.float().cpu().contiguous())
-            off = fits[start, stop].left_over(u)
+            u = fits[run].solve(self.ridge)
+            updates[layer, WRITER] = Update(left=mean[:, None], right=u.mT.float().cpu().contiguous())
+            missed = fits[run].left_over(u)
             notes.append(
-                f"layer {start - 1} has no bias: the constant is folded into its weight, {off:.0%} of it missed"
+                f"layer {layer} has no bias: the constant is folded into its weight, {missed:.0%} of it missed"
             )
         return Patch(updates, notes=tuple(notes))

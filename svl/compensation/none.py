@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from svl.core import Hidden, Patch, Plan
+from svl.core import Compensation, HiddenStates, Patch, Plan
 
 
 @dataclass(frozen=True)
-class NoCompensation:
+class NoCompensation(Compensation):
     """Leave the gap as it is."""
 
-    needs: ClassVar[frozenset[str]] = frozenset()
-
-    def fit(self, hidden: Hidden, plan: Plan) -> Patch:
+    def fit(self, hidden: HiddenStates, plan: Plan) -> Patch:
         """The empty patch."""
         return Patch()

@@ -22,12 +22,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from svl.core import Hidden, Patch, Plan, SvlError, Update, one_of
-from svl.regression import Regression
+import torch
+from torch import Tensor
+
+from svl.compensation.regression import HeldOutRegression, check_ridges
+from svl.compensation.run_rows import check_rows
+from svl.core import Compensation, HiddenStates, LayerStep, Patch, Plan, Update, one_of
 
 
 @dataclass(frozen=True)
-class Refit:
+class Refit(Compensation):
     """Sequential ridge regression of kept layers.
 
     Attributes:
@@ -50,13 +54,10 @@ class Refit:
         one_of("compensation.layers", self.layers, ("all", "gaps"))
         for target in self.targets:
             one_of("compensation.targets", target, ("mlp", "attn"))
-        one_of("compensation.rows", self.rows, ("selected", "all"))
-        if not self.ridges or min(self.ridges) <= 0:
-            raise SvlError("compensation.ridges must be numbers above 0")
-        if self.fold < 2:
-            raise SvlError(f"compensation.fold is {self.fold}, but must be at least 2")
+        check_rows(self.rows)
+        check_ridges(self.ridges, self.fold)
 
-    def fit(self, hidden: Hidden, plan: Plan) -> Patch:
+    def fit(self, hidden: HiddenStates, plan: Plan) -> Patch:
         """The change of every refitted down_proj; its notes name the ridges and the share of the gap that is left.
 
         Raises:
@@ -66,24 +67,24 @@ class Refit:
             one_of("compensation.targets for this model", target, tuple(hidden.writers))
         if not plan.removed:
             return Patch()
-        before = {start - 1 for start, _ in plan.runs}
+        before_runs = {start - 1 for start, _ in plan.runs}
         updates, notes = {}, []
         for step in hidden.walk(plan):
-            if self.layers == "gaps" and step.layer not in before:
+            if self.layers == "gaps" and step.layer not in before_runs:
                 continue
             for writer in self.targets:
-                seen, held = Regression(), Regression()
-                for n, (x, given, wanted, w) in enumerate(step.rows(writer)):
-                    w = (0 * w + 1 if self.rows == "all" else w).to(wanted.device)
-                    scaled = w / wanted.square().sum(-1).clamp(min=1e-30)
-                    (held if n % self.fold == self.fold - 1 else seen).add(x, wanted - given, scaled)
-                ridge, whole = self.ridges[0], seen if held.gram is None else seen.with_rows_of(held)
-                if len(self.ridges) > 1 and held.gram is not None:
-                    ridge = min(self.ridges, key=lambda r: held.left_over(seen.solve(r)))
-                change = whole.solve(ridge)
+                change, note = self._refit(step, writer)
                 delta = change.mT.float().contiguous()
                 step.change(writer, delta)
                 updates[step.layer, writer] = Update(delta=delta.cpu())
-                left = f"{whole.left_over(change):.0%} of the gap left"
-                notes.append(f"layer {step.layer} {writer}: ridge {ridge:g}, {left}")
+                notes.append(f"layer {step.layer} {writer}: {note}")
         return Patch(updates, notes=tuple(notes))
+
+    def _refit(self, step: LayerStep, writer: str) -> tuple[Tensor, str]:
+        """D^T [n_in, d] of one projection, and a note on its fit."""
+        regression = HeldOutRegression(self.ridges, self.fold)
+        for x, given, wanted, w in step.rows(writer):
+            weights = torch.ones_like(w) if self.rows == "all" else w
+            relative = weights.to(wanted.device) / wanted.square().sum(-1).clamp(min=1e-30)
+            regression.add_sample(x, wanted - given, relative)
+        return regression.solve()

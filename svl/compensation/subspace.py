@@ -5,21 +5,30 @@ layer l_r, the rows of H = X^{l_p} - X^{l_r} are feature gaps of tokens; V_k hol
 and the kept layer's output projection becomes W <- (I + gain V_k V_k^T) W (gain 1 in the paper). No parameters are
 added. Only H^T H is accumulated (fp64, d x d), whose leading eigenvectors are V_k.
 
-Cost: one more pass over the calibration set, up to the deepest layer involved.
+The guard is ours, and off in the paper. B being the rows that the projection writes, to all tokens, with a norm above
+`guard` times the median, and q the leading right singular vector of B, V_k then holds the leading eigenvectors of
+(I - q q^T) H^T H (I - q q^T). Where no row is that large, it is the paper's formula.
+
+Cost: one more pass over the calibration set, up to the deepest layer involved; where the guard acts, two.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
-
-from svl.core import Hidden, Patch, Plan, SvlError, Update, one_of
+from svl.compensation.gap_subspace import (
+    Points,
+    check_guard,
+    find_massive_writes,
+    leading_directions,
+    measure_gaps,
+)
+from svl.core import Compensation, HiddenStates, Patch, Plan, SvlError, Update, one_of
 
 
 @dataclass(frozen=True)
-class Subspace:
+class Subspace(Compensation):
     """SCP. The figure of the paper leaves anchor, rows, targets, scope, centring and rank open.
 
     Attributes:
@@ -31,6 +40,8 @@ class Subspace:
         anchor: before (the kept layer in front of the removed run, as drawn in the paper) | after.
         scope: run (one H per removed run: its gap as a whole) | layer (the rows of every removed layer).
         centered: subtract the mean row.
+        guard: how many times its median norm a projection must write to a token for that direction to be left out of
+            V_k; None: never.
     """
 
     rank: int = 4
@@ -40,6 +51,7 @@ class Subspace:
     anchor: str = "before"
     scope: str = "run"
     centered: bool = False
+    guard: float | None = None
     needs: ClassVar[frozenset[str]] = frozenset({"hidden"})
 
     def __post_init__(self) -> None:
@@ -50,16 +62,45 @@ class Subspace:
             one_of("compensation.targets", target, ("mlp", "attn"))
         if self.rank < 0:
             raise SvlError(f"compensation.rank is {self.rank}, but must be at least 0")
+        check_guard(self.guard)
 
-    def fit(self, hidden: Hidden, plan: Plan) -> Patch:
-        """V_k of every removed run as low-rank updates of its anchor.
+    def fit(self, hidden: HiddenStates, plan: Plan) -> Patch:
+        """V_k of every removed run as low-rank updates of its anchor; notes name where the guard acted.
 
         Raises:
             SvlError: if the model lacks a target projection, or `rank` exceeds its width.
         """
         for target in self.targets:
             one_of("compensation.targets for this model", target, tuple(hidden.writers))
-        pairs, notes = {}, []  # anchor layer -> [(point of X^{l_p}, point of X^{l_r})]
+        points, notes = self.gap_points(plan)
+        if self.rank == 0 or not points:
+            return Patch(notes=tuple(notes))
+        watched = [] if self.guard is None else [(anchor, target) for anchor in points for target in self.targets]
+        grams, norms = measure_gaps(hidden, points, self.rows, watched)
+        massive = {} if self.guard is None else find_massive_writes(hidden, norms, self.guard)
+
+        updates: dict[tuple[int, str], Update] = {}
+        spectra: dict[int, tuple[float, ...]] = {}
+        for anchor, gaps in grams.items():
+            matrix = gaps.centered_matrix() if self.centered else gaps.matrix()
+            usual, values = leading_directions(matrix, self.rank)
+            spectra[anchor] = tuple(values.clamp(min=0).sqrt().tolist())
+            for target in self.targets:
+                directions = usual
+                if write := massive.get((anchor, target)):
+                    directions, _ = leading_directions(matrix, self.rank, write.direction)
+                    notes.append(write.note(anchor, target))
+                if (k := directions.shape[1]) < self.rank:
+                    spanned = f"spans only {k} of the {self.rank} directions asked for"
+                    notes.append(f"the gap beside layer {anchor} {spanned}")
+                v = directions.float().cpu()
+                updates[anchor, target] = Update(left=self.gain * v, right=v.mT.contiguous())
+        return Patch(updates, notes=tuple(dict.fromkeys(notes)), spectra=spectra)
+
+    def gap_points(self, plan: Plan) -> tuple[dict[int, list[Points]], list[str]]:
+        """Anchor layer -> the points (X^{l_p}, X^{l_r}) of its gaps; and notes on runs that have no anchor."""
+        points: dict[int, list[Points]] = {}
+        notes = []
         for start, stop in plan.runs:
             anchor = start - 1 if self.anchor == "before" else stop
             if not 0 <= anchor < plan.n_layers:
@@ -67,48 +108,5 @@ class Subspace:
                 continue
             farthest = stop - 1 if self.anchor == "before" else start
             removed = [farthest] if self.scope == "run" else range(start, stop)
-            pairs[anchor] = [(p + 1, anchor + 1) for p in removed]
-        if self.rank == 0 or not pairs:
-            return Patch(notes=tuple(notes))
-
-        points = sorted({i for rows in pairs.values() for pair in rows for i in pair})
-        gram: dict[int, Any] = dict.fromkeys(pairs, 0.0)
-        total: dict[int, Any] = dict.fromkeys(pairs, 0.0)
-        count: dict[int, Any] = dict.fromkeys(pairs, 0.0)
-        for sample in hidden.stream(points):
-            for anchor, rows in pairs.items():
-                w = sample.weights if sample.weights.ndim == 1 else sample.weights[anchor]
-                w = (torch.ones_like(w) if self.rows == "all" else w).double()[:, None]
-                for p, r in rows:
-                    gap = (sample.h(p) - sample.h(r)).double()
-                    if self.rows == "means":
-                        if w.sum() == 0:
-                            continue
-                        gap = (w * gap).sum(0, keepdim=True) / w.sum()
-                        weighted, n = gap, torch.ones(())
-                    else:
-                        weighted, n = w * gap, w.sum()
-                    gram[anchor] = gram[anchor] + gap.mT @ weighted
-                    total[anchor] = total[anchor] + weighted.sum(0)
-                    count[anchor] = count[anchor] + n
-        updates: dict[tuple[int, str], Update] = {}
-        spectra = {}
-        for anchor, matrix in gram.items():
-            if count[anchor] == 0:
-                raise SvlError("the selector leaves no token for compensation; choose another selector or rows=all")
-            if self.rank > len(matrix):
-                raise SvlError(f"compensation.rank is {self.rank}, but the model is only {len(matrix)} wide")
-            if not bool(matrix.isfinite().all()):
-                raise SvlError("hidden states are not finite, so they span nothing; choose another model.dtype")
-            noise = len(matrix) * torch.finfo(matrix.dtype).eps * matrix.trace()
-            if self.centered:
-                matrix = matrix - torch.outer(total[anchor], total[anchor]) / count[anchor]
-            values, vectors = torch.linalg.eigh(matrix)
-            k = min(self.rank, int((values > noise).sum()))  # beyond the rank of H, vectors are arbitrary
-            if k < self.rank:
-                notes.append(f"the gap beside layer {anchor} spans only {k} of the {self.rank} directions asked for")
-            spectra[anchor] = tuple(values.clamp(min=0).sqrt().flip(0).tolist())
-            v = vectors.flip(1)[:, :k].float().cpu()
-            update = Update(left=self.gain * v, right=v.mT.contiguous())
-            updates |= {(anchor, target): update for target in self.targets}
-        return Patch(updates, notes=tuple(notes), spectra=spectra)
+            points[anchor] = [(p + 1, anchor + 1) for p in removed]
+        return points, notes

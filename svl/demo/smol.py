@@ -209,13 +209,13 @@ ASKED: dict[str, Callable[[Scene, random.Random], Question | None]] = {
 KINDS = ASKED | {"cell": _cell, "place": _where, "list": _list, "letter": _letter}
 
 
-def ask(scene: Scene, rng: random.Random, kind: str) -> Question | None:
+def plain_question(scene: Scene, rng: random.Random, kind: str) -> Question | None:
     """A question of `kind` about the scene, or None if the scene offers none (tried a few times)."""
     tries = (KINDS[kind](scene, rng) for _ in range(8))
     return next((question for question in tries if question is not None), None)
 
 
-def stream(seed: int | str, split: str, kinds: dict[str, int]) -> Iterator[tuple[Scene, list[Question]]]:
+def plain_questions(seed: int | str, split: str, kinds: dict[str, int]) -> Iterator[tuple[Scene, list[Question]]]:
     """Endless scenes of a split, each with up to `kinds[kind]` distinct questions of each kind, shuffled."""
     rng = random.Random(f"smol/{seed}/{split}")
     while True:
@@ -223,7 +223,7 @@ def stream(seed: int | str, split: str, kinds: dict[str, int]) -> Iterator[tuple
         questions: dict[str, Question] = {}
         for kind, number in kinds.items():
             for _ in range(number):
-                if (question := ask(scene, rng, kind)) is not None:
+                if (question := plain_question(scene, rng, kind)) is not None:
                     questions.setdefault(question.prompt, question)
         order = list(questions.values())
         rng.shuffle(order)

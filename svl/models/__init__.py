@@ -1,13 +1,7 @@
-"""Ports: models of the paper that transformers does not have, in the style of its own folders.
+"""Vision-language and text models: loading them, finding their parts, writing their prompts."""
 
-Importing this package makes them known to transformers' Auto classes, and `import svl` does so as soon as transformers
-is there. They read original checkpoints and run none of the code that comes with those. Adding one means a folder here
-whose `register` does the same for it.
-"""
+import logging
 
-import transformers  # noqa: F401 # first, as it imports this package when it is through
-
-from svl.models import mplug_owl2, qwen_vl
-
-for port in (mplug_owl2, qwen_vl):
-    port.register()
+# torchao, which transformers imports wherever it is installed, makes torch warn of a call that it no longer needs. Said
+# here, because that happens while transformers is imported.
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)

@@ -1,0 +1,1 @@
+"""Quantisation that a pruned model is combined with: one method a file."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from svl.loading import Lvlm
+from svl.models.lvlm import Lvlm
+from svl.quantization.base import Quantization
 
 
 @dataclass(frozen=True)
-class Full:
+class Full(Quantization):
     """No quantisation."""
 
     def apply(self, lvlm: Lvlm) -> Lvlm:

@@ -9,13 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from svl import surgery
 from svl.core import Plan, SvlError, one_of
-from svl.loading import Lvlm
+from svl.models.lvlm import Lvlm
+from svl.pruning import surgery
+from svl.quantization.base import Quantization
 
 
 @dataclass(frozen=True)
-class Torchao:
+class Torchao(Quantization):
     """A configuration of torchao.
 
     Attributes:

@@ -7,4 +7,4 @@
 * Every file is written whole or not at all.
 """
 
-from svl.report.cli import main as main
+from svl.report.command import main as main

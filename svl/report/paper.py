@@ -1,23 +1,21 @@
-"""The numbers of the Short-LVLM paper: what of them stands beside a measured row, and measured rows in their layout."""
+"""The numbers of the Short-LVLM paper, which stand beside measured rows."""
 
 from __future__ import annotations
 
 import csv
-import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from svl.core import SvlError
-from svl.report.rows import Estimate, Row, Section
+from svl.report.rows import Row
 
 SOURCE = "arXiv 2507.23362"
 NAME = "short_lvlm_main_results.csv"
 HERE = Path(__file__).parent
 FILE = next((p for p in (HERE / NAME, HERE.parents[1] / "experiments/paper" / NAME) if p.is_file()), HERE / NAME)
-COLUMNS = ["model", "method", "pruning_ratio", "benchmark", "score", "samples_per_second"]
+SIZE = re.compile(r"\d+b")  # as in 7b
 METHOD = {"strategy": "short_lvlm", "selector": "tis", "compensation": "subspace"}  # what the paper calls short-lvlm
 
 
@@ -44,7 +42,7 @@ class Published:
             name = "average" if {_benchmark(t) for t in tasks} == set(names) else None
         else:
             name = names.get(_benchmark(task))
-        if row and any(row.runs[0][part] != option for part, option in METHOD.items()):
+        if row and any(row.first.result[part] != option for part, option in METHOD.items()):
             return None
         return self.scores.get(("short-lvlm" if row else "dense", row.ratio if row else 0.0, name or ""))
 
@@ -78,36 +76,5 @@ def numbers(model: str) -> Published | None:
     return None
 
 
-SIZE = re.compile(r"\d+b")
-
-
 def _words(name: str) -> set[str]:
     return {word.removeprefix("v") if word[1:2].isdigit() else word for word in re.findall(r"[a-z0-9.]+", name.lower())}
-
-
-def layout(sections: Iterable[Section]) -> str:
-    """Main metrics and averages in the layout and the units of experiments/paper (CSV), the dense model first.
-
-    Raises:
-        SvlError: if a sample limit was used: such numbers are no results.
-    """
-    out = io.StringIO()
-    table = csv.writer(out, lineterminator="\n")
-    table.writerow(COLUMNS)
-    for section in sections:
-        first = section.runs[-1]
-        if first["limit"] is not None:
-            raise SvlError(f"'{section.title}' is no table for a paper: run it without benchmark.limit")
-        tasks = [*section.tasks, None]
-        dense = {task: Estimate(section.dense(task)) for task in tasks}
-        lines = [("dense", 0.0, dense, first["cost"].get("samples_per_second_dense"))]
-        for row in section.rows:
-            scores = {task: row.score(task) for task in tasks}
-            lines.append((row.label, row.ratio, scores, row.runs[0]["cost"].get("samples_per_second")))
-        for label, ratio, scores, speed in lines:
-            for task, estimate in scores.items():
-                name = "average" if task is None else task.removeprefix("svl_")
-                value = "" if estimate.value is None else f"{section.scale(task) * estimate.value:.1f}"
-                rate = f"{speed:.2f}" if speed and task is None else ""
-                table.writerow([section.model, label, ratio, name, value, rate])
-    return out.getvalue()

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import statistics
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from svl.core import Plan
-from svl.report.files import whole
+from svl.report.results import Run
 from svl.report.rows import Row, Section
-from svl.store import Entry, Store
+from svl.store.artifacts import Store
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from svl.report.figures.curves import Gap, Point, Spectrum
 
 PANELS = 4  # at most, of a figure with one panel for each plan
 
@@ -26,104 +31,210 @@ class Picture(NamedTuple):
     caption: str
 
 
-def draw(section: Section, entries: Sequence[Entry], store: Store, out: Path, suffix: str) -> list[Picture]:
+class Drawing(NamedTuple):
+    """A figure, the name of its file, and what it shows."""
+
+    name: str
+    figure: Figure
+    caption: str
+
+
+def draw_figures(section: Section, store: Store, out: Path, suffix: str) -> list[Picture]:
     """Draw a section's figures into `out`, as PNG and PDF, under names that end in `suffix`.
 
-    A figure whose data no run has stored is left out, and so is speed where lower scores are better.
+    A figure whose data no run has stored is left out, and so is speed where lower scores are better, or where it was
+    not measured in turn with the dense model's.
     """
-    from svl import figures  # here, because matplotlib takes a second that --help need not wait
+    from svl.report.figures import style  # here, because matplotlib takes a second that --help need not wait
 
     made = []
-    for name, figure, caption in _figures(section, entries, store):
+    for name, figure, caption in _drawings(section, store):
         target = out / f"{name}{suffix}.png"
         for path in (target, target.with_suffix(".pdf")):
-            with whole(path) as temporary:
-                figures.save(figure, temporary)
+            style.write_figure(figure, path)
         made.append(Picture(target, caption))
     return made
 
 
-def _figures(section: Section, entries: Sequence[Entry], store: Store) -> Iterator[tuple[str, Figure, str]]:
-    from svl import figures
+def _drawings(section: Section, store: Store) -> Iterator[Drawing]:
+    yield from _score_drawings(section)
+    yield from _layer_drawings(section)
+    yield from _token_drawings(section)
+    yield from _compensation_drawings(section, store)
 
-    title, scale, dense = section.title, section.scale(None), section.dense(None)
-    rows = sorted(section.rows, key=lambda row: row.label)
-    labels = list(dict.fromkeys(row.label for row in rows))  # all figures give a method the same colour
-    points: dict[str, list[Any]] = {label: [] for label in labels}
-    speeds: dict[str, list[Any]] = {label: [] for label in labels}
-    plans: dict[str, dict[float, Plan]] = {label: {} for label in labels}
-    for row in rows:
-        plans[row.label][row.ratio] = row.plan
-        value, error = (None if x is None else scale * x for x in row.score(None))
-        if value is None:
-            continue
-        points[row.label].append((row.ratio, value, error))
-        if (speed := section.speed(row)) is not None:
-            speeds[row.label].append((speed, value, error, row.ratio))
-    unit = " (%)" if scale == 100 else ""
-    style: Any = {"title": title, "ylabel": f"average over the benchmarks{unit}"}
+
+def _labels(section: Section) -> list[str]:
+    """All methods, in the one order that gives each the same look in every figure."""
+    return sorted({row.label for row in section.rows})
+
+
+def _seed_note(rows: Sequence[Row]) -> str:
+    """What a figure shows of methods with several seeds, as the end of its caption."""
+    counts = {len(row.runs) for row in rows} - {1}
+    return f" Of several seeds ({', '.join(map(str, sorted(counts)))}), the mean." if counts else ""
+
+
+# ------------------------------------------------------------------------------------------------- scores
+
+
+def _score_drawings(section: Section) -> Iterator[Drawing]:
+    """Scores against ratio and against speed."""
+    from svl.report.figures import curves
+
+    points: dict[str, list[Point]] = {label: [] for label in _labels(section)}
+    for row in section.rows:
+        if (point := _point(section, row)) is not None:
+            points[row.label].append(point)
+    every = [point for found in points.values() for point in found]
+    if not every:
+        return
+    scale, dense = section.scale(None), section.dense(None)
     reference = None if dense is None else scale * dense
-    if any(points.values()):
-        figure = figures.accuracy_vs_ratio(points, reference, **style)
-        yield "accuracy_vs_ratio", figure, "Average over the benchmarks against the layers removed."
-    if any(speeds.values()) and not section.lower(None):
-        how = "one answer, measured in turn with the dense model" if section.timed else "answering the benchmarks"
-        figure = figures.accuracy_vs_speed(speeds, reference, xlabel="speed-up", **style)
-        yield "accuracy_vs_speed", figure, f"Average over the benchmarks against the speed-up of {how}; grey: the best."
-    first = {label: plan for label in labels if (plan := plans[label][min(plans[label])]).importance}
-    if first:
-        caption = "Importance of layers, by rank; crosses are removed at the lowest ratio."
-        yield "importance", figures.importance_map(first, title=title), caption
-    yield "removed_layers", figures.removed_layers(plans, title=title), "Layers removed by every method and ratio."
-    runs = {entry.key: entry for entry in entries if any(entry.output is run for run in section.runs)}
-    yield from _tokens(title, runs)
-    if gaps := _gaps(rows, runs, store):
-        caption = "Distance from the dense model's hidden states, on samples; dashed: without compensation."
-        yield "feature_gap", figures.feature_gap(gaps, title=title), caption
-    if spectra := _spectra(rows, store):
-        caption = "Singular values of the feature gaps that the subspace compensation saw; dotted: its rank."
-        yield "spectrum", figures.spectrum(spectra, title=title), caption
+    ylabel = "average over the benchmarks" + (" (%)" if scale == 100 else "")
+    labels = curves.Labels(section.title, ylabel)
+    seeds = _seed_note(section.rows)
+    bars = "Bars: one standard error, or standard deviation over seeds" if seeds else "Bars: one standard error"
+    caption = f"Average over the benchmarks against the layers removed. {bars}.{seeds}"
+    yield Drawing("accuracy_vs_ratio", curves.accuracy_vs_ratio(points, reference, labels), caption)
+    is_timed = section.clock is not None and section.clock.what == "answer"  # while answering, other work counts, too
+    if not is_timed or section.lower_is_better(None) or all(math.isnan(point.speed) for point in every):
+        return
+    how = "one answer, measured in turn with the dense model"
+    caption = f"Average over the benchmarks against the speed-up of {how}; grey: the best.{seeds}"
+    yield Drawing("accuracy_vs_speed", curves.accuracy_vs_speed(points, reference, labels), caption)
 
 
-def _tokens(title: str, runs: dict[str, Entry]) -> Iterator[tuple[str, Figure, str]]:
+def _point(section: Section, row: Row) -> Point | None:
+    """A row's average with its error bar, and its speed; None if the average is unknown."""
+    from svl.report.figures.curves import Point
+
+    estimate = row.score(None).times(section.scale(None))
+    if estimate.value is None:
+        return None
+    point = Point(row.ratio, estimate.value, *estimate.bar(estimate.value, section.limits(None)))
+    speed = section.speed(row)
+    return point if speed is None else point._replace(speed=speed)
+
+
+# ------------------------------------------------------------------------------------------------- layers
+
+
+def _layer_drawings(section: Section) -> Iterator[Drawing]:
+    """Importance of layers, and which of them go."""
+    from svl.report.figures import layers
+
+    plans: dict[str, dict[float, list[Plan]]] = {label: {} for label in _labels(section)}
+    for row in section.rows:
+        plans[row.label][row.ratio] = row.plans
+    lowest = {label: found[min(found)] for label, found in plans.items()}
+    ranked = {label: found for label, found in lowest.items() if all(_tells_layers_apart(plan) for plan in found)}
+    seeds = _seed_note(section.rows)
+    if ranked:
+        crosses = "crosses are removed at the lowest ratio" + (" by most seeds" if seeds else "")
+        caption = f"Importance of layers, by rank; {crosses}.{seeds}"
+        jointly = [label for label, found in ranked.items() if not all(_removes_the_least_important(p) for p in found)]
+        if jointly:
+            caption += (
+                f" {', '.join(jointly)}: layers are chosen together (as one block, or one after another), so the "
+                "crosses need not be at the lowest ranks."
+            )
+        yield Drawing("importance", layers.importance_rank_heatmap(ranked, title=section.title), caption)
+    caption = "Layers removed by every method and ratio."
+    caption += " Of several seeds, the paler a layer the fewer of them remove it." if seeds else ""
+    yield Drawing("removed_layers", layers.removed_layers(plans, title=section.title), caption)
+
+
+def _tells_layers_apart(plan: Plan) -> bool:
+    """Whether a plan has importance, and not the same for all layers."""
+    return len(set(plan.importance)) > 1
+
+
+def _removes_the_least_important(plan: Plan) -> bool:
+    """Whether no kept layer is less important than a removed one."""
+    kept = [plan.importance[i] for i in plan.kept]
+    return not plan.removed or not kept or max(plan.importance[i] for i in plan.removed) <= min(kept)
+
+
+# ------------------------------------------------------------------------------------------------- tokens
+
+
+def _token_drawings(section: Section) -> Iterator[Drawing]:
     """One calibration sample through the eyes of every selector."""
-    from svl import figures
+    from svl.report.figures import tokens
 
     seen = set()
-    for entry in runs.values():
-        selector, image, numbers = entry.output["selector"], entry.path / "example.png", entry.path / "example.json"
+    for run in section.runs:
+        selector, image, numbers = run.result["selector"], run.folder / "example.png", run.folder / "example.json"
         name = "token_importance-" + re.sub(r"[^A-Za-z0-9]+", "_", selector or "none")
-        if name not in seen and image.is_file() and numbers.is_file():
-            seen.add(name)
-            figure = figures.token_importance(image, json.loads(numbers.read_text()), title=f"{title}, {selector}")
-            yield name, figure, f"Tokens that selector '{selector}' prefers."
+        if name in seen or not image.is_file() or not numbers.is_file():
+            continue
+        seen.add(name)
+        example = json.loads(numbers.read_text(encoding="utf-8"))
+        figure = tokens.token_importance(image, example, title=f"{section.title}, {selector}")
+        yield Drawing(
+            name, figure, f"Tokens that selector '{selector}' prefers, in one sample (seed {run.result['seed']})."
+        )
 
 
-def _gaps(rows: Sequence[Row], runs: dict[str, Entry], store: Store) -> dict[str, dict[str, Any]]:
-    """By ratio and label, the gaps that scripts/feature_gap.py stored; the newest of each run."""
+# ------------------------------------------------------------------------------------------ compensations
+
+
+def _compensation_drawings(section: Section, store: Store) -> Iterator[Drawing]:
+    """What is left of the dense model's hidden states, and what the subspace compensation saw."""
+    from svl.report.figures import curves
+
+    if gaps := _gaps(section, store):
+        caption = "Distance from the dense model's hidden states, on samples; dashed: without compensation."
+        figure = curves.feature_gap(gaps, title=section.title)
+        yield Drawing("feature_gap", figure, caption + _seed_note(section.rows))
+    if spectra := _spectra(section, store):
+        caption = "Singular values of the feature gaps that the subspace compensation saw; dotted: its rank."
+        yield Drawing("spectrum", curves.spectrum(spectra, title=section.title), caption)
+
+
+def _gaps(section: Section, store: Store) -> dict[str, dict[str, Gap]]:
+    """By ratio and label, the gaps that scripts/feature_gap.py stored; of several seeds the mean."""
+    from svl.report.figures.curves import Gap
+
     stored = {entry.output["run"]: entry.output for entry in store.entries("gap")}
-    panels: dict[str, dict[str, Any]] = {}
-    for row in sorted(rows, key=lambda row: row.ratio):
-        for key in (key for key, entry in runs.items() if entry.output is row.runs[0] and key in stored):
-            gap = stored[key]
-            heading = f"{100 * row.ratio:g} % of the layers removed"
-            panels.setdefault(heading, {})[row.label] = (gap["layers"], gap["alone"], gap["patched"])
+    panels: dict[str, dict[str, Gap]] = defaultdict(dict)
+    for row in section.rows:
+        found = [stored[run.key] for run in row.runs if run.key in stored]
+        if not found:
+            continue
+        alone: dict[int, list[float]] = defaultdict(list)
+        patched: dict[int, list[float]] = defaultdict(list)
+        for gap in found:
+            for layer, before, after in zip(gap["layers"], gap["alone"], gap["patched"], strict=True):
+                alone[layer].append(before)
+                patched[layer].append(after)
+        layers = sorted(alone)
+        panels[f"{100 * row.ratio:g} % of the layers removed"][row.label] = Gap(
+            layers, [statistics.fmean(alone[i]) for i in layers], [statistics.fmean(patched[i]) for i in layers]
+        )
     return dict(list(panels.items())[:PANELS])
 
 
-def _spectra(rows: Sequence[Row], store: Store) -> dict[str, dict[str, Any]]:
-    """By plan and changed layer, the spectra of the patches of each method's highest ratio."""
-    highest = {row.label: row for row in sorted(rows, key=lambda row: row.ratio)}
+def _spectra(section: Section, store: Store) -> dict[str, dict[str, Spectrum]]:
+    """By plan and changed layer, the spectra of the patches of each method's highest ratio, of its first seed."""
+    highest = {row.label: row for row in section.rows}
     panels = {}
     for label, row in sorted(highest.items()):
-        run = row.runs[0]
-        rank = (run.get("settings") or {}).get("compensation", {}).get("rank")
-        for key in run.get("keys", {}).get("compensate", []):
-            entry = store.read(store.root / "patch" / key)
-            spectra = entry.output.get("spectra") if entry else None
-            if spectra and rank:
-                panels[f"{label}, {100 * row.ratio:g} %"] = {
-                    f"layer {layer}": (found["values"], found["squares"], rank)
-                    for layer, found in sorted(spectra.items(), key=lambda item: int(item[0]))
-                }
+        seed = f", seed {row.first.result['seed']}" if len(row.runs) > 1 else ""
+        if spectra := _run_spectra(row.first, store):
+            panels[f"{label}, {100 * row.ratio:g} %{seed}"] = spectra
     return dict(list(panels.items())[:PANELS])
+
+
+def _run_spectra(run: Run, store: Store) -> dict[str, Spectrum]:
+    """By changed layer, what the run's patch stored; empty if it is of another compensation."""
+    from svl.report.figures.curves import Spectrum
+
+    rank = run.result["settings"].get("compensation", {}).get("rank")
+    for key in (run.result.get("keys") or {}).get("compensate", []):
+        entry = store.read(store.root / "patch" / key)
+        stored = (entry.output.get("spectra") if entry else None) or {}
+        if stored and rank:
+            ordered = sorted(stored.items(), key=lambda item: int(item[0]))
+            return {f"layer {i}": Spectrum(found["values"], found["squares"], rank) for i, found in ordered}
+    return {}

@@ -5,24 +5,62 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from svl.core import Plan
+from svl.report.results import Run
 
-Run = dict[str, Any]  # the result of one run, as in result.json
+NORMAL_95 = 1.96  # a 95 % interval of a normal distribution, in standard errors on either side
 
 
-class Estimate(NamedTuple):
-    """A number and its error (standard error, or standard deviation over seeds), None where unknown."""
+@dataclass(frozen=True)
+class Estimate:
+    """A number and its error (standard error, or standard deviation over seeds), None where unknown.
+
+    Attributes:
+        low, high: its 95 % interval, where the run that measured it gave one.
+    """
 
     value: float | None
     error: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+    @classmethod
+    def of(cls, metric: Mapping[str, Any] | None) -> Estimate:
+        """That of a metric in a result."""
+        metric = metric or {}
+        return cls(*(metric.get(name) for name in ("value", "stderr", "low", "high")))
+
+    def times(self, scale: float) -> Estimate:
+        """It in a unit of 1 / `scale`."""
+        values = (self.value, self.error, self.low, self.high)
+        return Estimate(*(None if x is None else scale * x for x in values))
+
+    def interval(self, limits: tuple[float, float] | None) -> tuple[float, float] | None:
+        """Its 95 % interval within `limits` (those of a proportion), None where unknown."""
+        if self.low is not None and self.high is not None:
+            return self.low, self.high
+        if self.value is None or self.error is None:
+            return None
+        return _within(limits, self.value, NORMAL_95 * self.error)
+
+    def bar(self, value: float, limits: tuple[float, float] | None) -> tuple[float, float]:
+        """The ends of an error bar around `value`, one error on either side but within `limits`."""
+        return _within(limits, value, self.error or 0.0)
 
 
-def merge(estimates: Sequence[Estimate]) -> Estimate:
+def _within(limits: tuple[float, float] | None, value: float, reach: float) -> tuple[float, float]:
+    """`value` ± `reach`, no end outside of the limits (but for a value that is)."""
+    low, high = limits or (-math.inf, math.inf)
+    return max(value - reach, min(low, value)), min(value + reach, max(high, value))
+
+
+def pool_estimates(estimates: Sequence[Estimate]) -> Estimate:
     """One run: itself. Several seeds: mean and sample standard deviation; a value missing in one is missing."""
     if len(estimates) == 1:
         return estimates[0]
@@ -32,65 +70,56 @@ def merge(estimates: Sequence[Estimate]) -> Estimate:
     return Estimate(statistics.fmean(values), statistics.stdev(values))
 
 
-@dataclass(frozen=True)
-class Row:
-    """Runs that differ in nothing but the seed.
+class Clock(NamedTuple):
+    """Under which conditions a speed was measured; speeds of different clocks are not compared.
 
     Attributes:
-        label: name of the method.
-        runs: their results, ascending by seed.
+        what: "answer": dense and pruned model in turn; "benchmarks": each while it answered them.
+        conditions: device, batch size and the like, as text; empty where a result does not tell.
     """
 
-    label: str
-    runs: tuple[Run, ...]
-
-    @property
-    def ratio(self) -> float:
-        """Fraction of layers removed, as asked for."""
-        return self.runs[0]["ratio"]
-
-    @property
-    def plan(self) -> Plan:
-        """What the first of the runs removed."""
-        plan = self.runs[0]["plan"]
-        return Plan(plan["n_layers"], tuple(plan["removed"]), tuple(plan["importance"] or ()))
-
-    def score(self, task: str | None) -> Estimate:
-        """Main metric of a benchmark, or the average over all (None)."""
-        return merge([_estimate(main_metric(run, task)) for run in self.runs])
-
-    @property
-    def retained(self) -> Estimate:
-        """The average as a fraction of the dense one."""
-        return merge([_estimate(run["retained"] or {}) for run in self.runs])
-
-    @property
-    def throughput(self) -> Estimate:
-        """Samples per second as a multiple of the dense model's, while answering the benchmarks."""
-        names = ("samples_per_second", "samples_per_second_dense")
-        pairs = [[run["cost"].get(name) for name in names] for run in self.runs]
-        return merge([Estimate(value / dense if value is not None and dense else None) for value, dense in pairs])
-
-    @property
-    def speedup(self) -> Estimate:
-        """Time of a whole answer, dense over pruned, where efficiency was measured."""
-        return merge([Estimate((run.get("efficiency") or {}).get("speedup", {}).get("total", {}).get("value"))
-                      for run in self.runs])  # fmt: skip
+    what: str
+    conditions: str
 
 
-def main_metric(run: Run, task: str | None) -> dict[str, Any]:
-    """Value, stderr and dense value of a benchmark's main metric, or of the average (None); empty where undefined."""
-    if task is None:
-        return run["average"] or {}
-    return run["scores"][task]["metrics"][run["scores"][task]["metric"]]
+@dataclass(frozen=True)
+class Speed:
+    """How many times as fast as the dense model a run was, and by which clock."""
+
+    value: float
+    clock: Clock
 
 
-def _estimate(body: dict[str, Any]) -> Estimate:
-    return Estimate(body.get("value"), body.get("stderr"))
+def answer_speed(run: Run) -> Speed | None:
+    """From the time of one whole answer, where efficiency was measured."""
+    measured = run.result.get("efficiency") or {}
+    value = measured.get("speedup", {}).get("total", {}).get("value")
+    conditions = {name: measured.get(name) for name in ("device", "sequence", "new_tokens")}
+    return None if value is None else Speed(value, Clock("answer", _conditions(conditions)))
 
 
-class Method(NamedTuple):
-    """What a row is about; equal for runs that differ in a seed only."""
+def benchmark_speed(run: Run) -> Speed | None:
+    """From the samples per second while answering the benchmarks."""
+    cost = run.result["cost"]
+    rate, dense = cost.get("samples_per_second"), cost.get("samples_per_second_dense")
+    if rate is None or not dense:
+        return None
+    return Speed(rate / dense, Clock("benchmarks", _conditions(cost.get("device"))))
+
+
+def _conditions(facts: Any) -> str:
+    """Facts about a measurement in one line, those that are unknown left out; of a device its type and name."""
+    if not isinstance(facts, Mapping):
+        return "" if facts is None else str(facts)
+    words = [" ".join(str(facts[name]) for name in ("type", "name") if facts.get(name))]
+    for name, value in facts.items():
+        if name not in ("type", "name") and (text := _conditions(value)):
+            words.append(text if name == "device" else f"{name.replace('_', ' ')} {text}")
+    return ", ".join(word for word in words if word)
+
+
+class Variant(NamedTuple):
+    """What was done to the model: equal for runs that differ in a seed only."""
 
     strategy: str
     selector: str
@@ -98,32 +127,78 @@ class Method(NamedTuple):
     settings: tuple[tuple[str, str], ...]
 
     @classmethod
-    def of(cls, run: Run) -> Method:
-        """The method of a run."""
-        settings = tuple((name, value) for name, value in settings_of(run) if not name.endswith(".seed"))
-        return cls(run["strategy"], run["selector"] or "none", run["compensation"] or "none", settings)
+    def of(cls, run: Run) -> Variant:
+        """That of a run."""
+        settings = tuple((name, value) for name, value in run.settings() if not name.endswith(".seed"))
+        result = run.result
+        return cls(result["strategy"], result["selector"] or "none", result["compensation"] or "none", settings)
 
-    def label(self, methods: Iterable[Method]) -> str:
-        """The strategy's name; where `methods` use it in several ways, what tells them apart in brackets."""
-        same = [other for other in methods if other.strategy == self.strategy]
-        differs = [self[i] for i in (1, 2) if len({other[i] for other in same}) > 1]
+    def label(self, variants: Iterable[Variant]) -> str:
+        """The strategy's name; where `variants` use it in several ways, what tells them apart in brackets."""
+        same = [other for other in variants if other.strategy == self.strategy]
+        differences = [self[i] for i in (1, 2) if len({other[i] for other in same}) > 1]
         alike = [dict(other.settings) for other in same if other[:3] == self[:3]]
-        differs += [f"{k}={v}" for k, v in self.settings if any(other.get(k) != v for other in alike)]
-        return self.strategy + (f" ({', '.join(map(str, differs))})" if differs else "")
+        differences += [f"{k}={v}" for k, v in self.settings if any(other.get(k) != v for other in alike)]
+        return self.strategy + (f" ({', '.join(map(str, differences))})" if differences else "")
 
 
-def _seeds(run: Run) -> list[Any]:
-    """The run's seed, and those of its parts."""
-    return [run["seed"], *(value for name, value in settings_of(run) if name.endswith(".seed"))]
+def _what_was_run(run: Run) -> tuple[float, int, Variant, str]:
+    """Ratio, number of layers, method and settings; last, the run's seed and those of its parts."""
+    result = run.result
+    parts = [value for name, value in run.settings() if name.endswith(".seed")]
+    return result["ratio"], result["n_remove"], Variant.of(run), json.dumps([result["seed"], *parts])
 
 
-def settings_of(run: Run) -> Iterator[tuple[str, str]]:
-    """Settings of a run's strategy, selector (if it used one) and compensation as ("selector.p", "0.5")."""
-    for group, settings in sorted(run.get("settings", {}).items()):
-        if run.get(group, "") is not None:
-            for name, value in sorted(settings.items()):
-                if name != "_target_":
-                    yield f"{group}.{name}", value if isinstance(value, str) else json.dumps(value)
+@dataclass(frozen=True)
+class Row:
+    """Runs that differ in nothing but the seed.
+
+    Attributes:
+        label: name of the method.
+        runs: ascending by seed. Where all of them made the same model, one run and not a sample over seeds: the first
+            stands for all.
+        seeds: with how many seeds it was run.
+    """
+
+    label: str
+    runs: tuple[Run, ...]
+    seeds: int
+
+    @classmethod
+    def of(cls, label: str, runs: Iterable[Run]) -> Row:
+        """The row of runs with different seeds."""
+        ordered = tuple(sorted(runs, key=lambda run: run.result["seed"]))
+        is_same = len({run.weights for run in ordered}) == 1
+        return cls(label, ordered[:1] if is_same else ordered, len(ordered))
+
+    @property
+    def first(self) -> Run:
+        """The run with the lowest seed."""
+        return self.runs[0]
+
+    @property
+    def strategy(self) -> str:
+        """Name of the strategy."""
+        return self.first.result["strategy"]
+
+    @property
+    def ratio(self) -> float:
+        """Fraction of layers removed, as asked for."""
+        return self.first.result["ratio"]
+
+    @property
+    def plans(self) -> list[Plan]:
+        """What each of the runs removed."""
+        return [run.plan for run in self.runs]
+
+    def score(self, task: str | None) -> Estimate:
+        """Main metric of a benchmark, or the average over all (None)."""
+        return pool_estimates([Estimate.of(run.main_metric(task)) for run in self.runs])
+
+    @property
+    def retained(self) -> Estimate:
+        """The average as a fraction of the dense one."""
+        return pool_estimates([Estimate.of(run.result["retained"]) for run in self.runs])
 
 
 @dataclass(frozen=True)
@@ -132,102 +207,102 @@ class Section:
 
     Attributes:
         experiment: its name.
-        runs: their results, oldest first; the last speaks for what all have in common.
+        runs: oldest first; the last speaks for what all have in common.
     """
 
     experiment: str
     runs: tuple[Run, ...]
 
     @property
+    def last(self) -> Run:
+        """The newest run."""
+        return self.runs[-1]
+
+    @property
     def model(self) -> str:
         """Name of the model."""
-        return self.runs[-1]["model"]
+        return self.last.result["model"]
+
+    @property
+    def limit(self) -> float | None:
+        """How many samples of each benchmark were used, or which share; None: all."""
+        return self.last.result["limit"]
 
     @property
     def title(self) -> str:
         """Experiment, model and, where there is one, the limit."""
-        limit = self.runs[-1]["limit"]
-        return f"{self.experiment}: {self.model}" + ("" if limit is None else f" (limit={limit:g})")
+        return f"{self.experiment}: {self.model}" + ("" if self.limit is None else f" (limit={self.limit:g})")
 
     @property
     def tasks(self) -> list[str]:
         """The benchmarks."""
-        return list(self.runs[-1]["scores"])
+        return self.last.tasks
 
     @cached_property
     def rows(self) -> list[Row]:
         """Ascending by ratio, then by label; of runs with equal seeds, the newest."""
         groups: dict[tuple[Any, ...], dict[str, Run]] = {}
         for run in self.runs:
-            seeds = groups.setdefault((run["ratio"], run["n_remove"], Method.of(run)), {})
-            seeds[json.dumps(_seeds(run))] = run
-        methods = {method for _, _, method in groups}
-        rows = [
-            Row(method.label(methods), tuple(sorted(seeds.values(), key=lambda run: run["seed"])))
-            for (_, _, method), seeds in groups.items()
-        ]
-        return sorted(rows, key=lambda row: (row.ratio, row.runs[0]["n_remove"], row.label))
+            *group, seeds = _what_was_run(run)
+            groups.setdefault(tuple(group), {})[seeds] = run
+        variants = {variant for _, _, variant in groups}
+        rows = [Row.of(variant.label(variants), runs.values()) for (_, _, variant), runs in groups.items()]
+        return sorted(rows, key=lambda row: (row.ratio, row.first.result["n_remove"], row.label))
+
+    @property
+    def replaced(self) -> list[tuple[Run, Run]]:
+        """Runs that are not shown, each with the one that is shown for its settings and seeds."""
+        shown = {_what_was_run(run): run for run in self.runs}
+        return [(run, shown[_what_was_run(run)]) for run in self.runs if run is not shown[_what_was_run(run)]]
 
     def dense(self, task: str | None) -> float | None:
         """The unpruned model's main metric of a benchmark, or its average (None)."""
-        return main_metric(self.runs[-1], task).get("dense")
+        return self.last.main_metric(task).get("dense")
 
-    def lower(self, task: str | None) -> bool:
+    def lower_is_better(self, task: str | None) -> bool:
         """Whether lower values of a benchmark (None: of any) are better."""
-        scores = self.runs[-1]["scores"]
+        scores = self.last.result["scores"]
         return any(not scores[t].get("higher_is_better", True) for t in (scores if task is None else (task,)))
 
     def scale(self, task: str | None) -> int:
         """100 where all values of a benchmark (None: the averages) are fractions, to be shown in %; else 1."""
-        if self.lower(task):
+        if self.lower_is_better(task):
             return 1
-        found = [value for run in self.runs for key in ("value", "dense") if (value := main_metric(run, task).get(key))]
-        return 100 if all(abs(value) <= 1 for value in found) else 1
+        found = [run.main_metric(task).get(key) for run in self.runs for key in ("value", "dense")]
+        return 100 if all(abs(value) <= 1 for value in found if value is not None) else 1
 
-    @property
-    def timed(self) -> bool:
-        """Whether efficiency was measured for every row, so that speeds are those of measured answers."""
-        return all(row.speedup.value is not None for row in self.rows)
+    def limits(self, task: str | None) -> tuple[float, float] | None:
+        """Between which values a benchmark's shown metric lies: 0 and 100 for percentages, else None."""
+        return (0.0, 100.0) if self.scale(task) == 100 else None
+
+    @cached_property
+    def clock(self) -> Clock | None:
+        """The clock of the speeds that are shown; None if none was measured.
+
+        That of measured answers if all rows have one, else that of answering the benchmarks; of several devices or
+        batch sizes, the one that most runs have.
+        """
+        every = [run for row in self.rows for run in row.runs]
+        answers, benchmarks = (
+            [speed.clock for run in every if (speed := measure(run))] for measure in (answer_speed, benchmark_speed)
+        )
+        clocks = answers if len(answers) == len(every) else benchmarks
+        return Counter(reversed(clocks)).most_common(1)[0][0] if clocks else None
 
     def speed(self, row: Row) -> float | None:
-        """How many times as fast as the dense model a row is: measured if all are, else while answering."""
-        return (row.speedup if self.timed else row.throughput).value
-
-    def notes(self) -> list[str]:
-        """What a reader must know to read the table."""
-        run = self.runs[-1]
-        rate = run["cost"].get("samples_per_second_dense")
-        tasks = ", ".join(f"{t} ({s['metric']}, n = {s['n']})" for t, s in run["scores"].items())
-        speed = "samples per second relative to the dense model" + (f" ({rate:.3g} per second)" if rate else "")
-        if self.timed:
-            speed = "time of one answer, dense over pruned, both measured in turn (median of the rounds)"
-        notes = [
-            f"Benchmarks: {tasks or 'none'}.",
-            "±: standard error over the samples; in rows of several seeds, standard deviation over the seeds.",
-            "Retained: average relative to the dense average. Bold: the best at that ratio.",
-            f"Speed: {speed}.",
-        ]
-        if run["limit"] is not None:
-            notes.insert(0, f"Caution: limit={run['limit']:g}, so only a part of every benchmark was used.")
-        if len({main_metric(run, None).get("dense") for run in self.runs}) > 1:
-            notes.append("Caution: the dense average differs between runs (versions? device?); the newest is shown.")
-        if (versions := len({versions_of(run) for run in self.runs})) > 1:
-            notes.append(f"Caution: the runs were made with {versions} different sets of versions.")
-        if older := len(self.runs) - sum(len(row.runs) for row in self.rows):
-            notes.append(f"Left out: {older} older run(s) with the same method, ratio and seed as a newer one.")
-        return notes
+        """How many times as fast as the dense model a row is; None if unknown, or measured by another clock."""
+        measure = answer_speed if self.clock and self.clock.what == "answer" else benchmark_speed
+        found = [measure(run) for run in row.runs]
+        values = [speed.value for speed in found if speed and speed.clock == self.clock]
+        return statistics.fmean(values) if values and len(values) == len(found) else None
 
 
-def versions_of(run: Run) -> str:
-    """Names and versions of what a run was made with."""
-    return ", ".join(f"{name} {version}" for name, version in sorted(run["versions"].items()))
-
-
-def sections(experiment: str, runs: Iterable[Run]) -> list[Section]:
+def compared_runs(experiment: str, runs: Iterable[Run]) -> list[Section]:
     """Comparable runs (oldest first), sorted by model; whole benchmarks before limited ones."""
     groups: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
-        tasks = tuple(sorted((task, score["metric"]) for task, score in run["scores"].items()))
-        limit = math.inf if run["limit"] is None else run["limit"]
-        groups.setdefault((run["model"], -limit, tasks), []).append(run)
+        result = run.result
+        tasks = tuple(sorted((task, score["metric"]) for task, score in result["scores"].items()))
+        limit = math.inf if result["limit"] is None else result["limit"]
+        groups.setdefault((result["model"], -limit, tasks), []).append(run)
     return [Section(experiment, tuple(groups[key])) for key in sorted(groups)]

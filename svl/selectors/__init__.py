@@ -1,0 +1,1 @@
+"""Which tokens count: one method a file."""

@@ -18,11 +18,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from svl.core import SvlError, TokenTrace, one_of
+from svl.core import SvlError, TokenSelector, TokenTrace, one_of
 
 
 @dataclass(frozen=True)
-class Tis:
+class Tis(TokenSelector):
     """The most important tokens by TIS.
 
     Attributes:

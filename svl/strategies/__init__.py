@@ -1,0 +1,1 @@
+"""Which layers go: one method a file."""

@@ -12,11 +12,11 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from svl.core import Plan, Stats
+from svl.core import Plan, Stats, Strategy
 
 
 @dataclass(frozen=True)
-class Angular:
+class Angular(Strategy):
     """Block of least angular distance.
 
     Attributes:

@@ -10,11 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from svl.core import Plan, Stats
+from svl.core import Plan, Stats, Strategy
 
 
 @dataclass(frozen=True)
-class Cosine:
+class Cosine(Strategy):
     """Importance = 1 - mean cosine of layer input and output over the selected tokens."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"cosine"})

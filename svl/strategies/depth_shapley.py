@@ -11,11 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from svl.core import Plan, Stats, one_of
+from svl.core import Plan, Stats, Strategy, one_of
 
 
 @dataclass(frozen=True)
-class DepthShapley:
+class DepthShapley(Strategy):
     """Remove the blocks of least effect.
 
     Attributes:
@@ -24,7 +24,7 @@ class DepthShapley:
     """
 
     effect: str = "loss"
-    samples: int | None = None
+    samples: int | None = 16
     needs: ClassVar[frozenset[str]] = frozenset({"probe"})
 
     def __post_init__(self) -> None:
@@ -32,7 +32,7 @@ class DepthShapley:
 
     def plan(self, stats: Stats, n_remove: int) -> Plan:
         """Importance: the effect."""
-        layers, probe = stats.candidates(n_remove), stats.model().take(self.samples)
+        layers, probe = stats.candidates(n_remove), stats.required_probe().with_samples(self.samples)
         if self.effect == "loss":
             base, losses = probe.losses((), layers)
             effect = {i: loss - base for i, loss in losses.items()}

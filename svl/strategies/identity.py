@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from svl.core import Plan, Stats
+from svl.core import Plan, Stats, Strategy
 
 
 @dataclass(frozen=True)
-class Identity:
+class Identity(Strategy):
     """Remove nothing, whatever the ratio."""
-
-    needs: ClassVar[frozenset[str]] = frozenset()
 
     def plan(self, stats: Stats, n_remove: int) -> Plan:
         """The empty plan."""

@@ -2,7 +2,8 @@
 
 Triplets [i, i + 3) are taken greedily by mean cos(h_i, h_{i+3}) over the selected tokens, each disjoint from those
 before. From each goes layer i or i + 1, whichever has the more similar input and output; the paper then trains the
-other one and freezes layer i + 2. Where triplets run out, pairs [i, i + 2) give layer i, then single layers go.
+other one and freezes layer i + 2. Where triplets run out, the more similar layer of pairs [i, i + 2) goes, then single
+layers go.
 
 Cost: one calibration pass.
 """
@@ -12,11 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from svl.core import Plan, Stats
+from svl.core import Plan, Stats, Strategy
 
 
 @dataclass(frozen=True)
-class Interlace:
+class Interlace(Strategy):
     """One layer out of every triplet, so that no two neighbours go."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"windows"})
@@ -33,7 +34,7 @@ class Interlace:
                 window = range(start, start + size)
                 if len(removed) == n_remove or taken.intersection(window):
                     continue
-                if choice := [i for i in window[: max(1, size - 1)] if i in allowed]:
+                if choice := [i for i in window[:2] if i in allowed]:
                     removed.append(max(choice, key=lambda i: single[i]))
                     taken.update(window)
         left = sorted(allowed.difference(removed), key=lambda i: -single[i])  # every window touches a taken one

@@ -7,8 +7,9 @@ outcome of the threshold. Without one, the highest threshold that removes what t
 bisection; the walk then ends as soon as that many are gone, the last merge being smaller where that is needed. The plan
 says which threshold it was.
 
-Two merges of weights exist (see `core.blends`): the paper's formula, and that of the released code, which keeps the
-last layer's weights alone (its issues 4 and 5). The plan only says what is merged; `compensation=merge` does it.
+Two merges of weights exist (see `svl.compensation.merge`): the paper's formula, and that of the released code, which
+keeps the last layer's weights alone (its issues 4 and 5). The plan only says what is merged; `compensation=merge` does
+it.
 
 Cost: one forward pass over `samples` per merge tried; a pass is remembered, so the search repeats none.
 """
@@ -16,16 +17,14 @@ Cost: one forward pass over `samples` per merge tried; a pass is remembered, so 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import ClassVar
 
-from svl.core import Patch, Plan, Stats, SvlError, blends, one_of
-
-Merges = tuple[tuple[int, tuple[int, ...]], ...]
+from svl.core import Plan, Stats, Strategy, SvlError, one_of
+from svl.strategies.merging import Merges, merge_plan, merge_similarity, search_threshold
 
 
 @dataclass(frozen=True)
-class Laco:
+class Laco(Strategy):
     """The walk.
 
     Attributes:
@@ -38,7 +37,7 @@ class Laco:
         samples: calibration samples that similarity is measured on; the paper has 2 to 5 sentences.
     """
 
-    merge: str = "released"
+    merge: str = "paper"
     threshold: float | None = None
     size: int = 3
     interval: int = 1
@@ -58,7 +57,7 @@ class Laco:
         Raises:
             SvlError: if there is no layer `highest`, or merging cannot remove so many layers.
         """
-        probe, n_layers = stats.model().take(self.samples), stats.n_layers
+        probe, n_layers = stats.required_probe().with_samples(self.samples), stats.n_layers
         highest = n_layers - 1 if self.highest is None else self.highest
         if not self.lowest + self.size <= highest < n_layers:
             raise SvlError(
@@ -66,10 +65,7 @@ class Laco:
                 f"{highest} of a model with layers 0..{n_layers - 1}"
             )
         allowed = frozenset(stats.candidates(0 if self.threshold is not None else n_remove))
-
-        @cache
-        def similarity(merges: Merges) -> float:
-            return probe.similarity(_plan(n_layers, merges), Patch(blends=blends(merges, self.merge)))
+        similarity = merge_similarity(probe, n_layers, self.merge)
 
         def walk(threshold: float, most: int) -> Merges:
             alive, at = list(range(n_layers)), highest - self.size
@@ -86,23 +82,5 @@ class Laco:
             return merges
 
         if self.threshold is not None:
-            return _plan(n_layers, walk(self.threshold, n_layers - 1), threshold=self.threshold)
-        low, high, best = -1.0, 1.0, walk(-1.0, n_remove)
-        for _ in range(STEPS):
-            middle = (low + high) / 2
-            merges = walk(middle, n_remove)
-            if len(_plan(n_layers, merges).removed) == n_remove:
-                low, best = middle, merges
-            else:
-                high = middle
-        plan = _plan(n_layers, best, threshold=low)
-        if len(plan.removed) < n_remove:
-            raise SvlError(f"merging reaches {len(plan.removed)} removed layers only, not {n_remove}")
-        return plan
-
-
-STEPS = 10  # of bisection: thresholds to 0.002
-
-
-def _plan(n_layers: int, merges: Merges, **made: float) -> Plan:
-    return Plan(n_layers, tuple(i for _, gone in merges for i in gone), merges=merges, provenance=made)
+            return merge_plan(n_layers, walk(self.threshold, n_layers - 1), self.threshold)
+        return search_threshold(walk, n_layers, n_remove)

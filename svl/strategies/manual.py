@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from svl.core import Plan, Stats
+from svl.core import Plan, Stats, Strategy
 
 
 @dataclass(frozen=True)
-class Manual:
+class Manual(Strategy):
     """Remove exactly `layers` (0-based), whatever the ratio."""
 
     layers: tuple[int, ...] = ()
-    needs: ClassVar[frozenset[str]] = frozenset()
 
     def plan(self, stats: Stats, n_remove: int) -> Plan:
         """The plan that was asked for."""

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
-from svl.core import Plan, Stats
+from svl.core import Plan, Stats, Strategy
 
 
 @dataclass(frozen=True)
-class Random:
+class Random(Strategy):
     """Remove layers in a random order fixed by `seed` (nested over ratios: more removal adds layers)."""
 
     seed: int = 0
-    needs: ClassVar[frozenset[str]] = frozenset()
 
     def plan(self, stats: Stats, n_remove: int) -> Plan:
         """Importance is a random permutation of 0..L-1."""

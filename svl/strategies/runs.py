@@ -17,11 +17,11 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from svl.core import Plan, Stats
+from svl.core import Plan, Stats, Strategy
 
 
 @dataclass(frozen=True)
-class Runs:
+class Runs(Strategy):
     """Layers in runs of least total 1 - cosine."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"windows"})

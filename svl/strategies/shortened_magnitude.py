@@ -10,11 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from svl.core import Plan, Stats, SvlError
+from svl.core import Plan, Stats, Strategy, SvlError
 
 
 @dataclass(frozen=True)
-class ShortenedMagnitude:
+class ShortenedMagnitude(Strategy):
     """Remove the blocks of smallest weights.
 
     Attributes:
@@ -34,4 +34,4 @@ class ShortenedMagnitude:
         """Importance: the size."""
         stats = stats.without(self.protected)
         stats.candidates(n_remove)
-        return stats.plan(stats.model().magnitude(self.power), n_remove)
+        return stats.plan(stats.required_probe().magnitude(self.power), n_remove)

@@ -11,11 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from svl.core import Plan, Stats
+from svl.core import Plan, Stats, Strategy
 
 
 @dataclass(frozen=True)
-class ShortenedPpl:
+class ShortenedPpl(Strategy):
     """Remove the blocks without which the loss is lowest.
 
     Attributes:
@@ -24,13 +24,13 @@ class ShortenedPpl:
     """
 
     protected: tuple[int, ...] = (0, 1, 2, 3, -2, -1)
-    samples: int | None = None
+    samples: int | None = 16
     needs: ClassVar[frozenset[str]] = frozenset({"probe"})
 
     def plan(self, stats: Stats, n_remove: int) -> Plan:
         """Importance: the loss without the layer."""
         stats = stats.without(self.protected)
         layers = stats.candidates(n_remove)
-        _, losses = stats.model().take(self.samples).losses((), layers)
+        _, losses = stats.required_probe().with_samples(self.samples).losses((), layers)
         ceiling = max(losses.values(), default=0.0)
         return stats.plan([losses.get(i, ceiling) for i in range(stats.n_layers)], n_remove)

@@ -12,11 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from svl.core import Plan, Stats
+from svl.core import Plan, Stats, Strategy
 
 
 @dataclass(frozen=True)
-class ShortenedTaylor:
+class ShortenedTaylor(Strategy):
     """Remove the blocks of least salience.
 
     Attributes:
@@ -25,11 +25,11 @@ class ShortenedTaylor:
     """
 
     protected: tuple[int, ...] = (0, 1, 2, 3, -2, -1)
-    samples: int | None = None
+    samples: int | None = 16
     needs: ClassVar[frozenset[str]] = frozenset({"probe"})
 
     def plan(self, stats: Stats, n_remove: int) -> Plan:
         """Importance: the salience."""
         stats = stats.without(self.protected)
         stats.candidates(n_remove)
-        return stats.plan(stats.model().take(self.samples).taylor(), n_remove)
+        return stats.plan(stats.required_probe().with_samples(self.samples).taylor(), n_remove)

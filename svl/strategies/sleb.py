@@ -4,8 +4,8 @@ Repeated n times on top of what is removed already. The loss is that of the cali
 text every next token. The first and the last block still there are never tried.
 
 Cost for n of L layers, all removable: sum over steps k < n of (L - 2 - k) losses, e.g. 189 for 7 of 32. They take about
-half of as many forward passes or less (see `svl.probe`), and each is kept in the store, so that a longer search
-continues a shorter one.
+half of as many forward passes or less (see `svl.calibration.removal_probe`), and each is kept in the store, so that a
+longer search continues a shorter one.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from svl.core import Plan, Stats, SvlError
+from svl.core import Plan, Stats, Strategy, SvlError
 
 
 @dataclass(frozen=True)
-class Sleb:
+class Sleb(Strategy):
     """Greedy search.
 
     Attributes:
         samples: calibration samples that losses are measured on (null: all).
     """
 
-    samples: int | None = None
+    samples: int | None = 16
     needs: ClassVar[frozenset[str]] = frozenset({"probe"})
 
     def plan(self, stats: Stats, n_remove: int) -> Plan:
         """Importance: the loss added by the layer's own removal, at its step or, of kept ones, after the last."""
-        allowed, probe = stats.candidates(n_remove), stats.model().take(self.samples)
+        allowed, probe = stats.candidates(n_remove), stats.required_probe().with_samples(self.samples)
         importance = [float("inf")] * stats.n_layers
         removed: list[int] = []
         for _ in range(n_remove):

@@ -12,11 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from svl.core import Plan, Stats, SvlError
+from svl.core import Plan, Stats, Strategy, SvlError
 
 
 @dataclass(frozen=True)
-class Spaced:
+class Spaced(Strategy):
     """Least total cosine importance under a minimal distance.
 
     Attributes:

@@ -11,11 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from svl.core import Plan, Stats
+from svl.core import Plan, Stats, Strategy
 
 
 @dataclass(frozen=True)
-class Streamline:
+class Streamline(Strategy):
     """Block of largest cosine between its input and its output."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"windows"})

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
-from svl.core import Plan, Stats
+from svl.core import Plan, Stats, Strategy
 
 
 @dataclass(frozen=True)
-class Tail:
+class Tail(Strategy):
     """Remove the deepest layers except the very last."""
-
-    needs: ClassVar[frozenset[str]] = frozenset()
 
     def plan(self, stats: Stats, n_remove: int) -> Plan:
         """Importance falls with depth; the last layer has the highest."""

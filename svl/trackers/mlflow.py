@@ -7,10 +7,12 @@ the result is a tag, `svl.key`; a run that is mirrored again replaces the one th
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
+import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from svl.core import SvlError
-from svl.record import Record, flat
+from svl.core import SvlError, one_of
+from svl.core.redaction import redact_text
+from svl.trackers.record import Record, Tracker, flatten
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -30,13 +33,14 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",  # seconds, and tries: a server that does not answer should not hold up a run
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
 }
-PATIENCE = 60  # seconds to wait for other runs that write to the local database
 BATCH = 100  # MLflow's limit of parameters in one call
 LONGEST = 500  # characters of a parameter's value that every MLflow server takes
+LONGEST_NAME = 250  # characters of a metric's or parameter's name
+SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks", "uc")  # of a server or database
 
 
 @dataclass(frozen=True)
-class Mlflow:
+class Mlflow(Tracker):
     """See the module.
 
     Attributes:
@@ -47,18 +51,19 @@ class Mlflow:
     uri: str | None = None
     folder: str = "outputs/mlflow"
 
-    def mirror(self, record: Record) -> str | None:
-        """Write a run.
+    def check(self) -> None:
+        """See the base class; also refuses addresses that MLflow does not take (any more)."""
+        if importlib.util.find_spec("mlflow") is None:
+            raise SvlError("MLflow is missing: pip install 'svl[mlflow]', or set tracker=none")
+        if self.uri is not None:
+            scheme = self.uri.partition(":")[0].partition("+")[0]  # of mysql+pymysql, say
+            one_of("the scheme of tracker.uri", redact_text(scheme), SCHEMES)
 
-        Raises:
-            SvlError: if MLflow is not installed.
-        """
+    def mirror(self, record: Record) -> str | None:
+        """Write a run."""
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        try:
-            from mlflow.tracking import MlflowClient
-        except ImportError as error:
-            raise SvlError(f"MLflow is missing ({error}): pip install 'svl[mlflow]'") from error
+        from mlflow.tracking import MlflowClient
 
         for name in ("alembic", "mlflow"):
             logging.getLogger(name).setLevel(logging.WARNING)
@@ -70,13 +75,14 @@ class Mlflow:
             tags = dict(tag.partition(":")[::2] for tag in record.tags)
             run = client.create_run(where, run_name=record.name, tags={"svl.key": record.key, **tags}).info.run_id
             try:
-                fill(client, run, record)
+                write_mlflow_run(client, run, record)
             finally:
                 client.set_terminated(run, "FAILED" if record.error else "FINISHED")
             for old in before:
                 client.delete_run(old.info.run_id)
-        log.info("  tracked    %s", uri if self.uri else f"look at it with: mlflow ui --backend-store-uri {uri}")
-        return uri
+        shown = redact_text(uri)
+        log.info("  tracked    %s", shown if self.uri else f"look at it with: mlflow ui --backend-store-uri {shown}")
+        return shown
 
     @contextmanager
     def _place(self) -> Iterator[tuple[str, str | None]]:
@@ -86,22 +92,28 @@ class Mlflow:
             return
         folder = Path(self.folder).expanduser().absolute()
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / "lock", timeout=PATIENCE):
+        with FileLock(folder / "lock", timeout=self.timeout / 2):
             yield f"sqlite:///{folder / 'mlflow.db'}", (folder / "files").as_uri()
 
 
-def fill(client: MlflowClient, run: str, record: Record) -> None:
+def write_mlflow_run(client: MlflowClient, run: str, record: Record) -> None:
     """Everything that a record holds."""
     from mlflow.entities import Metric, Param
 
     if record.error:
         client.set_tag(run, "error", record.error)
     now = int(1000 * time.time())
-    numbers = [Metric(name, value, now, 0) for name, value in record.summary().items()]
+    summary = record.summary()
+    numbers = [
+        Metric(name, value, now, 0) for name, value in zip(allowed_names(summary), summary.values(), strict=True)
+    ]
     for point in record.layers():
         step = int(point.pop("layer"))
-        numbers += [Metric(f"layers/{name}", value, now, step) for name, value in point.items()]
-    settings = [Param(name, str(value)[:LONGEST]) for name, value in flat(record.config)]
+        names = allowed_names(f"layers/{name}" for name in point)
+        numbers += [Metric(name, value, now, step) for name, value in zip(names, point.values(), strict=True)]
+    config = list(flatten(record.config))
+    names = allowed_names(name for name, _ in config)
+    settings = [Param(name, str(value)[:LONGEST]) for name, (_, value) in zip(names, config, strict=True)]
     for some in parts(numbers):
         client.log_batch(run, metrics=some)
     for some in parts(settings):
@@ -114,6 +126,20 @@ def fill(client: MlflowClient, run: str, record: Record) -> None:
     if record.flips:
         rows = [dict(flip) for flip in record.flips]
         client.log_table(run, {name: [row[name] for row in rows] for name in rows[0]}, "flips.json")
+
+
+def allowed_names(names: Iterable[str]) -> list[str]:
+    """Names as MLflow takes them, all different: paths of letters, digits, "_", "-", "." and spaces, none too long."""
+    found: dict[str, None] = {}
+    for name in names:
+        words = [re.sub(r"[^\w.\- ]", "_", word) for word in name.split("/")]
+        path = "/".join(word.replace(".", "_") if set(word) <= {"."} else word for word in words if word) or "_"
+        path, number = path[:LONGEST_NAME].rstrip("/"), 1
+        while path in found:
+            number += 1
+            path = f"{path[: LONGEST_NAME - 8]}-{number}"
+        found[path] = None
+    return list(found)
 
 
 def parts(items: Sequence[Any]) -> Iterator[Sequence[Any]]:

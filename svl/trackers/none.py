@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from svl.record import Record
+from svl.trackers.record import Record, Tracker
 
 
 @dataclass(frozen=True)
-class Nowhere:
+class Nowhere(Tracker):
     """No tracking."""
 
     def mirror(self, record: Record) -> str | None:

@@ -19,15 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from svl import surgery
 from svl.core import Plan, SvlError
-from svl.loading import Lvlm
+from svl.models.lvlm import Lvlm
+from svl.models.transformers_internals import swap_decoder_attention
+from svl.pruning import surgery
+from svl.visual_tokens.base import VisualTokens
 
 NAME = "svl_fastv"
 
 
 @dataclass(frozen=True)
-class Fastv:
+class Fastv(VisualTokens):
     """See the module.
 
     Attributes:
@@ -51,14 +53,12 @@ class Fastv:
             SvlError: if the model sees no images, or has no more than `layer` layers; when it runs, if its layers have
                 no attention map or are called with something that is not known here.
         """
-        if not lvlm.sees:
+        if not lvlm.takes_images:
             raise SvlError(f"visual_tokens: model '{lvlm.name}' reads text only, so it has no visual tokens to drop")
         if self.layer >= lvlm.anatomy.n_layers:
             raise SvlError(f"visual_tokens.layer is {self.layer}, but '{lvlm.name}' has {lvlm.anatomy.n_layers} layers")
         copied = surgery.apply(lvlm, Plan(lvlm.anatomy.n_layers, ()))
-        model, text = copied.model, copied.model.config.get_text_config(decoder=True)
-        part = next((n for n in model.config.sub_configs if getattr(model.config, n, None) is text), "")
-        model.set_attn_implementation({part: NAME})
+        swap_decoder_attention(copied.model, NAME)
         _Dropper(self, copied).install()
         return copied
 
@@ -174,15 +174,16 @@ def _gather(x: Tensor, places: Tensor, dim: int) -> Tensor:
 
     Without one (or where it is 1, for all rows alike), one is made.
     """
-    b = len(places)
+    b, n = places.shape
     batch = next((i for i in range(dim) if x.shape[i] == b), None)
     if batch is None:
         batch = next((i for i in range(dim) if x.shape[i] == 1), None)
         if batch is None:
             x, batch, dim = x[None], 0, dim + 1
         x = x.expand(*x.shape[:batch], b, *x.shape[batch + 1 :])
-    index = places.view(*(b if i == batch else places.shape[1] if i == dim else 1 for i in range(x.ndim)))
-    return x.gather(dim, index.expand(*x.shape[:dim], places.shape[1], *x.shape[dim + 1 :]))
+    shape = [1] * x.ndim
+    shape[batch], shape[dim] = b, n
+    return x.gather(dim, places.view(shape).expand(*x.shape[:dim], n, *x.shape[dim + 1 :]))
 
 
 def watched_attention(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from svl.loading import Lvlm
+from svl.models.lvlm import Lvlm
+from svl.visual_tokens.base import VisualTokens
 
 
 @dataclass(frozen=True)
-class Every:
+class Every(VisualTokens):
     """No dropping of visual tokens."""
 
     def apply(self, lvlm: Lvlm) -> Lvlm:

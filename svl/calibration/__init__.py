@@ -1,0 +1,1 @@
+"""Calibration data, and everything that is measured on it: statistics, hidden states, losses without layers."""

@@ -1,0 +1,201 @@
+"""Hidden states of the calibration set, streamed for compensations, which need vectors of a few layers only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from svl.calibration.calibrate import no_progress
+from svl.calibration.encoding import encode_samples, explained_samples
+from svl.calibration.hooks import EnoughError, run_decoder, state_hooks, writer_hook
+from svl.calibration.layer_replay import Replay, record_replay
+from svl.calibration.samples import Sample, Samples
+from svl.core import Patch, Plan, Stats, SvlError, TokenTrace, Update, checked_weights
+from svl.core.errors import out_of_memory
+from svl.models.anatomy import Writer
+from svl.models.lvlm import Lvlm, Progress
+from svl.pruning import folding, surgery
+
+_States = dict[int, Tensor]
+_Writings = dict[tuple[int, str], Tensor]  # by layer and writer
+
+
+@dataclass(frozen=True)
+class StreamedStates:
+    """`core.SampleStates` of one sample, in the model's dtype."""
+
+    weights: Tensor
+    states: _States
+    reads: _Writings
+    writes: _Writings
+
+    def h(self, i: int) -> Tensor:
+        return self.states[i].float()
+
+    def read(self, layer: int, writer: str) -> Tensor:
+        return self.reads[layer, writer].float()
+
+    def wrote(self, layer: int, writer: str) -> Tensor:
+        return self.writes[layer, writer].float()
+
+
+@dataclass(frozen=True)
+class Activations:
+    """`core.HiddenStates` of a model and a calibration set.
+
+    `stats` must be the calibration of the same `samples`; its selector weighs their tokens (all alike if None).
+    """
+
+    lvlm: Lvlm
+    samples: Samples
+    stats: Stats
+    batch_size: int = 8
+    show: Progress = no_progress
+
+    @property
+    def n_layers(self) -> int:
+        """Decoder layers of the dense model."""
+        return self.lvlm.anatomy.n_layers
+
+    @property
+    def writers(self) -> Sequence[str]:
+        """Roles of the residual-writing projections that can be changed."""
+        return tuple(self.lvlm.anatomy.writers)
+
+    def has_bias(self, layer: int, writer: str) -> bool:
+        """Whether the projections `writer` of a layer have one bias."""
+        return len(self.lvlm.anatomy.writers[writer][layer].biases) == 1
+
+    def stream(
+        self,
+        points: Sequence[int] = (),
+        writers: Sequence[tuple[int, str]] = (),
+        plan: Plan | None = None,
+        patch: Patch | None = None,
+    ) -> Iterator[StreamedStates]:
+        """One forward pass over the set, up to the deepest layer asked about; see `core.HiddenStates`."""
+        lvlm = surgery.apply(self.lvlm, plan, patch) if plan and plan.removed else self.lvlm
+        kept = plan.kept if plan else range(self.n_layers)
+        new = {i: sum(k < i for k in kept) for i in range(self.n_layers + 1)}  # the layer that h_i enters
+        deepest = max([new[i] for i in points] + [new[i] + 1 for i, _ in writers], default=0)
+        wanted = sorted({deepest, *(new[i] for i in points)})
+
+        def run(model: Lvlm, batch: Sequence[Sample]) -> tuple[Tensor, _States, _Writings, _Writings]:
+            states: _States = {}
+            reads: _Writings = {}
+            writes: _Writings = {}
+            with explained_samples(batch), torch.inference_mode(), ExitStack() as stack:
+                inputs, present, _ = encode_samples(model, batch)
+                stack.enter_context(suppress(EnoughError))
+                stack.enter_context(state_hooks(model, wanted, states, stop=True))
+                for layer, role in writers:
+                    writer = model.anatomy.writers[role][new[layer]]
+                    module = model.layers[new[layer]].get_submodule(writer.module)
+                    stack.enter_context(writer_hook(module, (layer, role), reads, writes))
+                run_decoder(model, inputs)
+            return present, states, reads, writes
+
+        batches, traces = self.samples.batches(self.batch_size), iter(self.stats.traces)
+        with out_of_memory("compensation", f"lower calibration.batch_size (now {self.batch_size})"):
+            for present, states, reads, writes in lvlm.map(run, batches, self.show, "compensate"):
+                for b, here in enumerate(present):
+                    yield StreamedStates(
+                        self._weights(traces, here),
+                        {i: states[new[i]][b][here] for i in points},
+                        {key: x[b][here] for key, x in reads.items()},
+                        {key: x[b][here] for key, x in writes.items()},
+                    )
+
+    def _weights(self, traces: Iterator[TokenTrace], present: Tensor) -> Tensor:
+        """Weights [L, T] of the next sample, whose tokens are `present` in its row of a batch."""
+        selector = self.stats.selector
+        ones = torch.ones(int(present.sum()))
+        weights = ones if selector is None else checked_weights(selector, next(traces), self.n_layers)
+        return weights.to(present.device).expand(self.n_layers, -1)
+
+    def walk(self, plan: Plan) -> Iterator[WalkStep]:
+        """Kept layers from the last one before the first removed layer on; see `core.HiddenStates`.
+
+        Raises:
+            SvlError: if the model does something between its layers that running them one by one leaves out.
+        """
+        self.lvlm.require_in_memory("refitting layer by layer")
+        if not plan.removed:
+            return
+        first = max(plan.removed[0] - 1, 0)
+        kept = [i for i in plan.kept if i >= first]
+        with out_of_memory("compensation", f"lower calibration.samples (now {len(self.samples)})"):
+            walking = self._start(first)
+            for here, following in zip(kept, [*kept[1:], self.n_layers], strict=True):
+                for sample in walking:
+                    for i in range(here, following):
+                        sample.dense = sample.run(self.lvlm.layers[i], i, sample.dense)
+                step = WalkStep(here, self.lvlm, walking)
+                yield step
+                for sample in walking:
+                    sample.pruned = sample.run(self.lvlm.layers[here], here, sample.pruned, step.changed)
+
+    def _start(self, first: int) -> list[WalkingSample]:
+        """The samples before layer `first`."""
+        walking: list[WalkingSample] = []
+        traces = iter(self.stats.traces)
+        for sample in self.show(self.samples, "record", len(self.samples)):
+            with explained_samples([sample]):
+                inputs, present, _ = encode_samples(self.lvlm, [sample])
+                if not bool(present.all()):
+                    raise SvlError("its prompt has padding of its own, which running layer by layer cannot tell apart")
+                replay, _ = record_replay(self.lvlm, inputs, first, check=not walking)
+            walking.append(WalkingSample(replay, self._weights(traces, present[0]), replay.state, replay.state))
+        return walking
+
+
+@dataclass
+class WalkingSample:
+    """One sample on a walk: states [1, T, d] of the dense and of the pruned model."""
+
+    replay: Replay
+    weights: Tensor
+    dense: Tensor
+    pruned: Tensor
+
+    @torch.no_grad()
+    def run(self, layer: nn.Module, i: int, state: Tensor, changed: dict[str, Tensor] | None = None) -> Tensor:
+        return self.replay.run(layer, i, state, changed)
+
+
+@dataclass
+class WalkStep:
+    """`core.LayerStep`."""
+
+    layer: int
+    lvlm: Lvlm
+    walking: Sequence[WalkingSample]
+    changed: dict[str, Tensor] = field(default_factory=dict)  # parameters of the layer
+
+    def rows(self, writer: str) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """See `core.LayerStep`."""
+        layer = self.lvlm.layers[self.layer]
+        module = layer.get_submodule(self._writer(writer).module)
+        reads: dict[str, Tensor] = {}
+        with writer_hook(module, writer, reads, {}):
+            for sample in self.walking:
+                out = sample.run(layer, self.layer, sample.pruned, self.changed)
+                yield reads[writer][0].float(), out[0].float(), sample.dense[0].float(), sample.weights[self.layer]
+
+    def change(self, writer: str, delta: Tensor) -> None:
+        """See `core.LayerStep`."""
+        (name,) = self._writer(writer).matrices
+        weight = self.changed.get(name, self.lvlm.layers[self.layer].get_parameter(name))
+        self.changed[name] = folding.fold_update(weight, Update(delta=delta))
+
+    def _writer(self, role: str) -> Writer:
+        writer = self.lvlm.anatomy.writers[role][self.layer]
+        if not writer.single:
+            raise SvlError(
+                f"the writer '{role}' of layer {self.layer} has several matrices; this compensation needs one"
+            )
+        return writer

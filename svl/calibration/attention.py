@@ -1,0 +1,170 @@
+"""Attention that also measures itself: per-token sums by modality, without ever holding a T x T x heads map.
+
+Registered with transformers as attention implementation "svl". Queries are taken in chunks: each chunk's softmax gives
+the output *and*, while it is at hand, how much attention every key received and every query paid, per modality and
+averaged over heads. Keys to the right of a causal chunk are skipped. The maps are those of eager attention (softmax in
+fp32), so the statistics equal `output_attentions=True` with `attn_implementation="eager"`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from svl.core import SvlError
+from svl.models.transformers_internals import swap_decoder_attention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NAME = "svl"
+CHUNK = 64  # queries at a time: fast, and temporary memory of B x H x 64 x T
+WAY_OUT = "choose a selector that needs none and set calibration.statistics=[cosine]"
+
+
+@dataclass
+class Meter:
+    """Attention sums of one forward pass. Modality 0 is visual, 1 textual; padding belongs to neither.
+
+    Attributes:
+        modality: [B, 2, T], 1 where the token is of that modality.
+        received, emitted: by layer index, [B, 2, T]; see `svl.core.TokenTrace`.
+        queries, keys: by layer index, [B, 2, T], numbers of visible queries and keys.
+    """
+
+    modality: Tensor
+    received: dict[int, Tensor] = field(default_factory=dict)
+    emitted: dict[int, Tensor] = field(default_factory=dict)
+    queries: dict[int, Tensor] = field(default_factory=dict)
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    _visible: dict[tuple[int, bool], tuple[Tensor | None, tuple[Tensor, Tensor]]] = field(default_factory=dict)
+
+    def keep(self, layer: int, received: Tensor, emitted: Tensor, visible: tuple[Tensor, Tensor]) -> None:
+        """Keep a layer's sums [B, 2, T], and how many queries and keys are visible."""
+        valid = self.modality.sum(1, keepdim=True)  # rows of padding attend to something, too: not measured
+        queries, keys = visible
+        self.received[layer], self.emitted[layer] = received, emitted * valid
+        self.queries[layer], self.keys[layer] = queries * valid, keys * valid
+
+    def check_layers(self, n_layers: int) -> None:
+        """Raise SvlError if some layer had no attention map (it is a convolution, or linear attention)."""
+        if mapless := [i for i in range(n_layers) if i not in self.received]:
+            raise SvlError(f"layers {mapless} have no attention map to measure; {WAY_OUT}")
+
+    def visible(self, mask: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
+        """How many queries of each modality see key j, and keys of each modality query i sees, under `mask`."""
+        key = (id(mask), causal)
+        known = self._visible.get(key)
+        if known is None:  # layers of one kind share their mask, so this is done once per kind
+            t = self.modality.shape[-1]
+            whole = torch.ones(t, t, device=self.modality.device)
+            seen = mask[:, 0].float() if mask is not None else whole.tril() if causal else whole
+            counts = (self.modality @ seen, (seen @ self.modality.mT).mT)
+            known = self._visible[key] = (mask, counts)  # holding the mask keeps its id from being reused
+        return known[1]
+
+
+_meter: ContextVar[Meter | None] = ContextVar("attention meter", default=None)
+
+
+@contextmanager
+def metering(model: PreTrainedModel, modality: Tensor) -> Iterator[Meter]:
+    """Within the block, forward passes of `model` fill the meter that it gives; afterwards all is as before.
+
+    Raises:
+        SvlError: if its layers attend to other things than the sequence.
+    """
+    text = model.config.get_text_config(decoder=True)
+    if getattr(text, "cross_attention_layers", None):
+        raise SvlError(f"cross-attention layers of {text.model_type} have no map over the tokens to measure; {WAY_OUT}")
+    before, meter = swap_decoder_attention(model, NAME), Meter(modality)
+    token = _meter.set(meter)
+    try:
+        yield meter
+    finally:
+        _meter.reset(token)
+        swap_decoder_attention(model, before)
+
+
+def measured_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention output [B, T, H, D]; fills the current meter.
+
+    `query` [B, H, T, D], `key` and `value` [B, H_kv, K, D] (H a multiple of H_kv), `attention_mask` bool
+    [B, 1, T, K], True where a query may look, or None: causal, unless the option `is_causal` or the module says
+    otherwise. Of the other options that transformers passes, `softcap` counts.
+
+    Raises:
+        SvlError: for attention with sinks (`s_aux`), which has no plain softmax map.
+    """
+    if options.get("s_aux") is not None:
+        raise SvlError(f"attention sinks leave no plain softmax map to measure; {WAY_OUT}")
+    b, h, t, d = query.shape
+    h_kv, k = key.shape[1], key.shape[2]
+    causal = _is_causal(module, attention_mask, t, options.get("is_causal"))
+    meter, layer = _current_meter(module, t, k)
+    received, emitted = query.new_zeros(b, 2, k, dtype=torch.float32), query.new_zeros(b, 2, t, dtype=torch.float32)
+    grouped = query.reshape(b, h_kv, h // h_kv, t, d) * (d**-0.5 if scaling is None else scaling)
+    outputs = []
+    for start in range(0, t, CHUNK):
+        stop = min(start + CHUNK, t)
+        seen = stop if causal and t == k else k
+        score = _scores(grouped[..., start:stop, :], key[:, :, :seen], options.get("softcap"))
+        hidden = None
+        if attention_mask is not None:
+            hidden = ~attention_mask[:, :, None, start:stop, :seen]
+        elif causal:
+            hidden = torch.ones(stop - start, seen, dtype=torch.bool, device=query.device).triu(1 + start)
+        if hidden is not None:
+            score = score.masked_fill_(hidden, torch.finfo(score.dtype).min)
+        p = F.softmax(score, dim=-1, dtype=torch.float32)
+        if meter is not None:
+            mean = p.sum((1, 2)) / h
+            received[..., :seen] += meter.modality[..., start:stop] @ mean
+            emitted[..., start:stop] = meter.modality[..., :seen] @ mean.mT
+        p = p.to(value.dtype).view(b, h_kv, -1, seen)
+        outputs.append((p @ value[:, :, :seen]).view(b, h, stop - start, -1))
+    if meter is not None:
+        meter.keep(layer, received, emitted, meter.visible(attention_mask, causal))
+    return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
+
+
+def _is_causal(module: Any, mask: Tensor | None, t: int, asked: bool | None) -> bool:
+    """Whether no query looks at a later key."""
+    if mask is not None:
+        return not bool(mask.triu(1).any())
+    return t > 1 and bool(getattr(module, "is_causal", True) if asked is None else asked)
+
+
+def _current_meter(module: Any, t: int, k: int) -> tuple[Meter | None, int]:
+    """The meter to fill and the layer's number; None in a decoding step, or where others than the sequence are seen."""
+    meter, layer = _meter.get(), getattr(module, "layer_idx", None)
+    if meter is None or layer is None or not t == k == meter.modality.shape[-1]:
+        return None, -1
+    return meter, layer
+
+
+def _scores(query: Tensor, key: Tensor, softcap: float | None) -> Tensor:
+    """Scores [B, H_kv, H / H_kv, t, K] of scaled queries [B, H_kv, H / H_kv, t, D] and keys [B, H_kv, K, D]."""
+    b, h_kv, groups, t, d = query.shape
+    score = (query.reshape(b, h_kv, groups * t, d) @ key.mT).view(b, h_kv, groups, t, -1)
+    return score if softcap is None else torch.tanh(score / softcap) * softcap
+
+
+AttentionInterface.register(NAME, measured_attention)
+AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])

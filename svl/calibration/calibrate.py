@@ -1,0 +1,154 @@
+"""One pass over the calibration set under hooks.
+
+`calibrate` measures scalars per token and layer (`TokenTrace`) and writes them batch by batch, so memory above the
+model does not depend on the number of samples; selectors, ratios and strategies are applied to those scalars later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from svl.calibration import attention
+from svl.calibration.encoding import encode_samples, explained_samples
+from svl.calibration.hooks import cosine_hooks, run_decoder, state_hooks
+from svl.calibration.samples import Sample, Samples
+from svl.core import Stats, TokenSelector, TokenTrace, checked_weights, no_selected_token
+from svl.core.errors import out_of_memory
+from svl.models.lvlm import Lvlm, Progress
+
+STATISTICS = ("cosine", "windows", "attention")
+FIELDS = ("visual", "cosine", "windows", "received", "emitted", "queries", "keys")
+CHUNK = 1024  # tokens whose states are compared at once
+
+
+def no_progress(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
+    """No progress display."""
+    return items
+
+
+def calibrate(
+    lvlm: Lvlm,
+    samples: Samples,
+    *,
+    statistics: Sequence[str] = STATISTICS,
+    batch_size: int = 8,
+    folder: Path | None = None,
+    show: Progress = no_progress,
+) -> Stats:
+    """Measure `statistics` on every sample in one forward pass each.
+
+    With a `folder`, traces are written there (one safetensors file per batch) and read back on use; without one they
+    are kept in memory (see `TokenTrace` for their size). `show` wraps the batches for a progress display.
+
+    Raises:
+        SvlError: if a sample does not go through the model, a layer has nothing to measure, or memory runs out.
+    """
+    traces: Iterable[TokenTrace]
+    measured = lvlm.map(
+        lambda model, batch: measure_batch(model, batch, statistics), samples.batches(batch_size), show, "calibrate"
+    )
+    with out_of_memory("calibration", f"lower calibration.batch_size (now {batch_size}), or set model.offload=true"):
+        if folder is None:
+            traces = [trace for batch in measured for trace in batch]
+        else:
+            for number, batch in enumerate(measured):
+                _write_traces(batch, folder / f"traces-{number:05d}.safetensors")
+            traces = TraceFolder(folder)
+    return Stats(lvlm.anatomy.n_layers, lvlm.anatomy.removable, traces)
+
+
+def select(stats: Stats, selector: TokenSelector) -> Stats:
+    """The same statistics seen through another selector."""
+    return Stats(stats.n_layers, stats.removable, stats.traces, selector)
+
+
+def check_selector(lvlm: Lvlm, samples: Samples, selector: TokenSelector) -> None:
+    """Try a selector that needs no measurement on the samples' tokens, without a forward pass.
+
+    Raises:
+        SvlError: if it gives every token of every sample the weight 0.
+    """
+    if selector.needs:
+        return
+    for sample in samples:
+        _, present, visual = encode_samples(lvlm, [sample])
+        trace = TokenTrace(sample.row, visual[present].cpu())
+        if bool(checked_weights(selector, trace, lvlm.anatomy.n_layers).any()):
+            return
+    raise no_selected_token(selector)
+
+
+def _write_traces(traces: Iterable[TokenTrace], file: Path) -> None:
+    named = {f"{trace.index}.{field}": getattr(trace, field) for trace in traces for field in FIELDS}
+    save_file({name: tensor.contiguous() for name, tensor in named.items() if tensor is not None}, file)
+
+
+@dataclass(frozen=True)
+class TraceFolder:
+    """The traces that `calibrate` wrote, in order; one batch in memory at a time."""
+
+    folder: Path
+
+    def __iter__(self) -> Iterator[TokenTrace]:
+        for file in sorted(self.folder.glob("traces-*.safetensors")):
+            tensors = load_file(file)
+            for index in sorted({int(name.split(".")[0]) for name in tensors}):
+                fields = {f: tensors[f"{index}.{f}"] for f in FIELDS if f"{index}.{f}" in tensors}
+                yield TokenTrace(index=index, **fields)
+
+
+@torch.inference_mode()
+def measure_batch(lvlm: Lvlm, batch: Sequence[Sample], statistics: Sequence[str]) -> list[TokenTrace]:
+    """Traces of one batch of samples (on the CPU), from one forward pass."""
+    cosines: dict[int, Tensor] = {}
+    states: dict[int, Tensor] = {}
+    with explained_samples(batch), ExitStack() as stack:
+        inputs, present, visual = encode_samples(lvlm, batch)
+        if "cosine" in statistics:
+            stack.enter_context(cosine_hooks(lvlm, cosines))
+        if "windows" in statistics:
+            stack.enter_context(state_hooks(lvlm, range(lvlm.anatomy.n_layers + 1), states))
+        modality = torch.stack([visual & present, ~visual & present], 1).float()
+        measuring = attention.metering(lvlm.model, modality) if "attention" in statistics else nullcontext()
+        meter = stack.enter_context(measuring)
+        run_decoder(lvlm, inputs)
+    layers = range(lvlm.anatomy.n_layers)
+    whole: dict[str, Tensor] = {}  # [B, L, ..., T]
+    if cosines:
+        whole["cosine"] = torch.stack([cosines[i] for i in layers], 1).cpu()
+    if states:
+        whole["windows"] = window_cosines([states[i] for i in range(len(layers) + 1)]).cpu()
+    if meter is not None:
+        meter.check_layers(len(layers))
+        for name in ("received", "emitted", "queries", "keys"):
+            per_layer = getattr(meter, name)
+            same = name in ("queries", "keys") and all(torch.equal(per_layer[0], per_layer[i]) for i in layers)
+            whole[name] = torch.stack([per_layer[i] for i in (range(1) if same else layers)], 1).cpu()
+    traces = []
+    for b, sample in enumerate(batch):
+        here = present[b].cpu()
+        measured = {name: values[b][..., here] for name, values in whole.items()}
+        traces.append(TokenTrace(sample.row, visual[b].cpu()[here], **measured))
+    return traces
+
+
+def window_cosines(states: Sequence[Tensor]) -> Tensor:
+    """Cosines of all pairs i < j of L + 1 states [B, T, d]: fp32 [B, (L + 1) L / 2, T], ordered (0, 1), (0, 2), ..."""
+    batch, length, _ = states[0].shape
+    i, j = torch.triu_indices(len(states), len(states), 1, device=states[0].device)
+    result = torch.empty(batch, len(i), length, device=states[0].device)
+    step = max(1, CHUNK // batch)
+    for start in range(0, length, step):
+        part = torch.stack([h[:, start : start + step] for h in states], 2).float()  # [B, t, L + 1, d]
+        size = torch.linalg.vector_norm(part, dim=-1, keepdim=True)
+        part = part / size.clamp(min=torch.finfo(torch.float32).tiny)  # 0 for zero states
+        result[..., start : start + step] = (part @ part.mT)[..., i, j].permute(0, 2, 1)
+    return result

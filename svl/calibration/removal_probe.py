@@ -1,0 +1,302 @@
+"""Trying removals out on the dense model: losses, output changes, gradients. Nothing is ever rebuilt.
+
+Every sample runs alone, so there is no padding to leak. Its first pass records what each decoder layer is called
+with; later passes run the layers by themselves, from the first removable one on. All candidates of a greedy step go
+through the layers in one batch that grows on the way: where candidate i would be skipped, the state that enters layer
+i joins the batch as it is. Candidate j thus runs the layers above j only, which halves the work, and every layer is
+called once per sample. States are also kept at a few depths (`memory` bytes in all): the next step starts above the
+depth where it differs from the last one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from svl.calibration.calibrate import no_progress
+from svl.calibration.encoding import encode_answer, explained_samples
+from svl.calibration.layer_replay import Replay, record_replay
+from svl.calibration.logits import LogitTail, find_logit_tail
+from svl.calibration.samples import Sample, Samples
+from svl.core import Patch, Plan, SvlError
+from svl.core.errors import out_of_memory
+from svl.models.lvlm import Lvlm, Progress
+from svl.pruning import surgery
+
+Remember = Callable[[str, dict[str, Any], Callable[[], Any]], Any]
+BASE = -1  # the row with nothing more removed
+TOKENS = 2048  # tokens whose logits are computed at once
+
+
+@dataclass
+class ScoredSample:
+    """One sample, ready to run through the decoder layers."""
+
+    replay: Replay
+    positions: Tensor  # [n], whose logits predict
+    targets: Tensor  # [n], these tokens
+    kept: dict[int, tuple[tuple[int, ...], Tensor]] = field(default_factory=dict)  # depth -> rows (see `_sweep`)
+
+    @property
+    def state(self) -> Tensor:
+        """[1, T, d], enters the first layer that may be removed."""
+        return self.replay.state
+
+
+class ModelProbe:
+    """`core.RemovalProbe` on a model and a calibration set.
+
+    Args:
+        lvlm: the dense model.
+        samples: the calibration set; None if only weights are asked about.
+        memory: bytes for states kept between the steps of a search.
+        remember: `remember(what, inputs, compute)` gives the JSON value of `compute()`, or the same from earlier.
+        show: wraps an iteration over samples for a progress display.
+
+    Raises:
+        SvlError: if a sample has no answer, or the model computes its logits in a way that is not known here.
+    """
+
+    def __init__(
+        self,
+        lvlm: Lvlm,
+        samples: Samples | None,
+        *,
+        memory: int = 2**31,
+        remember: Remember = lambda what, inputs, compute: compute(),
+        show: Progress = no_progress,
+    ):
+        self.lvlm, self.samples, self.memory = lvlm, samples or Samples("", ()), memory
+        self.remember, self.show = remember, show
+        self.layers, self.n_layers = lvlm.layers, lvlm.anatomy.n_layers
+        self.start = min(lvlm.anatomy.removable, default=0)
+        self.layer_forwards = 0  # rows through decoder layers, for cost reports
+        if missing := [s for s in self.samples if not s.plain and not s.answer]:
+            raise SvlError(f"a loss needs answers, but {len(missing)} samples have none, {missing[0].label} for one")
+        self._tail: LogitTail | None = None
+        self._scored: list[ScoredSample] | None = None
+
+    def with_samples(self, n: int | None) -> ModelProbe:
+        """See `core.RemovalProbe`."""
+        if n is not None and n < 1:
+            raise SvlError(f"strategy.samples is {n}, but must be at least 1 (or null for all)")
+        if n is None or n >= len(self.samples):
+            return self
+        first = Samples(self.samples.source, self.samples.samples[:n])
+        return ModelProbe(self.lvlm, first, memory=self.memory, remember=self.remember, show=self.show)
+
+    @property
+    def scored(self) -> list[ScoredSample]:
+        """The samples, recorded on first use."""
+        if self._scored is None:
+            if not len(self.samples):
+                raise SvlError("strategies that try removals out need calibration samples, but there are none")
+            with torch.no_grad():
+                self._scored = [self._record(s) for s in self.show(self.samples, "record", len(self.samples))]
+        return self._scored
+
+    @property
+    def tail(self) -> LogitTail:
+        """What follows the last layer, found with the first sample."""
+        if self._tail is None:
+            raise RuntimeError("no sample is recorded yet")
+        return self._tail
+
+    def losses(self, removed: Collection[int], candidates: Collection[int]) -> tuple[float, dict[int, float]]:
+        """See `core.RemovalProbe`."""
+
+        def nll(logits: Tensor, base: Tensor, targets: Tensor) -> float:
+            return float(F.cross_entropy(logits, targets, reduction="sum"))
+
+        values = self._try("loss", nll, removed, candidates)
+        return values.pop(BASE), values
+
+    def changes(self, removed: Collection[int], candidates: Collection[int]) -> dict[int, float]:
+        """See `core.RemovalProbe`."""
+
+        def distance(logits: Tensor, base: Tensor, targets: Tensor) -> float:
+            return float(torch.linalg.vector_norm(logits - base, dim=-1).sum())
+
+        values = self._try("change", distance, removed, candidates)
+        del values[BASE]
+        return values
+
+    def similarity(self, plan: Plan, patch: Patch) -> float:
+        """See `core.RemovalProbe`."""
+
+        @torch.no_grad()
+        def compute() -> float:
+            pruned, total = surgery.apply(self.lvlm, plan, patch), 0.0
+            for sample in self.scored:
+                ends = []
+                for layers, indices in ((self.layers, range(self.n_layers)), (pruned.layers, plan.kept)):
+                    state = sample.state
+                    for layer, i in zip(layers, indices, strict=True):
+                        if i >= self.start:
+                            state = self._run(layer, i, state, sample)
+                    ends.append(self.tail.norm(state).float().flatten())
+                total += float(F.cosine_similarity(ends[0], ends[1], dim=0))
+            return _finite(total / len(self.scored), f"the similarity of '{self.lvlm.name}' without {plan.removed}")
+
+        blends = {str(i): {str(k): c for k, c in terms.items()} for i, terms in patch.blends.items()}
+        return self._remembered("similarity", {"removed": plan.removed, "blends": blends}, compute)
+
+    def taylor(self) -> list[float]:
+        """See `core.RemovalProbe`; protected layers before the first removable one get the largest value.
+
+        Takes memory for one gradient of the decoder in fp32.
+        """
+        groups = {i: _weights(self.layers[i]) for i in range(self.start, self.n_layers)}
+
+        def compute() -> list[float]:
+            weights = [w for group in groups.values() for w in group]
+            sums = [torch.zeros_like(w, dtype=torch.float32) for w in weights]
+            tokens = sum(len(r.targets) for r in self.scored)
+            with _trainable(weights), torch.enable_grad():
+                for sample in self.show(self.scored, "gradients", len(self.scored)):
+                    state = sample.state
+                    for i in groups:
+                        state = self._run(self.layers[i], i, state, sample)
+                    logits = self.tail.logits(state[0, sample.positions])
+                    loss = F.cross_entropy(logits.float(), sample.targets, reduction="sum") / tokens
+                    for total, gradient in zip(sums, torch.autograd.grad(loss, weights), strict=True):
+                        total += gradient
+            parts = iter([_size(w.detach().float() * g, 1) for w, g in zip(weights, sums, strict=True)])
+            return [sum(next(parts) for _ in group) for group in groups.values()]
+
+        found: list[float] = self._remembered("taylor", {}, compute)
+        return [max(found)] * self.start + found
+
+    def magnitude(self, power: int) -> list[float]:
+        """See `core.RemovalProbe`."""
+        return [sum(_size(w.detach().float(), power) for w in _weights(layer)) for layer in self.layers]
+
+    def _record(self, sample: Sample) -> ScoredSample:
+        """Run one sample through the dense model and keep what its layers are called with."""
+        inputs, answer = encode_answer(self.lvlm, sample)
+        with explained_samples([sample]):
+            replay, logits = record_replay(self.lvlm, inputs, self.start, check=self._tail is None)
+        positions = answer.nonzero()[:, 0]
+        positions = positions[positions > 0]
+        scored = ScoredSample(replay, positions - 1, inputs["input_ids"][0, positions])
+        if self._tail is None:
+            state = scored.state
+            for i in range(self.start, self.n_layers):
+                state = self._run(self.layers[i], i, state, scored)
+            self._tail = find_logit_tail(self.lvlm, state, logits)
+        return scored
+
+    def _remembered(self, what: str, inputs: dict[str, Any], compute: Callable[[], Any]) -> Any:
+        """What `compute` gives on these samples, or gave earlier."""
+        advice = "lower strategy.samples or calibration.samples, set model.device=cpu, or choose another strategy"
+        with out_of_memory("planning", advice):
+            return self.remember(what, {"samples": len(self.samples), **inputs}, compute)
+
+    def _run(self, layer: nn.Module, i: int, state: Tensor, sample: ScoredSample) -> Tensor:
+        self.layer_forwards += len(state)
+        return sample.replay.run(layer, i, state)
+
+    def _try(
+        self,
+        what: str,
+        measure: Callable[[Tensor, Tensor, Tensor], float],
+        removed: Collection[int],
+        candidates: Collection[int],
+    ) -> dict[int, float]:
+        """Sums of `measure(logits [n, V], base logits, targets)` per answer token, by row of `_sweep`."""
+
+        @torch.no_grad()
+        def compute() -> dict[str, float]:
+            tokens, total = 0, dict.fromkeys((BASE, *candidates), 0.0)
+            for sample, rows, states in self._sweep(removed, candidates):
+                base: Tensor | None = None
+                for logits, i in self._logits(states, rows, sample.positions):
+                    base = logits if base is None else base  # the first row
+                    total[i] += measure(logits, base, sample.targets)
+                tokens += len(sample.targets)
+            for i, value in total.items():
+                _finite(value, f"the {what} of '{self.lvlm.name}'" + ("" if i == BASE else f" without layer {i}"))
+            return {str(i): value / tokens for i, value in total.items()}
+
+        inputs = {"removed": sorted(removed), "candidates": sorted(candidates)}
+        return {int(i): value for i, value in self._remembered(what, inputs, compute).items()}
+
+    def _sweep(
+        self, removed: Collection[int], candidates: Collection[int]
+    ) -> Iterator[tuple[ScoredSample, tuple[int, ...], Tensor]]:
+        """For every sample: rows (`BASE`, then candidates ascending) and their states that leave the last layer.
+
+        The batch that enters layer i is the base with the candidates below i.
+        """
+        gone, tried = frozenset(removed), tuple(sorted(candidates))
+        depths = self._depths(tried)
+        for sample in self.show(self.scored, f"{len(tried)} removals", len(self.scored)):
+            rows: tuple[int, ...] = (BASE,)
+            begin, states = self.start, sample.state
+            for depth, (key, kept) in sorted(sample.kept.items(), reverse=True):
+                if key == (*sorted(i for i in gone if i < depth), BASE, *(i for i in tried if i < depth)):
+                    begin, rows, states = depth, (BASE, *(i for i in tried if i < depth)), kept
+                    break
+            for depth in [d for d in sample.kept if d > begin]:
+                del sample.kept[depth]
+            for i in range(begin, self.n_layers):
+                if i in depths and i > begin:
+                    sample.kept[i] = ((*sorted(k for k in gone if k < i), *rows), states)
+                if i in gone:
+                    continue
+                after = self._run(self.layers[i], i, states, sample)
+                if i in tried:
+                    after, rows = torch.cat([after, states[:1]]), (*rows, i)
+                states = after
+            yield sample, rows, states
+
+    def _depths(self, tried: tuple[int, ...]) -> set[int]:
+        """Where to keep states: as many depths as `memory` allows, evenly spaced between the candidates."""
+        state = sum(r.state.nbytes for r in self.scored)
+        for step in range(1, len(tried)):
+            depths = set(tried[step::step])
+            if sum(state * (1 + sum(i < d for i in tried)) for d in depths) <= self.memory:
+                return depths
+        return set()
+
+    def _logits(self, states: Tensor, rows: tuple[int, ...], positions: Tensor) -> Iterator[tuple[Tensor, int]]:
+        """Logits [n, vocabulary] at `positions`, row by row."""
+        step = max(1, TOKENS // len(positions))
+        for first in range(0, len(rows), step):
+            logits = self.tail.logits(states[first : first + step, positions]).float()
+            yield from zip(logits, rows[first : first + step], strict=True)
+
+
+def _size(tensor: Tensor, power: int) -> float:
+    return float(tensor.abs().pow(power).sum(dtype=torch.float64))
+
+
+def _finite(value: float, what: str) -> float:
+    if not math.isfinite(value):
+        raise SvlError(f"{what} is not finite, so nothing can be chosen by it; choose another model.dtype")
+    return value
+
+
+def _weights(layer: nn.Module) -> list[nn.Parameter]:
+    """A layer's weights: matrices and norms, not biases."""
+    return [p for name, p in layer.named_parameters() if not name.endswith("bias")]
+
+
+@contextmanager
+def _trainable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    parameters = list(parameters)
+    before = [p.requires_grad for p in parameters]
+    try:
+        for p in parameters:
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p, value in zip(parameters, before, strict=True):
+            p.requires_grad_(value)

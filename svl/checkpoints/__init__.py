@@ -1,0 +1,1 @@
+"""Checkpoints as files: reading headers, exporting pruned ones, model cards, the hub."""

@@ -1,0 +1,92 @@
+"""The `svl-export` command: a pruned checkpoint from a plan and a checkpoint on disk."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from svl.checkpoints import export, hub
+from svl.checkpoints.export import ExportRecord
+from svl.core.command_line import CommandLineParser, run_command
+from svl.core.errors import explained
+from svl.core.plan import Plan
+from svl.models.options import LoadOptions
+
+DESCRIPTION = """A pruned checkpoint from a plan and a checkpoint on disk.
+
+No model is loaded: tensors that stay are copied as bytes under their new names. The source is only read.
+
+  svl-export plan=plan.json source=llava-hf/llava-1.5-7b-hf out=pruned"""
+
+
+def command_parser() -> CommandLineParser:
+    """The options of `svl-export`."""
+    parser = CommandLineParser("svl-export", description=DESCRIPTION)
+    parser.add_argument("--plan", metavar="FILE", required=True, help="which layers go, as JSON (plan.json of a run)")
+    parser.add_argument("--source", metavar="DIR|ID", required=True, help="dense checkpoint: a folder or a hub id")
+    parser.add_argument("--out", metavar="DIR", required=True, help="the folder to make")
+    parser.add_argument("--patch", metavar="FILE", help="changes of kept weights (patch.safetensors of a run)")
+    parser.add_argument(
+        "--protect",
+        metavar="auto|none",
+        default="auto",
+        help="whether layers that others depend on must stay (default: auto, which refuses plans that remove them)",
+    )
+    parser.add_argument("--shard-size", metavar="SIZE", default="5GB", help="largest weights file (default: 5GB)")
+    parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the result to this repository")
+    parser.add_argument("--layers", metavar="PATH", help="dotted path of the decoder layers, if it is not found")
+    parser.add_argument("--revision", metavar="NAME", help="hub branch, tag or commit of the source")
+    parser.add_argument("--name", help="of the dense model, in the card (default: the last part of the source)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run model code from the checkpoint")
+    return parser
+
+
+def export_checkpoint(args: Namespace) -> None:
+    """What `svl-export` does.
+
+    Raises:
+        SvlError: on bad input, before anything is written.
+    """
+    from svl.pruning import patch_file
+
+    file = Path(args.plan).expanduser()
+    with explained(f"plan: cannot read '{file}'"):
+        plan = Plan.from_json(file.read_text(encoding="utf-8"))
+    patch = patch_file.load_patch(Path(args.patch).expanduser()) if args.patch else None
+    if args.push_to_hub:
+        hub.check_hub_access(args.push_to_hub)
+    options = LoadOptions(
+        revision=args.revision,
+        layers=args.layers,
+        protect=args.protect,
+        name=args.name,
+        trust_remote_code=args.trust_remote_code,
+    )
+    record = ExportRecord(result_beside_plan(file, plan))
+    path = export.save(args.source, plan, args.out, patch, options, shard_size=args.shard_size, record=record)
+    print(f"exported to {path}")
+    if args.push_to_hub:
+        print(f"uploaded to {hub.push_to_hub(path, args.push_to_hub)}")
+
+
+def result_beside_plan(file: Path, plan: Plan) -> dict[str, Any] | None:
+    """The result.json of the run whose plan.json `file` is, if it lies there."""
+    try:
+        result = json.loads(file.with_name("result.json").read_text(encoding="utf-8"))
+        return result if file.name == "plan.json" and result["plan"]["removed"] == list(plan.removed) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point: mistakes in the input become one line and exit code 1; bugs keep their traceback."""
+    words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    sys.exit(run_command("svl-export", lambda: export_checkpoint(command_parser().parse_args(words))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Checkpoints on the Hugging Face Hub: downloading and uploading."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from svl.core.errors import SvlError, explained
+from svl.models.weight_files import PICKLES
+
+
+def local_checkpoint(source: str | Path, revision: str | None = None) -> Path:
+    """The folder of a checkpoint: itself, or a hub id's files (safetensors only), downloaded if they are not yet here.
+
+    Raises:
+        SvlError: if there is no such folder or id.
+    """
+    path = os.path.expanduser(source)
+    if os.path.isdir(path):
+        return Path(path).absolute()
+    if path.startswith((".", "/")) or path.count("/") != 1:
+        raise SvlError(f"source: '{source}' is neither a folder nor a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    ignored = [f"*{suffix}" for suffix in (*PICKLES, ".gguf", ".onnx", ".h5", ".msgpack")]
+    try:
+        return Path(snapshot_download(path, revision=revision, ignore_patterns=[*ignored, "*/*"]))
+    except (HFValidationError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        reason = type(error).__name__
+        raise SvlError(f"source: '{source}' is no local folder, and the hub does not give it ({reason})") from error
+
+
+def check_hub_access(repo: str) -> None:
+    """Raise SvlError unless `repo` is a name for a repository, and the Hub knows who is asking."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise SvlError(f"push_to_hub: {error}") from error
+    with explained("push_to_hub: the Hub refuses"):
+        HfApi().whoami()
+
+
+def push_to_hub(folder: Path, repo: str) -> str:
+    """Upload an exported checkpoint to the Hub, into a repository made for it if need be; its address.
+
+    Raises:
+        SvlError: if the Hub refuses.
+    """
+    from huggingface_hub import HfApi
+
+    with explained(f"push_to_hub: the Hub refuses, but the export is in '{folder}'"):
+        address = HfApi().create_repo(repo, exist_ok=True)
+        HfApi().upload_folder(repo_id=repo, folder_path=folder, commit_message="Pruned by svl")
+    return str(address)

@@ -1,0 +1,81 @@
+"""What a checkpoint's config.json tells about its pruning, under `layer_pruning`; also of one that is pruned again.
+
+    {"n_layers": 12, "removed": [3], ..., "compensated": ["4.mlp"], "key": null, "base_model": "owner/name",
+     "history": [{"n_layers": 16, "removed": [1, 2, 9, 10], ...}], "original": {"n_layers": 16, "removed": [...]}}
+
+`removed` and `compensated` are numbers of the model that was pruned; `original` has those of the first one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+from svl.core.errors import SvlError
+from svl.core.patch import Patch
+from svl.core.plan import Plan
+
+log = logging.getLogger(__name__)
+
+FIELD = "layer_pruning"
+
+
+def changed_writers(patch: Patch | None) -> list[str]:
+    """The projections that a patch changes: "<layer>.<writer>", or "<layer>.*" where all of a layer's are blended."""
+    if not patch:
+        return []
+    return sorted({f"{layer}.{role}" for layer, role in patch.updates} | {f"{layer}.*" for layer in patch.blends})
+
+
+def pruning_record(
+    plan: Plan, patch: Patch | None, key: str | None, base_model: str | None, before: Any = None
+) -> dict[str, Any]:
+    """The record of a checkpoint that `plan` and `patch` make.
+
+    Args:
+        plan: which layers go.
+        patch: what is folded into kept weights.
+        key: of the run that made them, if one did.
+        base_model: hub id of the model that is pruned, if it has one.
+        before: the record of that model, if it was pruned before; anything else is left out, with a warning.
+    """
+    record: dict[str, Any] = {**json.loads(plan.to_json()), "compensated": changed_writers(patch), "key": key}
+    history = _history(before, plan.n_layers)
+    base_model = (history[0].get("base_model") if history else None) or base_model
+    if base_model:
+        record["base_model"] = base_model
+    if history:
+        record["history"] = history
+        n_layers, removed = original_layers(record)
+        record["original"] = {"n_layers": n_layers, "removed": removed}
+    return record
+
+
+def original_layers(record: dict[str, Any]) -> tuple[int, list[int]]:
+    """Depth of the first model, and which of its layers are gone after all steps of a record."""
+    steps = [*record.get("history", ()), record]
+    kept = list(range(steps[0]["n_layers"]))
+    for step in steps:
+        kept = [number for i, number in enumerate(kept) if i not in step["removed"]]
+    return steps[0]["n_layers"], sorted(set(range(steps[0]["n_layers"])) - set(kept))
+
+
+def _history(before: Any, n_layers: int) -> list[dict[str, Any]]:
+    """All earlier steps, oldest first, each a record without a history of its own; empty if there are none."""
+    if before is None:
+        return []
+    try:
+        steps = [*before.get("history", ()), {k: v for k, v in before.items() if k not in ("history", "original")}]
+        depth = None
+        for step in steps:
+            plan = Plan(step["n_layers"], tuple(step["removed"]))
+            if depth not in (None, plan.n_layers):
+                raise SvlError(f"it goes on with {plan.n_layers} layers after {depth}")
+            depth = len(plan.kept)
+        if depth != n_layers:
+            raise SvlError(f"it leaves {depth} layers, but there are {n_layers}")
+    except (SvlError, KeyError, TypeError, AttributeError, ValueError) as error:
+        log.warning("  the config's record of an earlier pruning is left out, since it does not fit: %s", error)
+        return []
+    return steps

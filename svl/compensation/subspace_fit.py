@@ -1,0 +1,95 @@
+"""SCP with a least-squares core: W <- (I + V K V^T) W, where SCP has K = gain I.
+
+V holds the k leading directions of the gaps of a removed run, as in `subspace`. With m the row that the projection of
+the kept layer before the run writes, and h the gap row, K minimises over tokens
+
+    sum w |V^T h - K V^T m|^2 + ridge |K - I|^2,
+
+k^2 numbers that say how far what is written tells what is missing. A large ridge gives SCP. For each run, the ridge is
+the one of `ridges` that does best on every `fold`-th sample after a fit on the others; the final fit is on all of them.
+
+This is ours.
+
+Cost: two more passes over the calibration set, up to the deepest layer involved; where the guard acts, three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from svl.compensation.gap_subspace import check_guard, find_massive_writes, leading_directions, measure_gaps
+from svl.compensation.regression import HeldOutRegression, check_ridges
+from svl.compensation.run_rows import WRITER, Run, check_rows, notes_on_runs, stream_run_rows
+from svl.core import Compensation, HiddenStates, Patch, Plan, SvlError, Update, one_of
+
+
+@dataclass(frozen=True)
+class SubspaceFit(Compensation):
+    """SCP's directions, and a k x k map among them by least squares.
+
+    Attributes:
+        rank: k, number of directions.
+        rows: selected (tokens weighted by the selector) | all; of the gaps as of the fit.
+        guard: as of `subspace`; None: no guard.
+        ridges: candidates, relative to the mean squared norm of a coordinate of V^T m; one alone is taken as it is.
+        fold: which share of the samples chooses the ridge: one in so many.
+    """
+
+    rank: int = 16
+    rows: str = "selected"
+    guard: float | None = None
+    ridges: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0, 10.0)
+    fold: int = 5
+    needs: ClassVar[frozenset[str]] = frozenset({"hidden"})
+
+    def __post_init__(self) -> None:
+        check_rows(self.rows)
+        check_guard(self.guard)
+        check_ridges(self.ridges, self.fold)
+        if self.rank < 1:
+            raise SvlError(f"compensation.rank is {self.rank}, but must be at least 1")
+
+    def fit(self, hidden: HiddenStates, plan: Plan) -> Patch:
+        """V K V^T of every removed run that has a kept layer before it; notes name the ridges and the gap in V left.
+
+        Raises:
+            SvlError: if the model lacks the projection, `rank` exceeds its width, or no token is selected.
+        """
+        one_of("the writer that compensation needs", WRITER, tuple(hidden.writers))
+        runs, notes = plan.runs_with_layer_before, list(notes_on_runs(plan))
+        if not runs:
+            return Patch(notes=tuple(notes))
+        directions = self._directions(hidden, runs, notes)
+        regressions = {run: HeldOutRegression(self.ridges, self.fold) for run in runs}
+        for run, rows in stream_run_rows(hidden, runs, self.rows):
+            written = rows.written.double() @ directions[run]
+            gap = (rows.after - rows.before).double() @ directions[run]
+            regressions[run].add_sample(written, gap - written, rows.weights)
+        updates = {}
+        for run, regression in regressions.items():
+            change, note = regression.solve()  # K^T - I
+            v = directions[run]
+            left = (v + v @ change.mT).float().cpu()
+            updates[run[0] - 1, WRITER] = Update(left=left, right=v.mT.float().cpu().contiguous())
+            notes.append(f"layer {run[0] - 1} {WRITER}: {note} inside the subspace, of what SCP leaves")
+        return Patch(updates, notes=tuple(notes))
+
+    def _directions(self, hidden: HiddenStates, runs: Sequence[Run], notes: list[str]) -> dict[Run, Tensor]:
+        """V of every run, fp64 [d, k]; what there is to say of it goes to `notes`."""
+        points = {start - 1: [(stop, start)] for start, stop in runs}
+        watched = [] if self.guard is None else [(anchor, WRITER) for anchor in points]
+        grams, norms = measure_gaps(hidden, points, self.rows, watched)
+        massive = {} if self.guard is None else find_massive_writes(hidden, norms, self.guard)
+        directions = {}
+        for run in runs:
+            anchor = run[0] - 1
+            left_out = None
+            if write := massive.get((anchor, WRITER)):
+                left_out = write.direction
+                notes.append(write.note(anchor, WRITER))
+            directions[run], _ = leading_directions(grams[anchor].matrix(), self.rank, left_out)
+        return directions

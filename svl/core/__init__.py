@@ -1,0 +1,49 @@
+"""The vocabulary of the framework: what every other package and every method file speaks.
+
+A *strategy* reads statistics and writes a plan; a plan is data; one surgeon executes data. A *selector* says which
+tokens of a sample count; a *compensation* computes what is folded into kept weights.
+
+Words have one meaning each: layers are 0-based, `h_i` enters layer i (`h_L` leaves the last one, before the final
+norm), `ratio` is the fraction of decoder layers removed, importance is higher for layers to keep.
+"""
+
+from svl.core.contract import checked_patch, checked_plan, checked_weights, fitted_patch
+from svl.core.errors import SvlError, did_you_mean, one_of
+from svl.core.methods import (
+    Compensation,
+    HiddenStates,
+    LayerStep,
+    Method,
+    RemovalProbe,
+    SampleStates,
+    Strategy,
+    TokenSelector,
+)
+from svl.core.patch import Patch, Update
+from svl.core.plan import Plan, layers_to_remove
+from svl.core.stats import Stats, TokenTrace, no_selected_token
+
+__all__ = [
+    "Compensation",
+    "HiddenStates",
+    "LayerStep",
+    "Method",
+    "Patch",
+    "Plan",
+    "RemovalProbe",
+    "SampleStates",
+    "Stats",
+    "Strategy",
+    "SvlError",
+    "TokenSelector",
+    "TokenTrace",
+    "Update",
+    "checked_patch",
+    "checked_plan",
+    "checked_weights",
+    "did_you_mean",
+    "fitted_patch",
+    "layers_to_remove",
+    "no_selected_token",
+    "one_of",
+]

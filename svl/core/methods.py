@@ -1,0 +1,177 @@
+"""What the framework asks of methods, and what it hands to them.
+
+A method is one frozen dataclass in one file; its fields are its settings, with their types and defaults, and `needs`
+says what must have been measured before it is called. `svl.core.contract` checks what methods answer.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from svl.core.patch import Patch
+    from svl.core.plan import Plan
+    from svl.core.stats import Stats, TokenTrace
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of every method.
+
+    Attributes:
+        needs: what must be there when the method is called; nothing by default.
+        known_needs: what methods of this kind may ask for.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    known_needs: ClassVar[frozenset[str]] = frozenset()
+
+
+@dataclass(frozen=True)
+class TokenSelector(Method, ABC):
+    """Which tokens count."""
+
+    known_needs: ClassVar[frozenset[str]] = frozenset({"cosine", "windows", "attention"})
+
+    @abstractmethod
+    def weights(self, trace: TokenTrace) -> Tensor:
+        """Weights in [0, 1] of the sample's tokens, on the CPU: [T], or [L, T] where every layer has its own."""
+
+    def scores(self, trace: TokenTrace) -> Tensor:
+        """What the weights are made from, for the figure of token importance: [T] or [L, T]; the weights by default."""
+        return self.weights(trace)
+
+
+@dataclass(frozen=True)
+class Strategy(Method, ABC):
+    """Which layers go.
+
+    `needs`: the statistics it reads ("cosine", "windows", "attention"), "probe" to try removals out on the model, or
+    "weights" for a probe without data.
+    """
+
+    known_needs: ClassVar[frozenset[str]] = frozenset({"cosine", "windows", "attention", "probe", "weights"})
+
+    @abstractmethod
+    def plan(self, stats: Stats, n_remove: int) -> Plan:
+        """A plan that removes `n_remove` layers (0-based), none of them protected."""
+
+
+@dataclass(frozen=True)
+class Compensation(Method, ABC):
+    """What is put in the gap.
+
+    `needs`: {"hidden"} if `fit` streams hidden states.
+    """
+
+    known_needs: ClassVar[frozenset[str]] = frozenset({"hidden"})
+
+    @abstractmethod
+    def fit(self, hidden: HiddenStates, plan: Plan) -> Patch:
+        """The updates of kept weights (fp32, by original layer) that make up for the layers that `plan` removes."""
+
+
+class RemovalProbe(Protocol):
+    """The dense model, for strategies that try removals out instead of reading statistics.
+
+    Losses are cross-entropies (nats) of answer tokens given what precedes them, averaged over all answer tokens of the
+    calibration set; of plain text, every token but the first of a sample is an answer. Padding, image and prompt
+    positions never count.
+    """
+
+    def with_samples(self, n: int | None) -> RemovalProbe:
+        """The same model on the first `n` samples of the calibration set (all if None)."""
+        ...
+
+    def losses(self, removed: Collection[int], candidates: Collection[int]) -> tuple[float, dict[int, float]]:
+        """Loss without the layers `removed`, and without one more layer, for each of `candidates`."""
+        ...
+
+    def changes(self, removed: Collection[int], candidates: Collection[int]) -> dict[int, float]:
+        """Mean L2 distance of the answer tokens' logits from those without `removed`, for each of `candidates`."""
+        ...
+
+    def similarity(self, plan: Plan, patch: Patch) -> float:
+        """Mean over samples of cos(vec(H), vec(H')): H [T, d] leaves the final norm, H' is the pruned model's."""
+        ...
+
+    def taylor(self) -> list[float]:
+        """Per layer, the sum over its weights (norms, not biases) of |W * sum over samples of dloss/dW|."""
+        ...
+
+    def magnitude(self, power: int) -> list[float]:
+        """Per layer, the sum over its weights (norms, not biases) of |W|^power."""
+        ...
+
+
+class SampleStates(Protocol):
+    """One calibration sample inside a streaming pass: hidden states of its tokens, padding left out."""
+
+    weights: Tensor  # [L, T], the selector's, by layer; on the device of the states
+
+    def h(self, i: int) -> Tensor:
+        """Residual stream entering layer i (L: leaving the last): fp32 [T, d]."""
+        ...
+
+    def read(self, layer: int, writer: str) -> Tensor:
+        """What the projection `writer` of a layer reads: fp32 [T, n_in]."""
+        ...
+
+    def wrote(self, layer: int, writer: str) -> Tensor:
+        """What the projection `writer` of a layer wrote, bias included: fp32 [T, d]."""
+        ...
+
+
+class LayerStep(Protocol):
+    """One kept layer on a walk through the pruned model."""
+
+    layer: int  # original index
+
+    def rows(self, writer: str) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Per sample: what `writer` reads [T, n_in], what the layer gives out and what it should [T, d], weights [T].
+
+        It should give out what the dense model passes to the next kept layer.
+        """
+        ...
+
+    def change(self, writer: str, delta: Tensor) -> None:
+        """Add `delta` [d, n_in] to the weight of `writer`; the walk goes on with the changed layer."""
+        ...
+
+
+class HiddenStates(Protocol):
+    """Hidden states of the calibration set, streamed: nothing is kept between samples."""
+
+    n_layers: int
+    writers: Sequence[str]
+
+    def has_bias(self, layer: int, writer: str) -> bool:
+        """Whether the projections `writer` of a layer have one bias."""
+        ...
+
+    def stream(
+        self,
+        points: Sequence[int] = (),
+        writers: Sequence[tuple[int, str]] = (),
+        plan: Plan | None = None,
+        patch: Patch | None = None,
+    ) -> Iterator[SampleStates]:
+        """One forward pass over the calibration set.
+
+        Gives h_i of every sample for each i in `points`, and what is read and written by each (layer, writer) of
+        `writers`. With a plan (and a patch) the pruned model runs; layers keep their original indices, and h_i of a
+        removed layer i is what enters the next kept one.
+        """
+        ...
+
+    def walk(self, plan: Plan) -> Iterator[LayerStep]:
+        """Kept layers in order, from the last one before the first removed layer on, on pruned and dense states.
+
+        Keeps two hidden states per token of the calibration set. Samples run one by one, without padding.
+        """
+        ...

@@ -1,0 +1,49 @@
+"""What a compensation folds into kept weights: plain data, applied by the surgeon or on export."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Update:
+    """The change of one residual-writing projection: W <- scale (W + left @ right @ W + delta), and so for its bias.
+
+    `left` [d, k] and `right` [k, d] (the identity where None) act on what the projection writes, whatever its input:
+    they apply to every matrix of the writer (experts, too). `delta` [d, n_in] needs a writer of one matrix; `shift`
+    [d] is added to the bias and needs one. `scale` comes last, for every matrix and bias of the writer. Parts that are
+    None change nothing.
+    """
+
+    left: Tensor | None = None
+    right: Tensor | None = None
+    delta: Tensor | None = None
+    shift: Tensor | None = None
+    scale: float | None = None
+
+
+@dataclass(frozen=True)
+class Patch:
+    """What a compensation folds into kept weights. Layers are original indices.
+
+    Attributes:
+        updates: by (layer, writer). A writer is a role of the layer's residual-writing projections: "attn" (o_proj)
+            or "mlp" (down_proj).
+        blends: layer -> {source layer: coefficient}: every projection (weight and bias, not the norms) of the layer
+            becomes this sum over layers of the dense model, before any update.
+        notes: what a reader of the results should know.
+        spectra: layer -> singular values, descending, of the matrix whose directions its update is made of, where there
+            is one; told to the reader only.
+    """
+
+    updates: dict[tuple[int, str], Update] = field(default_factory=dict)
+    blends: dict[int, dict[int, float]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    spectra: dict[int, tuple[float, ...]] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.updates or self.blends)

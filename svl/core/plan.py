@@ -1,0 +1,148 @@
+"""Which decoder layers go: plain data that a strategy writes and the surgeon executes."""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+import reprlib
+from dataclasses import dataclass, field
+from typing import Any
+
+from svl.core.errors import SvlError
+
+
+def layers_to_remove(ratio: float, n_layers: int) -> int:
+    """floor(ratio * n_layers + 0.5): the one rounding rule (10 / 20 / 30 % of 32 layers are 3 / 6 / 10).
+
+    Raises:
+        SvlError: if `ratio` lies outside [0, 1).
+    """
+    if not 0 <= ratio < 1:
+        raise SvlError(f"ratio is {ratio:g}, but must lie in [0, 1): it is the fraction of decoder layers removed")
+    return math.floor(ratio * n_layers + 0.5)
+
+
+def whole_number(name: str, value: object) -> int:
+    """`value` as an int, numpy's integers included.
+
+    Raises:
+        SvlError: if it is anything else: a fraction, text, True.
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise SvlError(f"{name} is {reprlib.repr(value)}, but must be a whole number") from error
+
+
+def finite_number(name: str, value: Any) -> float:
+    """`value` as a float, numpy's and torch's scalars included.
+
+    Raises:
+        SvlError: if it is anything else: text, True, NaN, infinite.
+    """
+    try:
+        if isinstance(value, bool | str | bytes) or not math.isfinite(number := float(value)):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError) as error:
+        raise SvlError(f"{name} is {reprlib.repr(value)}, but must be a finite number") from error
+    return number
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which decoder layers go. Plain data: about 1 KB of JSON, valid for any checkpoint of that model.
+
+    Attributes:
+        n_layers: decoder layers of the dense model.
+        removed: 0-based indices of the layers to remove, ascending.
+        importance: one number per original layer, higher = keep (cosine scores: 1 - mean cosine); empty if the
+            strategy has none.
+        merges: steps (kept layer, the layers merged into it), in order, where the strategy decided on merging; what
+            merging does to weights is up to the compensation.
+        provenance: how the plan was made (`strategy`, `selector`, `model`, `ratio`, ...); not part of its identity.
+    """
+
+    n_layers: int
+    removed: tuple[int, ...]
+    importance: tuple[float, ...] = ()
+    merges: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    provenance: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        n_layers = whole_number("n_layers of a plan", self.n_layers)
+        removed = sorted(whole_number("a removed layer", i) for i in self.removed)
+        object.__setattr__(self, "n_layers", n_layers)
+        object.__setattr__(self, "removed", tuple(removed))
+        wrong = [i for i in self.removed if not 0 <= i < self.n_layers]
+        if wrong or len(set(self.removed)) != len(self.removed):
+            raise SvlError(f"plan removes layers {list(self.removed)}, but the model has layers 0..{self.n_layers - 1}")
+        if len(self.removed) >= self.n_layers:
+            raise SvlError(f"plan removes all {self.n_layers} decoder layers; at least one must stay")
+        importance = tuple(finite_number("the importance of a layer", x) for x in self.importance)
+        object.__setattr__(self, "importance", importance)
+        if importance and len(importance) != self.n_layers:
+            raise SvlError(f"plan has {len(importance)} importances for {self.n_layers} layers")
+        name = "a merged layer"
+        merges = [(whole_number(name, i), tuple(whole_number(name, k) for k in gone)) for i, gone in self.merges]
+        object.__setattr__(self, "merges", tuple(merges))
+        merged = [k for _, gone in merges for k in gone]
+        if merges and (sorted(merged) != removed or not all(0 <= i < self.n_layers for i, _ in merges)):
+            raise SvlError(f"plan merges layers {sorted(merged)} away, but removes {removed}")
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """0-based indices of the layers that stay, ascending."""
+        return tuple(i for i in range(self.n_layers) if i not in set(self.removed))
+
+    @property
+    def runs(self) -> tuple[tuple[int, int], ...]:
+        """Contiguous removed runs as half-open pairs: {3, 4, 7} -> ((3, 5), (7, 8))."""
+        runs: list[tuple[int, int]] = []
+        for i in self.removed:
+            if runs and runs[-1][1] == i:
+                runs[-1] = (runs[-1][0], i + 1)
+            else:
+                runs.append((i, i + 1))
+        return tuple(runs)
+
+    @property
+    def runs_with_layer_before(self) -> tuple[tuple[int, int], ...]:
+        """The removed runs that a kept layer stands before: all but one from layer 0 on."""
+        return tuple((start, stop) for start, stop in self.runs if start > 0)
+
+    def to_json(self) -> str:
+        """The plan as JSON text, readable by `from_json`."""
+        body: dict[str, Any] = {"n_layers": self.n_layers, "removed": self.removed, "kept": self.kept}
+        merges = {"merges": self.merges} if self.merges else {}
+        return json.dumps({**body, "importance": self.importance, **merges, **self.provenance}, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan; a hand-written one needs `n_layers` and `removed` only.
+
+        Raises:
+            SvlError: if the text is not JSON, lacks those keys, or names impossible layers.
+        """
+        try:
+            body = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise SvlError(f"not a plan: {error}") from error
+        if not isinstance(body, dict):
+            raise SvlError("not a plan: it is no JSON object")
+        for key in ("n_layers", "removed"):
+            if key not in body:
+                raise SvlError(f"not a plan: key '{key}' is missing (n_layers and removed are needed)")
+        n_layers, removed = body.pop("n_layers"), body.pop("removed")
+        importance, merges = body.pop("importance", None) or [], body.pop("merges", None) or []
+        if not all(isinstance(x, list) for x in (removed, importance, merges)):
+            raise SvlError("not a plan: removed, importance and merges must be lists")
+        if not all(isinstance(step, list) and len(step) == 2 and isinstance(step[1], list) for step in merges):
+            raise SvlError("not a plan: merges must be pairs of a layer and a list of layers")
+        body.pop("kept", None)
+        try:
+            return cls(n_layers, tuple(removed), tuple(importance), tuple(merges), body)
+        except SvlError as error:
+            raise SvlError(f"not a plan: {error}") from error

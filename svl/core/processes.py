@@ -1,0 +1,88 @@
+"""The processes that torchrun started on one run: how many there are, and how they talk.
+
+They talk through gloo, whatever the device.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import threading
+import time
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+SILENCE = 300.0  # seconds without a sign of life after which a process counts as dead
+
+
+def process_count() -> int:
+    """Number of processes."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def process_rank() -> int:
+    """Number of this process, from 0."""
+    return int(os.environ.get("RANK", 0))
+
+
+def join_processes() -> None:
+    """Connect to the other processes, once, and take an accelerator of one's own where there is one.
+
+    A process that ends closes its connections, which the others notice at their next word to it. One that falls silent
+    (its machine is gone) is noticed by its missing heartbeat: the others then end after SILENCE seconds.
+    """
+    from torch import accelerator, distributed
+
+    if process_count() == 1 or distributed.is_initialized():
+        return
+    if accelerator.is_available():
+        accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", 0)))
+    store, rank, size = next(distributed.rendezvous("env://"))
+    group = distributed.PrefixStore("svl", store)
+    # A benchmark may take the others hours.
+    distributed.init_process_group("gloo", store=group, rank=rank, world_size=size, timeout=timedelta(days=1))
+    beats = distributed.PrefixStore("heartbeat", store)
+    threading.Thread(target=_watch_others, args=(beats, rank, size), name="heartbeat", daemon=True).start()
+    atexit.register(beats.set, f"{rank} left", "")
+
+
+def _watch_others(beats: Store, rank: int, size: int) -> None:
+    """Show that this process is there, and end it when another one has not done so for SILENCE seconds."""
+    others = [other for other in range(size) if other != rank]
+    seen: dict[int, tuple[bytes, float]] = {other: (b"", time.monotonic()) for other in others}
+    beat = 0
+    while True:
+        beat += 1
+        beats.set(str(rank), str(beat))
+        for other in others:
+            if beats.check([str(other)]) and beats.get(str(other)) != seen[other][0]:
+                seen[other] = (beats.get(str(other)), time.monotonic())
+            silent = time.monotonic() - seen[other][1]
+            if silent > SILENCE and not beats.check([f"{other} left"]):
+                print(f"error: process {other} of {size} has been silent for {silent:.0f} s; ending", file=sys.stderr)
+                os._exit(1)  # the main thread may be waiting for it, and cannot be interrupted
+        time.sleep(min(10.0, SILENCE / 3))
+
+
+def gather_values(value: Any) -> list[Any]:
+    """The values of all processes, in their order."""
+    if process_count() == 1:
+        return [value]
+    from torch import distributed
+
+    values: list[Any] = [None] * process_count()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def broadcast_word(word: str = "") -> str:
+    """What the first process says."""
+    from torch import distributed
+
+    words = [word]
+    distributed.broadcast_object_list(words, src=0)
+    return words[0]

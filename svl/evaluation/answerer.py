@@ -1,0 +1,303 @@
+"""Models as lmms-eval sees them: chat messages in, greedy answers out."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import torch
+from PIL.Image import Image
+from tqdm import tqdm
+
+from svl.core import SvlError, processes
+from svl.core.errors import explained, is_out_of_memory, out_of_memory
+from svl.evaluation.lmms_eval_internals import (
+    Model,
+    Request,
+    generation_arguments,
+    likelihood_arguments,
+    likelihood_result,
+)
+from svl.evaluation.shared_prefill import SharedPrefill
+from svl.models.lvlm import Lvlm
+from svl.models.pictures import open_picture
+
+T = TypeVar("T")
+Conversation = list[dict[str, Any]]  # Hugging Face messages: role and content, a list of image and text parts
+Answers = tuple[Any, ...]  # to one request, every model's
+
+WARM_UP_TOKENS = 2
+WAY_OUT = "; leave it out by benchmark.limit, or name the placeholder of images with model.image_token"
+
+
+class Answerer(Model):
+    """Models as lmms-eval sees them: chat messages in, greedy answers out.
+
+    Several models answer together when the first of them is asked.
+
+    Attributes:
+        current: the number of the model whose answers are given.
+        rows: of the documents, in the data.
+        seconds: the time the last benchmark took: reading images, preparing inputs, generating.
+        first_prompt: of the first document, as the model's tokenizer got it.
+    """
+
+    # read by lmms-eval
+    is_simple = False  # it wants messages
+    device = torch.device("cpu")  # of bookkeeping between processes
+    accelerator = None  # there, so that lmms-eval sets up none
+
+    def __init__(self, models: Sequence[Lvlm], batch_size: int, description: str):
+        super().__init__()
+        self.models, self.lvlm = models, models[0]
+        self.batch_size, self.description = batch_size, description
+        self.current = 0
+        self.rows: Sequence[int] = ()
+        self.seconds, self.first_prompt = 0.0, ""
+        self._answers: list[Answers] = []
+        self._shared = SharedPrefill(models)
+
+    def clean(self) -> None:
+        """Nothing: lmms-eval's own would drop the model after its first benchmark."""
+
+    def device_facts(self) -> dict[str, Any]:
+        """What a speed depends on besides the model."""
+        facts, count = self.lvlm.device_facts(self.batch_size), processes.process_count()
+        return {**facts, "processes": count} if count > 1 else facts
+
+    def generate_until(self, requests: list[Request]) -> list[str]:
+        """An answer to each request, in their order."""
+        answers = self._of_current(requests, cap_of)
+        return [cut_at_stops(text, stops_of(r)) for r, text in zip(requests, answers, strict=True)]
+
+    def loglikelihood(self, requests: list[Request]) -> list[Any]:
+        """The likelihood of each request's continuation, as `likelihood_result` makes it."""
+        return self._of_current(requests, no_cap)
+
+    def generate_until_multi_round(self, requests: list[Request]) -> Any:
+        """Not supported; `load_task` refuses such tasks."""
+        raise NotImplementedError
+
+    def _of_current(self, requests: list[Request], cap: Callable[[Request], int | None]) -> list[Any]:
+        """The current model's answers to all requests, in their order."""
+        if not requests:
+            return []
+        if self.current == 0:
+            self._answers = self._of_all(requests, cap)
+        return [of_models[self.current] for of_models in self._answers]
+
+    def _of_all(self, requests: list[Request], cap: Callable[[Request], int | None]) -> list[Answers]:
+        """Every model's answers to all requests, in batches of one cap each."""
+        first = min(requests, key=lambda request: request.doc_id)
+        self.first_prompt = self.lvlm.render(self.conversation(first))
+        self._warm_up(requests, cap)
+        began = time.perf_counter()
+        answers: list[Answers] = [()] * len(requests)
+        hidden = processes.process_rank() > 0 or None  # None: where the output is no terminal
+        with tqdm(total=len(requests), desc=self.description, unit="question", disable=hidden) as bar:
+            for max_new_tokens, group in grouped(range(len(requests)), lambda i: cap(requests[i])):
+                # like with like wastes least padding; the longest first, so that memory runs out at once or never
+                group.sort(key=lambda i: len(requests[i].args[0]), reverse=True)
+                for start in range(0, len(group), self.batch_size):
+                    batch = group[start : start + self.batch_size]
+                    given = self.answer_batch([requests[i] for i in batch], max_new_tokens)
+                    for i, of_models in zip(batch, given, strict=True):
+                        answers[i] = of_models
+                    bar.update(len(batch))
+        self.seconds = time.perf_counter() - began
+        return answers
+
+    def _warm_up(self, requests: list[Request], cap: Callable[[Request], int | None]) -> None:
+        """Answer the first batch in a few tokens: kernels and caches warm up outside the measured time."""
+        max_new_tokens = cap(requests[0])
+        batch = [request for request in requests if cap(request) == max_new_tokens][: self.batch_size]
+        self.answer_batch(batch, None if max_new_tokens is None else WARM_UP_TOKENS)
+
+    def answer_batch(self, requests: list[Request], max_new_tokens: int | None) -> list[Answers]:
+        """Every model's answers to requests of one task, in their order; without a cap, likelihoods.
+
+        Raises:
+            SvlError: if a model fails on them; names the task and the documents, by their rows.
+        """
+        what = f"evaluation of task '{requests[0].task_name}'"
+        with out_of_memory(what, f"lower benchmark.batch_size (now {self.batch_size})"), self._explained(requests):
+            try:
+                return self._answer_batch(requests, max_new_tokens)
+            except Exception as error:
+                if not isinstance(error, SvlError) and not is_out_of_memory(error):
+                    self._prepare_one_by_one(requests)
+                raise
+
+    def _answer_batch(self, requests: list[Request], max_new_tokens: int | None) -> list[Answers]:
+        answers: list[Answers] = [()] * len(requests)
+        conversations = [self.conversation(request) for request in requests]
+        for _, group in grouped(range(len(requests)), lambda i: len(images_of(conversations[i]))):
+            asked = [conversations[i] for i in group]
+            if max_new_tokens is None:
+                given: list[Answers] = self.likelihood(asked, [self._continuation(requests[i]) for i in group])
+            else:
+                given = self.answer(asked, max_new_tokens)
+            for i, of_models in zip(group, given, strict=True):
+                answers[i] = of_models
+        return answers
+
+    def _prepare_one_by_one(self, requests: list[Request]) -> None:
+        """Where one of the documents alone cannot be prepared, raise an error that names it."""
+        for request in requests:
+            with self._explained([request]):
+                conversation = self.conversation(request)
+                self._encode([conversation], [self.lvlm.render(conversation)])
+
+    def _explained(self, requests: list[Request]) -> AbstractContextManager[None]:
+        """Within the block, whatever is raised becomes one line that names the documents."""
+        rows = sorted({self.rows[request.doc_id] for request in requests})
+        which = f"document {rows[0]}"
+        if len(rows) > 1:
+            which = f"documents {', '.join(map(str, rows))} (benchmark.batch_size=1 tells which)"
+        return explained(f"task '{requests[0].task_name}': no answer to {which}", WAY_OUT)
+
+    def answer(self, conversations: list[Conversation], max_new_tokens: int) -> list[Answers]:
+        """Greedy answers, every model's, to conversations with equally many images each."""
+        tokenizer: Any = self.lvlm.tokenizer
+        inputs = self._encode(conversations, [self.lvlm.render(c) for c in conversations])
+
+        def generate(lvlm: Lvlm) -> list[str]:
+            settings = copy.deepcopy(lvlm.model.generation_config)
+            settings.update(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None)
+            settings.update(max_new_tokens=max_new_tokens, max_length=None)
+            if settings.pad_token_id is None:
+                settings.pad_token_id = tokenizer.pad_token_id
+            model: Any = lvlm.model
+            tokens = model.generate(**inputs, generation_config=settings)
+            return tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+        return self._every_model(generate)
+
+    def likelihood(self, conversations: list[Conversation], continuations: list[str]) -> list[Answers]:
+        """Of each continuation after its conversation (equally many images each), see `loglikelihood`."""
+        prompts = [self.lvlm.render(c) for c in conversations]
+        lengths = [self._tokens_of(p, c) for p, c in zip(prompts, continuations, strict=True)]
+        inputs = self._encode(conversations, [p + c for p, c in zip(prompts, continuations, strict=True)])
+
+        def losses(lvlm: Lvlm) -> list[Any]:
+            with torch.inference_mode():
+                logits = lvlm.model(**inputs, logits_to_keep=max(lengths) + 1, use_cache=False).logits.float()
+            found = []
+            for row, ids, length in zip(logits, inputs["input_ids"], lengths, strict=True):
+                predicted, target = row[-length - 1 : -1].log_softmax(-1), ids[-length:]
+                loss = -predicted.gather(1, target[:, None]).sum().item()
+                found.append(likelihood_result(loss, bool((predicted.argmax(-1) == target).all())))
+            return found
+
+        return self._every_model(losses)
+
+    def _encode(self, conversations: list[Conversation], texts: list[str]) -> dict[str, torch.Tensor]:
+        images = [images_of(c) for c in conversations]
+        return self.lvlm.encode(texts, images if images[0] else None)
+
+    def _every_model(self, ask: Callable[[Lvlm], list[Any]]) -> list[Answers]:
+        """What `ask` gives of every model (an item per conversation), item by item; all read the same batch."""
+        given: list[list[Any]] = [[] for _ in self.models]
+        self._shared.start_batch()
+        for k in self._shared.order:
+            with self._shared.reading(k):
+                given[k] = ask(self.models[k])
+        self._shared.start_batch()
+        return list(zip(*given, strict=True))
+
+    def _tokens_of(self, prompt: str, continuation: str) -> int:
+        """How many of the last tokens of the two together are not the prompt's."""
+        tokenizer: Any = self.lvlm.tokenizer
+        whole, start = tokenizer([prompt + continuation, prompt])["input_ids"]
+        shared = next((i for i, (a, b) in enumerate(zip(whole, start, strict=False)) if a != b), len(start))
+        if shared >= len(whole):
+            raise ValueError(f"the answer '{continuation}' has no tokens")
+        return len(whole) - shared
+
+    def conversation(self, request: Request) -> Conversation:
+        """The messages of a request, with its images read."""
+        where = f"document {self.rows[request.doc_id]} of task '{request.task_name}'"
+        try:
+            messages = self._messages(request)
+        except SvlError as error:  # of a picture
+            raise SvlError(f"{where}: {error}") from error
+        conversation = []
+        for message in messages:
+            content = message["content"]
+            if isinstance(content, str):
+                content = [{"type": "text", "text": content}]
+            parts = [message_part(part, where) for part in content]
+            conversation.append({"role": message["role"], "content": parts})
+        if images_of(conversation) and not self.lvlm.takes_images:
+            raise SvlError(
+                f"task '{request.task_name}' asks about images, but model '{self.lvlm.name}' reads text only"
+            )
+        return conversation
+
+    def _messages(self, request: Request) -> list[dict[str, Any]]:
+        """The messages of a request as lmms-eval writes them: an image part has a `url`, which is the picture."""
+        document = self._document(request)
+        if request.request_type != "loglikelihood":
+            return generation_arguments(request).to_messages(document)
+        asked = likelihood_arguments(request)
+        images = [{"type": "image", "url": image} for image in asked.to_pictures(document) or []]
+        return [{"role": "user", "content": [*images, {"type": "text", "text": asked.text}]}]
+
+    def _continuation(self, request: Request) -> str:
+        """The text whose likelihood a request asks for."""
+        continuation = likelihood_arguments(request).continuation
+        if isinstance(continuation, str):
+            return continuation
+        return f" {continuation(self._document(request))}"  # of type loglikelihood: the target
+
+    def _document(self, request: Request) -> dict[str, Any]:
+        task, split = request.args[-2:]
+        return self.task_dict[task][split][request.doc_id]
+
+
+def message_part(part: dict[str, Any], where: str) -> dict[str, Any]:
+    """One piece of an lmms-eval message as Hugging Face wants it, images in RGB; messages call its document `where`."""
+    if part["type"] == "text":
+        return part
+    if part["type"] != "image":
+        raise SvlError(f"{where} has {part['type']} in its question; only images and text are supported")
+    return {"type": "image", "image": open_picture(part["url"], f"an image of {where}")}
+
+
+def images_of(conversation: Conversation) -> list[Image]:
+    """All images of a conversation, in order."""
+    return [part["image"] for message in conversation for part in message["content"] if part["type"] == "image"]
+
+
+def cap_of(request: Request) -> int:
+    """The most tokens that the answer to a request may have."""
+    return generation_arguments(request).settings["max_new_tokens"]
+
+
+def no_cap(request: Request) -> None:
+    """Nothing is generated for a request of a likelihood."""
+
+
+def stops_of(request: Request) -> tuple[str, ...]:
+    """The strings that end the answer to a request."""
+    until = generation_arguments(request).settings.get("until") or []
+    return (until,) if isinstance(until, str) else tuple(until)
+
+
+def cut_at_stops(text: str, stops: Iterable[str]) -> str:
+    """`text` up to the first stop string."""
+    for stop in stops:
+        text = text.partition(stop)[0] if stop else text
+    return text
+
+
+def grouped(items: Iterable[T], key: Callable[[T], Hashable]) -> Iterable[tuple[Any, list[T]]]:
+    """Items by the value of `key`, in order of first appearance."""
+    groups: dict[Hashable, list[T]] = defaultdict(list)
+    for item in items:
+        groups[key(item)].append(item)
+    return groups.items()

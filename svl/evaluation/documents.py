@@ -1,0 +1,90 @@
+"""The documents of a task: which of them a limit takes, and their pictures, read as everywhere in svl."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+from PIL import Image
+
+from svl.core import SvlError
+from svl.models.pictures import open_picture
+
+Document = Mapping[str, Any]
+
+
+def rows_of_limit(
+    documents: Sequence[Document], limit: float | None, together: Callable[[Document], Hashable] | None
+) -> list[int]:
+    """The rows of the documents that a limit takes; of documents that are scored `together`, all or none."""
+    n = len(documents)
+    if limit is not None:
+        n = min(n, math.ceil(limit * n) if limit < 1 else int(limit))
+    if together is None or n == len(documents):
+        return list(range(n))
+    values = [together(document) for document in documents]
+    chosen = set(values[:n])
+    return [row for row, value in enumerate(values) if value in chosen]
+
+
+def with_pictures(data: datasets.Dataset) -> datasets.Dataset:
+    """A data set whose pictures are read by `open_picture` when a row is, be they image or struct columns."""
+    for name, feature in data.features.items():
+        # encoded: datasets would open any format, as it is. (In lists, this would write all of the data anew.)
+        if isinstance(feature, datasets.Image):
+            data = data.cast_column(name, datasets.Image(decode=False))
+    return data.with_transform(_read_batch)
+
+
+def _read_batch(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    return {name: [read_pictures(value) for value in values] for name, values in batch.items()}
+
+
+def read_pictures(value: Any) -> Any:
+    """A value of a row with the pictures in it read: open ones, and structs of `bytes` and `path`.
+
+    Raises:
+        SvlError: if one cannot be read.
+    """
+    if isinstance(value, Image.Image):
+        return open_picture(value)
+    if isinstance(value, list):
+        return [read_pictures(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if set(value) != {"bytes", "path"}:
+        return {name: read_pictures(item) for name, item in value.items()}
+    if value["bytes"] is not None:
+        return open_picture(value["bytes"])
+    if value["path"] is None:
+        return None
+    if "://" in value["path"]:  # inside an archive or on the hub
+        return open_picture(datasets.Image().decode_example(value))
+    return open_picture(Path(value["path"]))
+
+
+def image_lookup(config: Mapping[str, Any], name: str, key: str) -> Callable[[Document], list[Image.Image]]:
+    """A `doc_to_visual` that finds a document's image in another configuration of its data set, by its id.
+
+    Args:
+        config: the task's settings, which say where its data are.
+        name: of the configuration with the images.
+        key: column of the document that holds the image's id.
+    """
+    split, options = config["test_split"], dict(config.get("dataset_kwargs") or {})
+    if options.pop("load_from_disk", False):
+        images = datasets.load_from_disk(str(Path(config["dataset_path"], name)))[split]
+    else:
+        images = datasets.load_dataset(config["dataset_path"], name, split=split, **options)
+    rows = {identity: row for row, identity in enumerate(images["id"])}
+    images = with_pictures(images)
+
+    def look_up(document: Document) -> list[Image.Image]:
+        if document[key] not in rows:
+            raise SvlError(f"its image '{document[key]}' is not among those of '{name}'")
+        return [images[rows[document[key]]]["image"]]
+
+    return look_up

@@ -1,0 +1,252 @@
+"""Speed and memory of a pruned model beside the dense one, measured in one process and reported as ratios.
+
+* Dense and pruned alternate, round by round, after warm-up rounds that do not count: both see the same state of the
+  machine. A ratio is the median of the rounds' ratios, with the rounds' quartiles as its spread; seconds are medians.
+* One answer of fixed length is generated and taken apart: *image* (the processor: pixels and token ids), *vision*
+  (from the start of the first forward pass to the first decoder layer: vision tower, projector, embeddings), *prefill*
+  (from there to its end) and *decode* (every later token).
+* A device is waited for wherever a clock is read, which costs an asynchronous device a little: the same for both.
+* Counts need no clock: parameters, bytes of the checkpoint, FLOPs of prefill (torch's counter), bytes of KV cache. For
+  the first, attention on CPU is computed by plain matrix products: torch does not count its own kernel there.
+
+Speed-up of *prefill* and *decode* is bounded by L / (L - n) of n removed layers out of L: embeddings, head and vision
+tower stay.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from svl.core import SvlError
+from svl.core.errors import explained, out_of_memory
+from svl.evaluation.settings import EfficiencySettings
+from svl.models.lvlm import Lvlm, Progress
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+PARTS = ("image", "vision", "prefill", "decode")
+RESIDENT = Path("/proc/self/status")
+Seconds = dict[str, float]  # by part, and "total"
+
+
+def measure_efficiency(
+    dense: Lvlm,
+    pruned: Lvlm,
+    prompt: str,
+    image: Image | None,
+    settings: EfficiencySettings,
+    show: Progress = lambda rounds, what, total: rounds,
+) -> dict[str, Any]:
+    """Costs of both models for one prompt (and image), answered several times at once with so many tokens.
+
+    Returns:
+        `dense` and `pruned`: parameters, layers, bytes, prefill_flops, cache_bytes, seconds {image, vision, prefill,
+        decode, total} (medians), quartiles {the same: [low, high]}, decode_tokens_per_second, samples_per_second,
+        peak_bytes (above the weights; None where the system does not tell); `speedup`: dense over pruned time of each
+        part with `value` (median), `low` and `high` (quartiles); `ideal`: L / (L - n); `batch_size`, `sequence` (tokens
+        of the prompt), `new_tokens`, `repeats`, `device`.
+
+    Raises:
+        SvlError: if layers are not in memory, the model's generation does not go through its decoder layers, or memory
+            ran out.
+    """
+    pair = {"dense": dense, "pruned": pruned}
+    for model in pair.values():
+        model.require_in_memory("measuring speed")
+    advice = f"lower efficiency.batch_size (now {settings.batch_size}) or efficiency.new_tokens"
+    with out_of_memory("measuring speed", advice), explained("speed cannot be measured"):
+        asked = Asked.several(dense, prompt, image, settings.batch_size)
+        rounds, peaks = _rounds(pair, asked, settings, show)
+        inputs = asked.encode(dense)
+        costs = {
+            name: {
+                **model_size(model),
+                **_counts(model, inputs),
+                **_speeds(rounds[name], settings),
+                "peak_bytes": max(peaks[name], default=None),
+            }
+            for name, model in pair.items()
+        }
+    return {
+        **costs,
+        "speedup": _speedup(rounds),
+        "ideal": costs["dense"]["layers"] / costs["pruned"]["layers"],
+        "batch_size": settings.batch_size,
+        "sequence": inputs["input_ids"].shape[1],
+        "new_tokens": settings.new_tokens,
+        "repeats": settings.repeats,
+        "device": dense.device_facts(settings.batch_size),
+    }
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Prompts that are answered at once, and their images."""
+
+    texts: list[str]
+    images: list[Image] | None
+
+    @classmethod
+    def several(cls, lvlm: Lvlm, prompt: str, image: Image | None, n: int) -> Asked:
+        """The same prompt (and image) `n` times."""
+        text = lvlm.prompt(prompt, image is not None)
+        return cls([text] * n, [image] * n if image is not None else None)
+
+    def encode(self, lvlm: Lvlm) -> dict[str, Tensor]:
+        """Model inputs."""
+        return lvlm.encode(self.texts, self.images)
+
+
+def _rounds(
+    pair: dict[str, Lvlm], asked: Asked, settings: EfficiencySettings, show: Progress
+) -> tuple[dict[str, list[Seconds]], dict[str, list[int]]]:
+    """For both models, seconds of every part in every round that counts, and peaks of memory."""
+    rounds: dict[str, list[Seconds]] = {name: [] for name in pair}
+    peaks: dict[str, list[int]] = {name: [] for name in pair}
+    total = settings.warmup + settings.repeats
+    for i in show(range(total), "measure", total):
+        for name in pair if i % 2 else reversed(pair):  # neither is always the first
+            with _peak(pair[name].device) as peak:
+                seconds = answer_parts(pair[name], asked, settings.new_tokens)
+            if i >= settings.warmup:
+                rounds[name].append(seconds)
+                peaks[name] += peak
+    return rounds, peaks
+
+
+def _speeds(rounds: list[Seconds], settings: EfficiencySettings) -> dict[str, Any]:
+    """What a model's rounds come to."""
+    found = {part: _quartiles([seconds[part] for seconds in rounds]) for part in rounds[0]}
+    return {
+        "seconds": {part: quartiles["value"] for part, quartiles in found.items()},
+        "quartiles": {part: [quartiles["low"], quartiles["high"]] for part, quartiles in found.items()},
+        "decode_tokens_per_second": settings.batch_size * (settings.new_tokens - 1) / found["decode"]["value"],
+        "samples_per_second": settings.batch_size / found["total"]["value"],
+    }
+
+
+def _speedup(rounds: dict[str, list[Seconds]]) -> dict[str, dict[str, float]]:
+    """Dense over pruned seconds of each part, round by round."""
+    both = list(zip(rounds["dense"], rounds["pruned"], strict=True))
+    return {
+        part: _quartiles([dense[part] / pruned[part] for dense, pruned in both if pruned[part]])
+        for part in rounds["dense"][0]
+    }
+
+
+def model_size(lvlm: Lvlm) -> dict[str, int]:
+    """Parameters, decoder layers, and bytes of the parameters (tied ones counted once)."""
+    size = sum(_stored_bytes(tensor) for tensor in lvlm.model.parameters())
+    return {"parameters": lvlm.parameters(), "layers": len(lvlm.layers), "bytes": size}
+
+
+def _stored_bytes(tensor: Any) -> int:
+    """Bytes of a tensor; of a quantised one, of what it is made of."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return tensor.numel() * tensor.element_size()
+    parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+    return sum(_stored_bytes(part) for part in parts if isinstance(part, Tensor))
+
+
+def _counts(lvlm: Lvlm, inputs: dict[str, Tensor]) -> dict[str, int]:
+    """FLOPs (multiplications and additions) and KV-cache bytes of one prefill."""
+    counted = sdpa_kernel(SDPBackend.MATH) if lvlm.device.type == "cpu" else nullcontext()
+    with torch.inference_mode(), counted, FlopCounterMode(display=False) as counter:
+        cache = lvlm.model(**inputs, use_cache=True).past_key_values
+    return {"prefill_flops": counter.get_total_flops(), "cache_bytes": _cache_bytes(cache)}
+
+
+def _cache_bytes(cache: Any) -> int:
+    """Bytes of all tensors of a cache's layers."""
+    layers = getattr(cache, "layers", None) or []
+    tensors = {id(x): x for layer in layers for x in vars(layer).values() if isinstance(x, Tensor)}
+    return sum(x.numel() * x.element_size() for x in tensors.values())
+
+
+def answer_parts(lvlm: Lvlm, asked: Asked, new_tokens: int) -> Seconds:
+    """Seconds of every part of one batch of answers of exactly `new_tokens` tokens, and their total.
+
+    Raises:
+        SvlError: if the model's generation does not go through its decoder layers.
+    """
+    entered: list[float] = []  # the first decoder layer, pass by pass
+    left: list[float] = []  # the model
+    model: Any = lvlm.model
+    begin = _now(lvlm.device)
+    inputs = asked.encode(lvlm)
+    encoded = _now(lvlm.device)
+    handles = [
+        lvlm.layers[0].register_forward_pre_hook(lambda *_: entered.append(_now(lvlm.device))),
+        lvlm.model.register_forward_hook(lambda *_: left.append(_now(lvlm.device))),
+    ]
+    try:
+        with torch.inference_mode():
+            model.generate(**inputs, min_new_tokens=new_tokens, max_new_tokens=new_tokens, do_sample=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    done = _now(lvlm.device)
+    if not entered or not left:
+        raise SvlError(
+            f"'{lvlm.name}' generates without passing its decoder layers, so its speed cannot be taken apart"
+        )
+    return {
+        "image": encoded - begin,
+        "vision": entered[0] - encoded,
+        "prefill": left[0] - entered[0],
+        "decode": done - left[0],
+        "total": done - begin,
+    }
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+@contextmanager
+def _peak(device: torch.device) -> Iterator[list[int]]:
+    """A list that gets, at the end of the block, the peak of memory above what was taken at its start, in bytes.
+
+    Of a CUDA device: torch's own count. Else the resident memory of the process; the list stays empty where Linux's
+    counter cannot be reset.
+    """
+    peak: list[int] = []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield peak
+        peak.append(torch.cuda.max_memory_allocated(device) - before)
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _resident("VmRSS")
+    except OSError:
+        yield peak
+        return
+    yield peak
+    peak.append(max(0, _resident("VmHWM") - before))
+
+
+def _resident(field: str) -> int:
+    line = next(line for line in RESIDENT.read_text().splitlines() if line.startswith(f"{field}:"))
+    return int(line.split()[1]) * 1024
+
+
+def _quartiles(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    return {"value": middle, "low": low, "high": high}

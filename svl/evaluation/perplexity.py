@@ -1,0 +1,156 @@
+"""Score a text model (or the language side of an LVLM) on running text: how well it predicts every next token.
+
+Tasks say `output_type: perplexity` in their YAML and name a local file with a `text` column. lmms-eval has none,
+so this is our own: one forward pass per batch, no generation, fp32 losses. Each sample is read on its own, without a
+chat template; its first token has no prediction.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from svl.calibration.samples import read_samples
+from svl.core import SvlError, one_of
+from svl.core.errors import explained, out_of_memory
+from svl.evaluation import benchmarks
+from svl.evaluation.score_statistics import Part, standard_error
+from svl.evaluation.settings import TaskOptions
+from svl.models.lvlm import Lvlm
+
+if TYPE_CHECKING:
+    from svl.calibration.samples import Sample
+
+METRICS = ("loss", "perplexity", "bits_per_byte")
+TOKENS = 2048  # whose logits are computed at once
+
+
+@dataclass(frozen=True)
+class TextLoss:
+    """How well a model predicts one text.
+
+    Attributes:
+        loss: sum over its tokens but the first, in nats; not finite if the model overflows.
+        tokens: how many are predicted.
+        size: bytes of the predicted text.
+    """
+
+    loss: float
+    tokens: int
+    size: int
+
+
+def evaluate_perplexity(lvlm: Lvlm, task: str, options: TaskOptions, folder: Path) -> dict[str, Any]:
+    """Score `lvlm` on the texts of `task`.
+
+    Arguments and result are those of `svl.evaluation.evaluate.evaluate`. Metrics: `loss`, nats per token over all
+    tokens of the task; `perplexity`, its exponential; `bits_per_byte`, bits per byte of the predicted text, which
+    compares models of different vocabularies; all None if a loss is not finite. Standard errors take samples as
+    independent. In `samples.jsonl`, `score` is a sample's mean loss and `part` what it adds to the task's.
+
+    Raises:
+        SvlError: if there is no such task, metric or data, a text has fewer than two tokens, the model fails on one
+            (which it names), or memory ran out.
+    """
+    one_of(f"metric of task '{task}'", options.metric, METRICS)
+    samples = limited_texts(task, options)
+    began = time.perf_counter()
+    losses = text_losses(lvlm, task, samples, options)
+    seconds = time.perf_counter() - began
+    tokens = sum(text.tokens for text in losses)
+    with open(folder / "samples.jsonl", "w", encoding="utf-8") as file:
+        for sample, text in zip(samples, losses, strict=True):
+            file.write(json.dumps(_line(sample, text, tokens)) + "\n")
+    return {
+        "task": task,
+        "metric": options.metric,
+        "n": len(samples),
+        "tokens": tokens,
+        "higher_is_better": False,
+        "metrics": loss_metrics(losses),
+        "seconds": round(seconds, 3),
+        "samples_per_second": round(len(samples) / seconds, 3),
+        "device": lvlm.device_facts(options.batch_size),
+        "limit": options.limit,
+    }
+
+
+def limited_texts(task: str, options: TaskOptions) -> Sequence[Sample]:
+    """The texts of a task, as many as the limit takes."""
+    source = benchmarks.find_task(task, options.include_path)
+    settings = benchmarks.task_settings(task, options.include_path)
+    (file,) = benchmarks.task_data_files(source, settings)
+    samples, limit = read_samples(file).samples, options.limit
+    if limit is None:
+        return samples
+    return samples[: int(limit) if limit >= 1 else math.ceil(limit * len(samples))]
+
+
+@torch.inference_mode()
+def text_losses(lvlm: Lvlm, task: str, samples: Sequence[Sample], options: TaskOptions) -> list[TextLoss]:
+    """How well the model predicts each text, in their order."""
+    size, losses = options.batch_size, []
+    starts = range(0, len(samples), size)
+    for start in tqdm(starts, desc=options.description or task, unit="batch", disable=None):
+        batch = samples[start : start + size]
+        rows = ", ".join(str(sample.row) for sample in batch)
+        with (
+            out_of_memory(f"evaluation of task '{task}'", f"lower benchmark.batch_size (now {size})"),
+            explained(f"task '{task}': documents [{rows}] do not go through the model"),
+        ):
+            inputs = lvlm.encode([sample.prompt for sample in batch])
+            logits = lvlm.model(**inputs, use_cache=False).logits
+            for b, sample in enumerate(batch):
+                real = inputs["attention_mask"][b].bool()
+                tokens = inputs["input_ids"][b][real]
+                if len(tokens) < 2:
+                    raise SvlError(f"task '{task}', row {sample.row}: a text of fewer than two tokens predicts nothing")
+                text = str(lvlm.tokenizer.decode(tokens[1:]))
+                losses.append(TextLoss(_loss(logits[b][real], tokens), len(tokens) - 1, len(text.encode())))
+    return losses
+
+
+def _loss(logits: Tensor, tokens: Tensor) -> float:
+    """Sum of the losses [nats] of all tokens [T] but the first, by logits [T, vocabulary]; in fp32."""
+    pieces = zip(logits[:-1].split(TOKENS), tokens[1:].split(TOKENS), strict=True)
+    return sum(float(F.cross_entropy(z.float(), y, reduction="sum")) for z, y in pieces)
+
+
+def loss_metrics(losses: Sequence[TextLoss]) -> dict[str, dict[str, float | None]]:
+    """Value and standard error of each metric; None if a loss is not finite: the model then has none."""
+    if not all(math.isfinite(text.loss) for text in losses):
+        return {name: {"value": None, "stderr": None, "low": None, "high": None} for name in METRICS}
+    tokens = sum(text.tokens for text in losses)
+    loss = math.fsum(text.loss for text in losses) / tokens
+    # the error of a ratio of sums (delta method): what samples add, beyond their share of tokens
+    error = standard_error(Part((text.loss - loss * text.tokens) / tokens, i) for i, text in enumerate(losses))
+    per_byte = tokens / sum(text.size for text in losses) / math.log(2)
+    scales = {"loss": 1.0, "perplexity": math.exp(loss), "bits_per_byte": per_byte}
+    values = {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": loss * per_byte}
+    errors = {name: None if error is None else error * scale for name, scale in scales.items()}
+    return {name: {"value": values[name], "stderr": errors[name], "low": None, "high": None} for name in METRICS}
+
+
+def _line(sample: Sample, text: TextLoss, tokens: int) -> dict[str, Any]:
+    """A line of `samples.jsonl`."""
+    known = math.isfinite(text.loss)
+    return {
+        "doc_id": sample.row,
+        "question": sample.prompt[:80],
+        "target": "",
+        "prediction": "",
+        "score": text.loss / text.tokens if known else None,
+        "part": text.loss / tokens if known else None,
+        "unit": sample.row,
+        "stratum": "",
+    }

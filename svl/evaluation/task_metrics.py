@@ -1,0 +1,159 @@
+"""Metrics of the tasks of svl and of its demo, as functions of the scored answers (items) of all documents.
+
+An item is a dict: `score` is 0 or 1, `answer` what was read, and some metrics need more of it. An answer that could not
+be read is wrong: it is never left out and never replaced by a random choice. A metric that is not defined is NaN,
+never 0.
+
+Where a metric is no plain mean, a `parts` function gives every item's share of it: they sum up to the metric, so that
+standard errors and comparisons with another model can be computed sample by sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from svl.evaluation.reading import normalise, read_yes_no
+
+Item = dict[str, Any]
+YES_NO_METRICS = ("accuracy", "precision", "recall", "f1", "yes_ratio")
+
+
+def scored(answer: str | None, right: str, /, **more: Any) -> Item:
+    """The item of an answer that was read (None: could not be), by what is right."""
+    return {"score": float(answer == right), "answer": answer, **more}
+
+
+def yes_no_items(text: str, target: str) -> dict[str, Item]:
+    """The items of an answer to a yes-or-no question: one for each of YES_NO_METRICS."""
+    wanted = normalise(target)
+    return dict.fromkeys(YES_NO_METRICS, scored(read_yes_no(text), wanted, target=wanted))
+
+
+# ---------------------------------------------------------------------------------------- shares of answers
+
+
+def accuracy(items: Sequence[Item]) -> float:
+    """Mean score."""
+    return _ratio(sum(item["score"] for item in items), len(items))
+
+
+def precision(items: Sequence[Item]) -> float:
+    """Of the "yes" answers, the share that is right; NaN if there is none."""
+    return _ratio(_hits(items), _count(items, "answer"))
+
+
+def recall(items: Sequence[Item]) -> float:
+    """Of the questions whose answer is yes, the share answered so: an unreadable answer is a miss."""
+    return _ratio(_hits(items), _count(items, "target"))
+
+
+def f1(items: Sequence[Item]) -> float:
+    """Harmonic mean of precision and recall, from counts: 0 for a model that never says yes."""
+    return _ratio(2 * _hits(items), _count(items, "answer") + _count(items, "target"))
+
+
+def yes_ratio(items: Sequence[Item]) -> float:
+    """Share of all answers that are "yes"."""
+    return _ratio(_count(items, "answer"), len(items))
+
+
+def f1_parts(items: Sequence[Item]) -> list[float]:
+    """Shares of the F1 score: its first-order change with each item, plus an equal part of the whole."""
+    value = f1(items)
+    if math.isnan(value):
+        return [math.nan] * len(items)
+    whole = _count(items, "answer") + _count(items, "target")
+    parts = []
+    for item in items:
+        answered, true = item["answer"] == "yes", item["target"] == "yes"
+        parts.append(value / len(items) + (2 * (answered and true) - value * (answered + true)) / whole)
+    return parts
+
+
+def f1_splits(items: Sequence[Item]) -> float:
+    """Mean of the F1 scores of the splits (`split` of the items), as the LLaVA papers report POPE."""
+    splits = defaultdict(list)
+    for item in items:
+        splits[item["split"]].append(item)
+    return math.fsum(map(f1, splits.values())) / len(splits)
+
+
+def count(items: Sequence[Item]) -> int:
+    """How many answers the accuracy and the yes-ratio are shares of."""
+    return len(items)
+
+
+def count_said_yes(items: Sequence[Item]) -> int:
+    """How many answers the precision is a share of."""
+    return _count(items, "answer")
+
+
+def count_positives(items: Sequence[Item]) -> int:
+    """How many answers the recall is a share of."""
+    return _count(items, "target")
+
+
+def count_f1(items: Sequence[Item]) -> int:
+    """How many answers the F1 score is a share of: those that are "yes", or should be."""
+    return sum("yes" in (item["answer"], item["target"]) for item in items)
+
+
+def _count(items: Sequence[Item], key: str) -> int:
+    return sum(item[key] == "yes" for item in items)
+
+
+def _hits(items: Sequence[Item]) -> int:
+    return sum(item["answer"] == item["target"] == "yes" for item in items)
+
+
+def _ratio(part: float, whole: int) -> float:
+    return part / whole if whole else math.nan
+
+
+# ------------------------------------------------------------------------------------------------------ MME
+
+
+def mme_score(items: Sequence[Item]) -> float:
+    """Sum over categories, each 0 to 200."""
+    return math.fsum(mme_parts(items))
+
+
+def mme_parts(items: Sequence[Item]) -> list[float]:
+    """Shares of the MME score: per category, 100 x accuracy + 100 x share of images with both answers right."""
+    pairs: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for item in items:
+        pairs[item["category"], item["pair"]].append(item["score"])
+    images: dict[str, int] = defaultdict(int)
+    for category, _ in pairs:
+        images[category] += 1
+    parts = []
+    for item in items:
+        scores = pairs[item["category"], item["pair"]]
+        points = 100 * item["score"] + 100 * float(all(scores))
+        parts.append(points / len(scores) / images[item["category"]])
+    return parts
+
+
+# -------------------------------------------------------------------------------------------------- MMBench
+
+
+def circular_accuracy(items: Sequence[Item]) -> float:
+    """CircularEval: the share of questions of which every rotation of the options is answered right."""
+    return math.fsum(circular_parts(items))
+
+
+def count_questions(items: Sequence[Item]) -> int:
+    """How many questions the CircularEval accuracy is a share of."""
+    return len({item["question"] for item in items})
+
+
+def circular_parts(items: Sequence[Item]) -> list[float]:
+    """Shares of the CircularEval accuracy, each rotation an equal part of its question's (`question` of the items)."""
+    questions = defaultdict(list)
+    for item in items:
+        questions[item["question"]].append(item["score"])
+    rotations = (questions[item["question"]] for item in items)
+    return [float(all(scores)) / len(scores) / len(questions) for scores in rotations]

@@ -1,0 +1,266 @@
+"""Loading any Hugging Face vision-language or text-only checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from svl.core.errors import SvlError, did_you_mean, explained
+from svl.models.anatomy import Anatomy, find_anatomy, image_token_id
+from svl.models.devices import find_device
+from svl.models.lvlm import Lvlm
+from svl.models.options import LoadOptions
+from svl.models.weight_files import find_weight_files, has_weight_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+log = logging.getLogger(__name__)
+
+DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # config fields that count layers
+PARAMETERS_PER_BYTE = 4  # at most, in any format
+MOST_LAYERS = 10_000  # that a config may ask for where the number of stored tensors is not known
+
+
+def load(path: str | Path, options: LoadOptions | None = None, **settings: Any) -> Lvlm:
+    """Load a checkpoint folder or hub id, image-text or text-only, for inference.
+
+    Args:
+        path: folder with a `config.json`, or a hub id.
+        options: how to read it.
+        settings: the fields of LoadOptions one by one, instead of `options`.
+
+    Raises:
+        SvlError: if the path is missing, holds no model, an incomplete one, or one without decoder layers.
+    """
+    options = LoadOptions.of(options, settings)
+    path = resolve_model_path(path)
+    asked = path, replace(options, name=options.model_name(path))
+    if asked not in _last_model:
+        _last_model.clear()  # before the next one needs memory
+        _last_model[asked] = _load(*asked)
+    return _last_model[asked]
+
+
+# Jobs of a sweep share the dense model: surgery never changes it.
+_last_model: dict[tuple[str, LoadOptions], Lvlm] = {}
+
+
+def _load(path: str, options: LoadOptions) -> Lvlm:
+    device = find_device(options.device)
+    config, auto = read_model_config(path, options)
+    if os.path.isdir(path):
+        find_weight_files(Path(path))  # raises an error if there are none
+        check_size(path, config, auto, options)
+    processor, token = load_processor(path, config, options)
+    with explained_loading(path):
+        model, info = auto.from_pretrained(
+            path,
+            dtype=options.torch_dtype,
+            revision=options.revision,
+            trust_remote_code=options.trust_remote_code,
+            output_loading_info=True,
+        )
+    anatomy = find_anatomy(model, options.layers, image_token=token, protect=options.protect)
+    check_complete(path, info, model, anatomy)
+    with explained(f"cannot use model.device='{options.device}'"):
+        model = nn.Module.to(model, device).eval()
+    lvlm = Lvlm(model, processor, anatomy, options.model_name(path))
+    log.info("loaded %s: %d decoder layers, %.1f M parameters", lvlm.name, anatomy.n_layers, lvlm.parameters() / 1e6)
+    return lvlm
+
+
+def resolve_model_path(path: str | Path) -> str:
+    """The path, as it is to be read; raises SvlError if it is a folder that does not exist."""
+    path = os.path.expanduser(path)
+    if path.startswith((".", "/")) and not os.path.isdir(path):
+        raise SvlError(f"model.path: there is no folder '{path}'")
+    return path
+
+
+@contextmanager
+def explained_loading(path: str | Path) -> Iterator[None]:
+    """Within the block, whatever transformers raises about the checkpoint at `path` becomes one line."""
+    try:
+        with explained(f"cannot load a model from '{path}'"):
+            yield
+    except SvlError as error:
+        if "trust_remote_code" in str(error.__cause__):
+            raise SvlError(f"{error} To let it run, set model.trust_remote_code=true") from error.__cause__
+        raise
+
+
+def read_model_config(path: str | Path, options: LoadOptions | None = None) -> tuple[PreTrainedConfig, Any]:
+    """The config of a checkpoint, and the transformers class (AutoModelFor...) that makes its model.
+
+    Raises:
+        SvlError: if there is no readable config, its model has no decoder layers to prune, or it asks for more layers
+            than there are weights, or for quantised ones.
+    """
+    from transformers import AutoConfig, PreTrainedConfig
+
+    import svl.models.ports  # noqa: F401 (makes their models known to transformers)
+    from svl.models.transformers_internals import model_class
+
+    options = options or LoadOptions()
+    with explained_loading(path):
+        fields, _ = PreTrainedConfig.get_config_dict(path, revision=options.revision)
+        check_depth(fields, len(stored_names(path)), path)  # before transformers makes lists as long as that
+        config = AutoConfig.from_pretrained(
+            path, revision=options.revision, trust_remote_code=options.trust_remote_code
+        )
+        check_not_quantised(path, config)
+        auto = model_class(config)
+    if auto is None:
+        raise SvlError(f"'{path}' is a {config.model_type} model, which has no decoder layers to prune")
+    return config, auto
+
+
+def check_depth(fields: dict[str, Any], n_stored: int, path: str | Path) -> None:
+    """Raise SvlError if a config asks for more layers, in any of its parts, than `n_stored` tensors (0: not known)."""
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            check_depth(value, n_stored, path)
+        elif name in DEPTH and isinstance(value, int) and value > (n_stored or MOST_LAYERS):
+            have = f"the checkpoint has {n_stored} tensors" if n_stored else f"no model has more than {MOST_LAYERS}"
+            raise SvlError(f"cannot load a model from '{path}': its config says {name}={value}, but {have}")
+
+
+def stored_names(path: str | Path) -> set[str]:
+    """Names of the tensors in the safetensors files of a folder; empty for a hub id, without weights, and for pickles.
+
+    Raises:
+        SvlError: if the folder takes its weights from elsewhere.
+    """
+    found = find_weight_files(Path(path)) if os.path.isdir(path) and has_weight_files(Path(path)) else None
+    if found is None or found.pickled:
+        return set()
+    if found.names is not None:
+        return set(found.names)
+    with safe_open(found.files[0], "pt") as tensors:
+        return set(tensors.keys())
+
+
+def check_size(path: str | Path, config: PreTrainedConfig, auto: Any, options: LoadOptions) -> None:
+    """Raise SvlError if a config describes a model far larger than the folder's weights, which would only fill memory.
+
+    Custom code is not tried: it may not work without values.
+    """
+    from svl.models.transformers_internals import empty_model
+
+    if options.trust_remote_code:
+        return
+    stored = sum(file.stat().st_size for file in find_weight_files(Path(path)).files)
+    with explained_loading(path):
+        model = empty_model(auto, config, torch.bfloat16, shapes_only=True)
+    n_parameters = sum(p.numel() for p in model.parameters())
+    if n_parameters > PARAMETERS_PER_BYTE * stored:
+        raise SvlError(
+            f"cannot load a model from '{path}': its config describes {n_parameters:,} parameters, but its weights "
+            f"have {stored:,} bytes"
+        )
+
+
+def check_not_quantised(path: str | Path, config: PreTrainedConfig) -> None:
+    """Raise SvlError if the weights are quantised, other than in ways that transformers undoes on loading."""
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return
+    settings = settings if isinstance(settings, dict) else settings.to_dict()
+    method = settings.get("quant_method", "unknown method")
+    if method != "mxfp4" and not settings.get("dequantize"):
+        raise SvlError(
+            f"cannot load a model from '{path}': its weights are quantised ({method}), and layers are pruned in full "
+            "precision only; name the checkpoint that it was made from"
+        )
+
+
+def check_complete(path: str, info: dict[str, Any], model: PreTrainedModel, anatomy: Anatomy) -> None:
+    """Raise SvlError if weights were missing, or decoder layers stored that the config does not count."""
+    if missing := info["missing_keys"]:  # transformers would go on with random numbers in their place
+        raise SvlError(f"the checkpoint '{path}' lacks {len(missing)} weights, {min(missing)} for one")
+    left_out = {i for name in stored_names(path) if (i := anatomy.layer_number(name)) is not None}
+    for name in info["unexpected_keys"]:
+        number = anatomy.layer_number(name)
+        if number is None or number < anatomy.n_layers:
+            continue
+        if not is_prediction_layer(model, anatomy, name):
+            raise SvlError(
+                f"the checkpoint '{path}' has {name}, but its config says {anatomy.n_layers} decoder layers: the "
+                "layers behind them would be left out"
+            )
+        left_out.add(number)
+    if left_out := {i for i in left_out if i >= anatomy.n_layers}:
+        log.info("  left out: prediction layer %s, stored behind the decoder", ", ".join(map(str, sorted(left_out))))
+
+
+def is_prediction_layer(model: PreTrainedModel, anatomy: Anatomy, name: str) -> bool:
+    """Whether a tensor belongs to a layer behind the last that guesses tokens further ahead, and is not loaded."""
+    from svl.models.transformers_internals import ignored_on_load
+
+    number, n_extra = anatomy.layer_number(name), getattr(model.config.get_text_config(), "num_nextn_predict_layers", 0)
+    if number is None or number < anatomy.n_layers:
+        return False
+    return ignored_on_load(model, name) or number < anatomy.n_layers + (n_extra or 0)
+
+
+def load_processor(
+    path: str | Path, config: PreTrainedConfig, options: LoadOptions | None = None
+) -> tuple[ProcessorMixin | PreTrainedTokenizerBase, int | None]:
+    """The processor of a model (a tokenizer for text-only ones) and the id of its image placeholder.
+
+    Args:
+        path: of the checkpoint.
+        config: as `read_model_config` gives it.
+        options: how to read it; its `image_token` is used where config and processor do not tell.
+
+    Raises:
+        SvlError: if the processor is missing, or the model takes images and no one knows where in their prompts.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
+    from svl.models.transformers_internals import model_class
+
+    options = options or LoadOptions()
+    takes_images = model_class(config) is AutoModelForImageTextToText or image_token_id(config) is not None
+    with explained_loading(path):
+        processor = (AutoProcessor if takes_images else AutoTokenizer).from_pretrained(
+            path, revision=options.revision, trust_remote_code=options.trust_remote_code
+        )
+    if not takes_images:
+        return processor, None
+    if (token := image_placeholder(config, processor, options.image_token)) is None:
+        raise SvlError(  # going on would treat it as a text model
+            f"{config.model_type} models take images, but where in their prompts is not known: name the placeholder "
+            "with model.image_token="
+        )
+    return processor, token
+
+
+def image_placeholder(
+    config: PreTrainedConfig, processor: ProcessorMixin | PreTrainedTokenizerBase, image_token: int | str | None
+) -> int | None:
+    """Id of the image placeholder: what the user names, else the config, else the processor.
+
+    Raises:
+        SvlError: if the user names one that the tokenizer does not know.
+    """
+    if image_token is None and (known := image_token_id(config)) is not None:
+        return known
+    token = getattr(processor, "image_token", None) if image_token is None else image_token
+    if not isinstance(token, str):
+        return token
+    tokenizer: Any = getattr(processor, "tokenizer", processor)
+    if token not in (vocabulary := tokenizer.get_vocab()):
+        guess = did_you_mean(token, tokenizer.all_special_tokens)
+        raise SvlError(f"model.image_token '{token}' is no token of the model{guess}")
+    return vocabulary[token]

@@ -1,0 +1,55 @@
+"""How a conversation is written out for a model, where that is not left to the checkpoint's own chat template.
+
+`model.prompt` names the style; it holds for calibration and for the evaluation of the dense and of pruned models alike,
+is part of every key, and shows in each score as the whole text of its first prompt. Exported checkpoints keep their own
+template.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from svl.core.errors import SvlError, did_you_mean, explained, one_of
+from svl.models.lvlm import Lvlm
+
+TEMPLATES = Path(__file__).parent / "prompt_templates"
+STYLES = ("chat", "paligemma", "plain", "vicuna_v1")  # chat: the checkpoint's own
+
+
+def style_template(style: str, image_token: str = "<image>") -> str | None:
+    """The chat template of a style in STYLES, with the model's placeholder of an image; None for "chat"."""
+    if style == "chat":
+        return None
+    text = (TEMPLATES / f"{style}.jinja").read_text().rstrip("\n")
+    return f"{{%- set image_token = {json.dumps(image_token)} -%}}{text}"
+
+
+def with_prompt_style(lvlm: Lvlm, style: str, image_processor: Mapping[str, Any] | None = None) -> Lvlm:
+    """The same model, whose conversations are written in `style` and whose images go through changed settings.
+
+    Args:
+        lvlm: the model; it is left as it is.
+        style: one of STYLES.
+        image_processor: settings of the checkpoint's image processor, such as its `size`, to use instead of its own.
+
+    Raises:
+        SvlError: if there is no such style, or the image processor has no such setting, or refuses its value.
+    """
+    one_of("model.prompt", style, STYLES)
+    processor = copy.copy(lvlm.processor)
+    if style != "chat":
+        processor.chat_template = style_template(style, getattr(processor, "image_token", None) or "<image>")
+    if image_processor:
+        images: Any = getattr(processor, "image_processor", None)
+        known = images.to_dict() if images is not None else {}
+        for name in image_processor:
+            if name not in known:
+                raise SvlError(f"model.image_processor has no setting '{name}'{did_you_mean(name, known)}")
+        with explained(f"model.image_processor: {type(images).__name__} does not take {dict(image_processor)}"):
+            processor.image_processor = type(images).from_dict({**known, **image_processor})
+    return dataclasses.replace(lvlm, processor=processor)

@@ -1,0 +1,148 @@
+"""Folding a patch into weights: the arithmetic that surgery in memory and export share, bit for bit."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from svl.core.errors import SvlError
+from svl.core.patch import Patch, Update
+from svl.core.plan import Plan
+from svl.models.anatomy import Anatomy
+from svl.models.lvlm import Lvlm
+
+COLUMNS = 256  # of a matrix that are changed at a time
+POST_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm", "post_self_attn_layernorm")
+
+
+def check_foldable(lvlm: Lvlm) -> None:
+    """Raise SvlError if a norm stands between projections and residual stream: it would undo updates."""
+    norms = {name for layer in lvlm.layers for name, _ in layer.named_children() if name in POST_NORMS}
+    norms |= {"norm_after" for layer in lvlm.layers if getattr(layer, "norm_after", False)}
+    if norms:
+        raise SvlError(
+            f"'{lvlm.name}' normalises after its projections ({', '.join(sorted(norms))}), which renormalises what a "
+            "compensation folds into them; use compensation=none"
+        )
+
+
+def check_patch(patch: Patch, plan: Plan, anatomy: Anatomy, layers: nn.ModuleList) -> None:
+    """Raise SvlError unless a patch is for the layers that a plan keeps, in shapes that fit, of real, finite numbers.
+
+    `layers` are the dense model's; they may be on the meta device.
+    """
+    scaled = any(update.scale is not None for update in patch.updates.values())
+    if scaled and (gone := sorted(set(plan.removed) & set(anatomy.waived))):
+        raise SvlError(
+            f"the patch scales what layers write, but without layers {gone}, which model.protect does not spare, more "
+            "than that may enter behind a gap, such as visual features (DeepStack); choose another compensation"
+        )
+    for layer, terms in patch.blends.items():
+        if layer not in plan.kept:
+            raise SvlError(f"the patch blends layer {layer}, which the pruned model does not have")
+        if not terms or not set(terms) <= set(range(plan.n_layers)):
+            raise SvlError(f"the patch blends layer {layer} of layers {sorted(terms)}: not of 0..{plan.n_layers - 1}")
+        if not all(isinstance(c, int | float) and math.isfinite(c) for c in terms.values()):
+            raise SvlError(f"the patch blends layer {layer} with coefficients that are not finite numbers")
+    for (layer, role), update in patch.updates.items():
+        if layer not in plan.kept:
+            raise SvlError(f"the patch changes '{role}' of layer {layer}, which the pruned model does not have")
+        names = tensors_of_update(anatomy, layer, role, update)
+        width, rank = anatomy.hidden_size, anatomy.hidden_size
+        if update.left is not None and update.right is not None and update.left.ndim == 2:
+            rank = update.left.shape[1]
+        if update.scale is not None and not (isinstance(update.scale, int | float) and math.isfinite(update.scale)):
+            raise SvlError(f"the patch scales '{role}' of layer {layer} by {update.scale!r}, which is no finite number")
+        expected = {"left": (width, rank), "right": (rank, width), "shift": (width,)}
+        if update.delta is not None:
+            expected["delta"] = tuple(layers[layer].get_parameter(next(iter(names))).shape)
+        for part, shape in expected.items():
+            check_part(getattr(update, part), shape, f"'{part}' of the patch for '{role}' of layer {layer}")
+
+
+def check_part(part: Tensor | None, shape: tuple[int, ...], what: str) -> None:
+    """Raise SvlError unless a part of an update (`what`, in messages) has this shape, and real, finite numbers."""
+    if part is None:
+        return
+    if tuple(part.shape) != shape:
+        raise SvlError(f"{what} has shape {tuple(part.shape)}, but must have {shape}")
+    if not part.is_floating_point() or not bool(part.isfinite().all()):
+        raise SvlError(f"{what} must consist of real, finite numbers")
+
+
+def fold_update(tensor: Tensor, update: Update, flipped: bool = False) -> Tensor:
+    """scale (W + left @ right @ W + delta) in fp32, in W's dtype: `tensor` is a weight [d, n_in] or a bias [d].
+
+    Experts [E, d, n_in] are changed one by one; `flipped` matrices are stored as [n_in, d]. Matrices are taken by
+    blocks of columns, so that fp32 copies stay small, and always by the same ones, so that a result is the same bit
+    for bit wherever it is computed.
+    """
+    result = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    for new, old in zip(result, tensor, strict=True) if tensor.ndim == 3 else ((result, tensor),):
+        if old.ndim == 1:
+            new[:] = _folded(old, update, update.shift)
+            continue
+        if flipped:
+            new, old = new.mT, old.mT
+        for start in range(0, old.shape[1], COLUMNS):
+            block = (slice(None), slice(start, start + COLUMNS))
+            new[block] = _folded(old[block], update, None if update.delta is None else update.delta[block])
+    return result
+
+
+def _folded(block: Tensor, update: Update, extra: Tensor | None) -> Tensor:
+    """scale (block + left @ right @ block + extra), in fp32."""
+    wide = block.detach().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    total = wide
+    factors = [part for part in (update.left, update.right) if part is not None]
+    if factors:
+        product = wide
+        for factor in reversed(factors):
+            product = factor.to(wide) @ product
+        total = wide + product
+    if extra is not None:
+        total = total + extra.to(wide)
+    return total if update.scale is None else update.scale * total
+
+
+def projections(layer: nn.Module) -> list[str]:
+    """Names of a layer's projections: matrices and the biases beside them, not the norms."""
+    matrices = {n.rpartition(".")[0] for n, p in layer.named_parameters() if p.ndim > 1}
+    return [n for n, p in layer.named_parameters() if p.ndim > 1 or n.rpartition(".")[0] in matrices]
+
+
+def blend_tensors(tensors: dict[int, Tensor], coefficients: dict[int, float]) -> Tensor:
+    """The sum of coefficient x tensor over layers in fp32, in the tensors' dtype.
+
+    Raises:
+        SvlError: if the tensors differ in shape.
+    """
+    shapes = {tuple(t.shape) for t in tensors.values()}
+    if len(shapes) != 1:
+        raise SvlError(f"layers {sorted(tensors)} cannot be merged: their weights have shapes {sorted(shapes)}")
+    first = next(iter(tensors.values()))
+    total = torch.zeros_like(first, dtype=torch.float32)
+    for layer, coefficient in coefficients.items():
+        total = total + coefficient * tensors[layer].detach().float()
+    return total.to(first.dtype)
+
+
+def tensors_of_update(anatomy: Anatomy, layer: int, role: str, update: Update) -> dict[str, bool]:
+    """The tensors of a layer that an update of its writer `role` changes -> whether they are stored as [.., n_in, d].
+
+    Raises:
+        SvlError: if there is no such writer, or the update has parts that it cannot take.
+    """
+    if role not in anatomy.writers:
+        raise SvlError(f"the patch changes '{role}' of layer {layer}, which the pruned model does not have")
+    writer = anatomy.writers[role][layer]
+    if update.shift is not None and not (writer.single and writer.biases):
+        raise SvlError(f"the patch shifts the bias of '{role}' of layer {layer}, which has none")
+    if update.delta is not None and not writer.single:
+        raise SvlError(
+            f"the patch adds a matrix to '{role}' of layer {layer}, but {len(writer.matrices)} tensors ("
+            f"{', '.join(writer.matrices)}) write there together; choose a compensation that multiplies"
+        )
+    return {**writer.matrices, **dict.fromkeys(writer.biases, False)}

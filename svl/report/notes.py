@@ -1,0 +1,58 @@
+"""What a reader must know to read a table."""
+
+from __future__ import annotations
+
+from svl.report.rows import Section, answer_speed, benchmark_speed
+
+
+def table_notes(section: Section) -> list[str]:
+    """The notes below the table of a section, plain sentences."""
+    result = section.last.result
+    tasks = ", ".join(f"{task} ({score['metric']}, n = {score['n']})" for task, score in result["scores"].items())
+    notes = [
+        f"Benchmarks: {tasks or 'none'}.",
+        "±: standard error over the samples; in rows of several seeds, standard deviation over the seeds.",
+        "Retained: average relative to the dense average.",
+        "Bold: the best at that ratio and all that are not significantly worse (95 %, paired by question if possible).",
+        *_speed_notes(section),
+    ]
+    if section.limit is not None:
+        notes.insert(0, f"Caution: limit={section.limit:g}, so only a part of every benchmark was used.")
+    if len({run.main_metric(None).get("dense") for run in section.runs}) > 1:
+        notes.append("Caution: the dense average differs between runs (versions? device?); the newest is shown.")
+    if (versions := len({run.versions for run in section.runs})) > 1:
+        notes.append(f"Caution: the runs were made with {versions} different sets of versions.")
+    return notes + _seed_notes(section)
+
+
+def _speed_notes(section: Section) -> list[str]:
+    """How speeds were measured, and why some are not shown."""
+    if section.clock is None:
+        return ["Speed: not measured, or not beside a dense model on the same device with the same batch size."]
+    rate = section.last.result["cost"].get("samples_per_second_dense")
+    conditions = f"; {section.clock.conditions}" if section.clock.conditions else ""
+    if section.clock.what == "answer":
+        how = "time of one answer, dense over pruned, both measured in turn (median of the rounds)"
+    else:
+        how = "samples per second relative to the dense model" + (f" ({rate:.3g} per second)" if rate else "")
+        how += ", each while it answered the benchmarks, so other work on the machine counts"
+    notes = [f"Speed: {how}{conditions}."]
+    measure = answer_speed if section.clock.what == "answer" else benchmark_speed
+    found = [speed.clock for row in section.rows for run in row.runs if (speed := measure(run))]
+    others = sorted({clock.conditions or "an unknown device" for clock in found if clock != section.clock})
+    if others:
+        notes.append(f"Speed is left empty where it was measured under other conditions ({'; '.join(others)}).")
+    return notes
+
+
+def _seed_notes(section: Section) -> list[str]:
+    """Which runs count once, or not at all."""
+    notes = []
+    same = sorted({row.label for row in section.rows if row.seeds > len(row.runs)})
+    if same:
+        notes.append(f"The seed changes nothing for {', '.join(same)}: one run, with the error of its samples.")
+    if section.replaced:
+        is_older = all(run.created < shown.created for run, shown in section.replaced)
+        which = "older run(s)" if is_older else "run(s)"
+        notes.append(f"Left out: {len(section.replaced)} {which} with the same method, ratio and seed as another one.")
+    return notes

@@ -1,0 +1,80 @@
+"""Pruned checkpoints of a run: the one that was asked for, and the temporary one that vLLM reads."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from svl.checkpoints import export
+from svl.config import plain_values
+from svl.core.errors import out_of_memory
+from svl.core.processes import process_rank
+
+if TYPE_CHECKING:
+    from svl.run.setup import RunSetup
+    from svl.run.variants import ModelVariant
+    from svl.store.artifacts import Entry
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def export_reserved(setup: RunSetup) -> Iterator[None]:
+    """Within the block, which is the whole run, no other process can export to where this one will.
+
+    Raises:
+        SvlError: if the path is taken, or for whatever else the export will be refused for as far as that is known.
+    """
+    path = setup.cfg.export.path
+    if not path or process_rank() > 0:
+        yield
+        return
+    with export.reserve_export(path):
+        if export.exporting_run(path) is None:  # else by this very run, perhaps
+            export.check_exportable(
+                setup.checkpoint,
+                path,
+                setup.options,
+                n_remove=setup.cfg.n_remove or 0,
+                compensates=setup.compensates,
+            )
+        yield
+
+
+def export_run(setup: RunSetup, variant: ModelVariant, run: Entry) -> None:
+    """Write the pruned checkpoint, if one is asked for and this run has not written it before."""
+    path = setup.cfg.export.path
+    if not path:
+        return
+    if export.exporting_run(path) != run.key:
+        with out_of_memory("the export", "choose a compensation that changes less at once, or free some memory"):
+            write_checkpoint(variant, path, export.ExportRecord(run.output, run.key))
+    log.info("  exported to %s", path)
+
+
+def write_checkpoint(variant: ModelVariant, path: Path | str, record: export.ExportRecord | None = None) -> Path:
+    """Save what is left of the checkpoint as the new folder `path`."""
+    setup = variant.setup
+    return export.save(setup.checkpoint, variant.plan, path, variant.read_patch(), setup.options, record=record)
+
+
+def load_in_vllm(variant: ModelVariant) -> Any:
+    """The model in vLLM, which reads checkpoints: the dense one's own, or a temporary export."""
+    from svl.evaluation.vllm import vllm_answerer
+    from svl.models.prompts import style_template
+
+    setup = variant.setup
+    options, template = plain_values(setup.cfg.evaluator.options), style_template(setup.prompt_style)
+    batch_size = setup.cfg.benchmark.batch_size
+    if not variant.plan.removed:
+        return vllm_answerer(setup.checkpoint, batch_size, options, template)
+    with setup.store.scratch("vllm") as folder:
+        try:
+            write_checkpoint(variant, folder)
+            return vllm_answerer(str(folder), batch_size, options, template)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)  # the weights are read

@@ -1,0 +1,109 @@
+"""What people are told: errors in one line, and messages that carry neither secrets nor escape sequences."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from svl import config, plugins
+from svl.core.errors import SvlError, did_you_mean, is_out_of_memory
+from svl.core.redaction import redact_text
+from svl.core.text import for_terminal
+from svl.run import hydra_internals
+from svl.store.files import cannot_write
+
+LESS_MEMORY = "lower the batch sizes of calibration and benchmark, or set model.dtype=bfloat16 or model.device=cpu"
+NEAR = 5  # choices that are shown where something like them was asked for
+
+
+class SafeFormatter(logging.Formatter):
+    """Log lines without secrets and without anything that a terminal would obey."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return safe_line(super().format(record))
+
+
+def safe_line(text: str) -> str:
+    """Text for terminal and logs."""
+    return for_terminal(redact_text(text))
+
+
+def one_line(error: BaseException) -> str | None:
+    """The line to show for an error that a person can mend (what Hydra explains itself: some lines); None for a bug."""
+    if isinstance(error, OverrideParseException):  # shows the place, and where the grammar is explained
+        return str(error).strip()
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        cause = error.__cause__ or error.__context__
+        if isinstance(cause, SvlError):
+            return str(cause)
+        return explain_composition(cause if isinstance(cause, OmegaConfBaseException) else error, error)
+    if isinstance(error, SvlError):
+        return str(error)
+    if is_out_of_memory(error):
+        smaller = (
+            "lower calibration.batch_size and benchmark.batch_size, or set model.dtype=bfloat16 or model.device=cpu"
+        )
+        return f"out of memory: {smaller}"
+    return cannot_write(error)
+
+
+def explain_composition(error: BaseException, outer: BaseException) -> str:
+    """One line for a composition error, with what was probably meant."""
+    text = f"{outer}\n{error}"
+    if found := re.search(r"Could not find '(\w+(?:/\w+)*)/([^/']*)'", text):
+        return explain_choice(*found.groups())
+    if found := re.search(r"Ambiguous value for argument '([^']+)'", text):
+        return f"{found.group(1)} names several values: add -m to run all of them, or brackets to make it a list"
+    if re.search(r"object_type=(Range|Choice|Glob|Interval)", text):  # Hydra trips over its own dataclass
+        return "range(...), choice(...) and glob(...) stand alone: they cannot be parts of a list of values"
+    path = re.search(r"full_key: (\S+)", text)
+    if found := re.search(r"Key '([^']+)' (?:is )?not in |Could not override '([^']+)'", text):
+        key = path.group(1) if path else found.group(1) or found.group(2)
+        known = neighbouring_settings(key)
+        listing = f"; known here: {', '.join(known)}" if known else ""
+        return f"there is no setting '{key}'{did_you_mean(key, known)}{listing}"
+    line = next(line for line in str(error).splitlines() if line.strip())
+    return f"{path.group(1)}: {line}" if path else line
+
+
+def explain_choice(group: str, choice: str) -> str:
+    """The line for a choice that a group does not have: those with a similar name, else all."""
+    choices = sorted({file.stem for folder in config_folders() for file in (folder / group).glob("*.yaml")})
+    near = difflib.get_close_matches(choice, choices, n=NEAR, cutoff=0.4)
+    if not near or len(choices) <= NEAR:
+        listing = f"choices: {', '.join(choices)}"
+    else:
+        listing = f"similar: {', '.join(near)}; svl --help lists all {len(choices)}"
+    return f"there is no {group} '{choice}'{did_you_mean(choice, choices)}; {listing}"
+
+
+def config_folders() -> list[Path]:
+    """Folders that configuration is composed from."""
+    own = hydra_internals.command_line_config_folder()
+    others = [plugin.conf for plugin in plugins.find_plugins()]
+    return [folder for folder in (config.CONF, own, *others) if folder]
+
+
+def neighbouring_settings(key: str) -> list[str]:
+    """The settings next to `key` in the composed configuration of this command line without its wrong part."""
+    where = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in config_folders()[1:])}]"]
+    groups = "model|strategy|selector|compensation|quantization|visual_tokens|benchmark"
+    choices = [word for word in sys.argv[1:] if re.fullmatch(rf"({groups})=\w+", word)]
+    with hydra.initialize_config_dir(str(config.CONF), version_base="1.3"):
+        try:
+            cfg = hydra.compose("config", overrides=where + choices)
+        except (HydraException, OmegaConfBaseException):  # the wrong part is in the chosen file itself
+            cfg = OmegaConf.structured(config.Svl)
+    parent, _, _ = key.rpartition(".")
+    node = OmegaConf.select(cfg, parent) if parent else cfg
+    if not isinstance(node, DictConfig):
+        return []
+    return [f"{parent}.{name!s}" if parent else str(name) for name in node if name != "_target_"]

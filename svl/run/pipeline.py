@@ -1,0 +1,297 @@
+"""The story of a run: calibrate, plan, check, compensate, score, measure, record. One method per stage.
+
+A stage's inputs are written out in its call to `make`; what the store has already is read instead of computed, so a run
+that was interrupted, and one that shares stages with another, needs no special case. The model is loaded only when a
+stage has to compute. What else belongs to a run has modules of its own: what it starts from (setup), what results
+depend on (keys), the models it evaluates (variants), its result (run_result), exporting and tracking.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from svl.config import plain_values
+from svl.core import Plan, checked_plan, fitted_patch
+from svl.core.processes import process_rank
+from svl.run import exporting, parallel, tracking
+from svl.run.figure_data import spectra_record, write_example_picture, write_token_scores
+from svl.run.keys import method_identity, stage_code
+from svl.run.run_result import RunStages, build_result, result_inputs
+from svl.run.setup import RunSetup
+from svl.run.stages import log_outcome, log_stage, make_stage, show_progress
+from svl.run.strategy_inputs import count_removals, describe_origin, read_statistics, resumable_probe
+from svl.run.variants import ModelVariant, check_benchmark_data
+from svl.store.artifacts import Entry
+from svl.store.files import write_text_whole
+
+log = logging.getLogger(__name__)
+
+Output = dict[str, Any]
+
+
+def run_configuration(cfg: DictConfig, folder: Path, sweep: Path | None = None) -> Output:
+    """Run a configuration; files go to `folder`, finished stages to the store. `sweep`: the folder of all its jobs.
+
+    Raises:
+        SvlError: on bad input, before any heavy work.
+    """
+    run = Run(cfg, folder)
+    if sweep:
+        parallel.claim_model_name(sweep, run.setup.name, run.setup.fingerprint)
+    try:
+        with exporting.export_reserved(run.setup):
+            return run.execute()
+    except Exception as error:
+        tracking.track_failure(run.setup, folder, error)
+        raise
+
+
+class Run:
+    """One configuration on its way through the stages. Raises SvlError on bad input before any heavy work."""
+
+    def __init__(self, cfg: DictConfig, folder: Path):
+        self.setup, self.folder = RunSetup(cfg), folder
+
+    def execute(self) -> Output:
+        """All stages; the run's result, also written to the output folder as result.json with plan.json."""
+        began = time.perf_counter()
+        check_benchmark_data(self.setup)
+        stages = self.prepare()
+        write_text_whole(self.folder / "plan.json", stages.plan.to_json())
+        stages.dense = self.score(stages.dense_model)
+        stages.pruned = self.score(stages.pruned_model)
+        if process_rank() > 0:  # the first process does the rest
+            return {}
+        stages.efficiency = self.measure(stages.pruned_model)
+        stages.pruned_model.close()
+        run = self.record(stages)
+        exporting.export_run(self.setup, stages.pruned_model, run)
+        tracking.track_run(self.setup, self.folder, stages, run)
+        log_outcome(run.output, time.perf_counter() - began)
+        return run.output
+
+    def prepare(self) -> RunStages:
+        """All stages before the first evaluation: statistics, plan, check, and patch."""
+        stats = self.calibrate()
+        planned = self.plan(stats)
+        plan = Plan.from_json((planned.path / "plan.json").read_text())
+        self.check(plan)
+        patch = self.compensate(stats, plan)
+        # Names are of this run: another one, with the same settings under other names, may have stored the plan.
+        names = {"strategy": self.setup.choice("strategy"), "selector": None, "model": self.setup.name}
+        if self.setup.selects:
+            names["selector"] = self.setup.choice("selector")
+        plan = dataclasses.replace(plan, provenance={**names, **plan.provenance})
+        return RunStages(
+            stats=stats,
+            planned=planned,
+            plan=plan,
+            patch=patch,
+            dense_model=ModelVariant(self.setup, Plan(plan.n_layers, ())),
+            pruned_model=ModelVariant(self.setup, plan, patch, combined=bool(self.setup.combined)),
+        )
+
+    # ------------------------------------------------------------------------------------------ stages
+
+    def calibrate(self) -> Entry | None:
+        """Stage `stats`: per-token measurements; None if nothing asks for data. Independent of method and ratio."""
+        setup = self.setup
+        if not setup.calibrates:
+            return None
+
+        def build(folder: Path) -> Output:
+            from svl.calibration import calibrate
+            from svl.pruning import folding
+
+            count_removals(setup, read_statistics(setup, None))  # what can be found wrong now costs no calibration
+            calibrate.check_selector(setup.dense, setup.samples, setup.selector)
+            if setup.compensation.needs:
+                folding.check_foldable(setup.dense)
+            calibrate.calibrate(
+                setup.dense,
+                setup.samples,
+                statistics=setup.statistics,
+                batch_size=setup.cfg.calibration.batch_size,
+                folder=folder,
+                show=show_progress,
+            )
+            write_example_picture(setup.dense, setup.samples, folder)
+            anatomy = setup.dense.anatomy
+            found = {"removable": anatomy.removable, "protected": anatomy.protected, "n_layers": anatomy.n_layers}
+            return {"samples": len(setup.samples), **found}
+
+        inputs = {
+            "model": setup.model,
+            "code": stage_code("stats"),
+            "examples": setup.samples.fingerprint,
+            "statistics": setup.statistics,
+            "protect": setup.options.protect,
+        }
+        return log_stage("calibrate", make_stage(setup, "stats", inputs, build))
+
+    def plan(self, stats: Entry | None) -> Entry:
+        """Stage `plan`: which layers go."""
+        setup, cfg = self.setup, self.setup.cfg
+        source = stats if setup.selects else None
+
+        def build(folder: Path) -> Output:
+            measured = read_statistics(setup, source)
+            n_remove = count_removals(setup, measured)
+            if setup.probes:
+                measured = dataclasses.replace(measured, probe=resumable_probe(setup))
+            plan = checked_plan(setup.strategy, measured, n_remove)
+            if source:
+                write_token_scores(measured, source.path, folder)
+            provenance = describe_origin(setup, plan, n_remove, source)
+            (folder / "plan.json").write_text(dataclasses.replace(plan, provenance=provenance).to_json())
+            return {"removed": plan.removed}
+
+        inputs = {
+            "model": setup.model,
+            "stats": source and source.key,
+            "selector": source and method_identity(setup.selector),
+            "strategy": method_identity(setup.strategy),
+            "ratio": cfg.ratio if cfg.n_remove is None else None,
+            "n_remove": cfg.n_remove,
+            "protect": setup.options.protect,
+        }
+        if setup.probes:
+            inputs |= {"losses": setup.losses_on, "code": stage_code("probe")}
+        entry = make_stage(setup, "plan", inputs, build)
+        removed = entry.output["removed"]
+        return log_stage("plan", entry, f"removes layers {removed}, {len(removed)} in all")
+
+    def check(self, plan: Plan) -> None:
+        """Stage `check`: without these layers, the model computes what it computes when it skips them.
+
+        Raises:
+            SvlError: if it does not.
+        """
+        setup = self.setup
+        if not plan.removed:
+            return
+        if setup.cfg.model.offload:
+            log.warning("  model.offload: the check that pruning equals skipping layers is left out")
+            return
+
+        def build(folder: Path) -> Output:
+            from svl.pruning import selfcheck, surgery
+
+            inputs, pruned = selfcheck.example_inputs(setup.dense), surgery.apply(setup.dense, plan)
+            return {"difference": selfcheck.check_surgery(setup.dense, pruned, plan, inputs)}
+
+        inputs = {"model": setup.model, "code": stage_code("check"), "removed": plan.removed}
+        entry = make_stage(setup, "check", {**inputs, "protect": setup.options.protect}, build)
+        log_stage("check", entry, f"differs by {entry.output['difference']:.1g} from skipping these layers")
+
+    def compensate(self, stats: Entry | None, plan: Plan) -> Entry | None:
+        """Stage `patch`: updates of kept weights; None if no layer is removed."""
+        setup = self.setup
+        if not plan.removed:
+            return None
+        streams = bool(setup.compensation.needs)  # hidden states
+
+        def build(folder: Path) -> Output:
+            from svl.calibration.activations import Activations
+            from svl.pruning import folding, patch_file
+
+            hidden: Any = None
+            if streams:
+                folding.check_foldable(setup.dense)
+                seen, batch_size = read_statistics(setup, stats), setup.cfg.calibration.batch_size
+                hidden = Activations(setup.dense, setup.samples, seen, batch_size, show_progress)
+            patch = fitted_patch(setup.compensation, hidden, plan)
+            if patch:
+                patch_file.save_patch(patch, folder / "patch.safetensors")
+            changed = {f"{layer}.{role}" for layer, role in patch.updates} | {f"{layer}.*" for layer in patch.blends}
+            return {"notes": patch.notes, "spectra": spectra_record(patch), "changed": sorted(changed)}
+
+        inputs: dict[str, Any] = {
+            "model": setup.model,
+            "stats": stats.key if stats and streams else None,
+            "selector": method_identity(setup.selector) if streams else None,
+            "removed": plan.removed,
+            "compensation": method_identity(setup.compensation),
+        }
+        if streams:
+            inputs["code"] = stage_code("patch")
+        if plan.merges:
+            inputs["merges"] = plan.merges
+        entry = make_stage(setup, "patch", inputs, build)
+        for note in entry.output["notes"]:
+            log.warning("  compensation: %s", note)
+        return log_stage("compensate", entry, f"changes {', '.join(entry.output['changed']) or 'nothing'}")
+
+    def score(self, variant: ModelVariant) -> dict[str, Entry]:
+        """Stage `score`, one artifact per task: equal layers and weights are evaluated once, whatever led to them."""
+        setup, found = self.setup, {}
+        try:
+            for task, options in setup.tasks.items():
+
+                def build(folder: Path, task: str = task) -> Output:
+                    return variant.evaluate(task, folder)
+
+                found[task] = make_stage(setup, "score", variant.score_inputs(task), build, shared=True)
+                value = found[task].output["metrics"][options.metric]["value"]
+                shown = "undefined" if value is None else f"{value:.3f}"
+                if not (variant.is_dense and found[task].reused):  # one line per sweep is enough
+                    log_stage("evaluate", found[task], f"{variant.title}: {task} {options.metric} {shown}")
+        finally:
+            variant.close()
+        return found
+
+    def measure(self, variant: ModelVariant) -> Entry | None:
+        """Stage `efficiency`: what the pruned model costs beside the dense one; None if that is not asked for.
+
+        Clocks tell of a machine, so unlike other stages' its key has the device and the versions.
+        """
+        setup, settings = self.setup, self.setup.efficiency_settings
+        if not settings.repeats or variant.is_dense:
+            return None
+        from svl.models.devices import device_facts, find_device
+
+        def build(folder: Path) -> Output:
+            from svl.evaluation.efficiency import measure_efficiency
+
+            samples = setup.samples.samples
+            sample = next((s for s in samples if s.image_bytes is not None), samples[0])
+            image = sample.image if sample.image_bytes is not None and setup.dense.takes_images else None
+            return measure_efficiency(setup.dense, variant.lvlm, sample.prompt, image, settings, show=show_progress)
+
+        inputs = {
+            "model": setup.model,
+            "code": stage_code("efficiency"),
+            **variant.identity(),
+            "settings": plain_values(setup.cfg.efficiency),
+            "examples": setup.samples.fingerprint,
+            "versions": setup.store.versions,
+            "device": device_facts(find_device(setup.options.device), settings.batch_size),
+        }
+        entry = make_stage(setup, "efficiency", inputs, build, alone=True)
+        parts = ", ".join(f"{part} x{ratio['value']:.2f}" for part, ratio in entry.output["speedup"].items())
+        return log_stage("measure", entry, f"{parts} (ideal x{entry.output['ideal']:.2f})")
+
+    def record(self, stages: RunStages) -> Entry:
+        """Stage `run`: the result, in the store and in the output folder, with the questions that flipped."""
+        if stages.pairs and not stages.pruned_model.is_dense:
+            from svl.report.flips_page import flips_page
+
+            write_text_whole(self.folder / "flips.md", flips_page(stages.pairs, ("pruned", "dense")))
+        inputs = result_inputs(self.setup, stages)
+
+        def build(folder: Path) -> Output:
+            if stages.stats and (stages.planned.path / "example.json").exists():
+                for file in (stages.planned.path / "example.json", stages.stats.path / "example.png"):
+                    (folder / file.name).write_bytes(file.read_bytes())
+            return build_result(inputs, stages)
+
+        run = self.setup.store.make("run", {**inputs, "code": stage_code("run")}, build)
+        write_text_whole(self.folder / "result.json", json.dumps(run.output, indent=1) + "\n")
+        return run

@@ -1,0 +1,301 @@
+"""What a run starts from: its configuration, checked, and everything that can be known without the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from svl.calibration.hub_data import HubSource, draw_samples
+from svl.calibration.samples import Samples, read_samples, write_samples
+from svl.checkpoints import export
+from svl.checkpoints.fingerprint import checkpoint_fingerprint
+from svl.config import load_options, plain_values, round_ratio, validate_config
+from svl.core import Method, SvlError, TokenSelector, one_of
+from svl.core.errors import out_of_memory
+from svl.core.processes import process_rank
+from svl.core.redaction import redact_text
+from svl.demo import bundled
+from svl.evaluation import benchmarks
+from svl.evaluation.settings import EfficiencySettings, TaskOptions
+from svl.plugins import import_plugins
+from svl.run.keys import method_identity, method_settings, read_code, stage_code, versions
+from svl.store.artifacts import Store
+from svl.store.files import digest
+
+if TYPE_CHECKING:
+    from svl.models.lvlm import Lvlm
+
+COMBINED = ("quantization", "visual_tokens")  # groups of what a pruned model is combined with
+STATISTICS = TokenSelector.known_needs  # what the calibration pass can measure
+SAMPLES_FILE = "samples.parquet"
+NAMED_SETTINGS = tuple(f"{group}." for group in ("strategy", "selector", "compensation", "calibration", *COMBINED))
+
+
+class RunSetup:
+    """One configuration, ready to run.
+
+    Attributes:
+        cfg: the configuration.
+        selector, strategy, compensation, tracker: its methods.
+        combined: methods by group that the pruned model is combined with; those called `none` are left out.
+        store: where finished stages are.
+        checkpoint: the folder or hub id that the model is loaded from.
+        fingerprint: the checkpoint's content, see svl.checkpoints.fingerprint.
+        options: how it is loaded.
+        model: all that the model depends on, for keys.
+        tasks: how the models are scored, by task.
+        task_fingerprints: what the tasks consist of.
+        calibrates: whether anything asks for the calibration pass.
+        selects: whether the strategy reads statistics, so that the selector has a part in choosing layers.
+        probes: what the strategy tries on the model: "probe", "weights".
+        seconds_loading: spent on loading the model, which belongs to no stage.
+
+    Raises:
+        SvlError: on bad input.
+    """
+
+    def __init__(self, cfg: DictConfig):
+        read_code()
+        import_plugins()
+        self.cfg = cfg = round_ratio(cfg)
+        methods = validate_config(cfg)
+        self.selector, self.strategy = methods["selector"], methods["strategy"]
+        self.compensation, self.tracker = methods["compensation"], methods["tracker"]
+        self.combined: dict[str, Any] = {group: methods[group] for group in COMBINED if not _is_none(methods[group])}
+        if self.combined and self.uses_vllm:
+            raise SvlError(f"{' and '.join(self.combined)}: only evaluator=transformers can combine these with pruning")
+        if process_rank() == 0:
+            self.tracker.check()
+        self.store = Store(cfg.paths.store, versions())
+        self._find_model()
+        if cfg.export.path:
+            export.check_export_path(cfg.export.path)
+        self._find_tasks()
+        self._find_needs()
+        if self.needs_samples:
+            self.samples  # noqa: B018 (read now, so that bad data is found before the model is loaded)
+        self._dense: Lvlm | None = None
+        self.seconds_loading = 0.0
+
+    def _find_model(self) -> None:
+        model = self.cfg.model
+        self.checkpoint = bundled.resolve_bundled(model.path, self.store)
+        self.fingerprint = checkpoint_fingerprint(self.checkpoint, model.revision, self.store.root / "fingerprint")
+        commit = self.fingerprint.partition("@")[2] or None  # the very one that keys are made of
+        self.options = load_options(model, commit)
+        self.prompt_style = model.prompt
+        self.image_processor = plain_values(model.image_processor)
+        self.model: dict[str, Any] = {
+            "fingerprint": self.fingerprint,
+            "dtype": model.dtype,
+            "layers": model.layers,
+            "image_token": model.image_token,
+            "code": stage_code("model"),
+        }
+        if self.prompt_style != "chat":
+            from svl.models.prompts import style_template  # imports torch
+
+            self.model["prompt"] = self.prompt_style
+            self.model["prompt_template"] = digest(style_template(self.prompt_style))
+        if self.image_processor:
+            self.model["image_processor"] = self.image_processor
+
+    def _find_tasks(self) -> None:
+        benchmark = self.cfg.benchmark
+        limit = benchmark.limit
+        if limit is not None and limit >= 1:
+            limit = int(limit)
+        self.tasks = {
+            task: TaskOptions(
+                metric=settings.metric,
+                limit=limit,
+                max_new_tokens=benchmark.max_new_tokens or settings.max_new_tokens,
+                style=settings.style,
+                batch_size=benchmark.batch_size,
+                include_path=benchmark.include_path,
+                data=benchmark.data,
+                description=f"  {task}",
+            )
+            for task, settings in benchmark.tasks.items()
+        }
+        for task, options in self.tasks.items():
+            benchmarks.check_task(task, options)
+        self.task_fingerprints = {
+            task: benchmarks.benchmark_fingerprint(task, benchmark.include_path, benchmark.data) for task in self.tasks
+        }
+
+    def _find_needs(self) -> None:
+        needs = self.strategy.needs | self.compensation.needs
+        self.selects = bool(self.strategy.needs & STATISTICS)
+        self.probes = self.strategy.needs & {"probe", "weights"}
+        self.calibrates = bool(needs & (STATISTICS | {"hidden"}))
+        statistics = self.strategy.needs & STATISTICS
+        if self.calibrates:
+            statistics |= self.selector.needs
+        if not self.cfg.model.offload:  # which has all batches under way at once
+            statistics |= set(self.cfg.calibration.statistics)
+        for name in statistics:
+            one_of("calibration.statistics", name, sorted(STATISTICS))
+        self.statistics = sorted(statistics)
+        if self.cfg.model.offload and (self.tasks or "probe" in needs):
+            what = "benchmarks run" if self.tasks else "this strategy tries"
+            raise SvlError(f"model.offload leaves the model on disk, but {what} it whole; see README, Large models")
+
+    @property
+    def needs_samples(self) -> bool:
+        """Whether any stage reads calibration samples."""
+        return self.calibrates or "probe" in self.probes or bool(self.cfg.efficiency.repeats)
+
+    @property
+    def compensates(self) -> bool:
+        """Whether weights that stay are changed."""
+        return not _is_none(self.compensation)
+
+    @property
+    def losses_on(self) -> list[str] | None:
+        """What losses are measured on: fingerprints of the samples and of their answers; None if none is."""
+        return [self.samples.fingerprint, self.samples.answers] if "probe" in self.probes else None
+
+    @property
+    def uses_vllm(self) -> bool:
+        """Whether vLLM answers the questions."""
+        return bool(self.cfg.evaluator.name == "vllm")
+
+    @property
+    def name(self) -> str:
+        """What the model is called."""
+        return str(self.options.name)
+
+    @property
+    def efficiency_settings(self) -> EfficiencySettings:
+        """How speed is measured."""
+        return EfficiencySettings(**plain_values(self.cfg.efficiency))
+
+    # ----------------------------------------------------------------------------------- samples and model
+
+    @property
+    def samples(self) -> Samples:
+        """The calibration set, read once."""
+        if self._samples is None:
+            self._samples = self._read_samples()
+        return self._samples
+
+    _samples: Samples | None = None
+
+    def _read_samples(self) -> Samples:
+        c = self.cfg.calibration
+        split = c.split if c.format else None
+        benchmarks.check_not_evaluated_on(c.path, split, self.tasks, self.cfg.benchmark.include_path)
+        if c.format is None:
+            return read_samples(c.path, c.samples, c.seed, c.prompt)
+        source = HubSource(
+            path=c.path,
+            format=c.format,
+            n=c.samples,
+            seed=c.seed,
+            name=c.name,
+            split=c.split,
+            revision=c.revision,
+            prompt=c.prompt,
+            images=dict(c.images) or None,
+        )
+        if Path(c.path).expanduser().is_dir():
+            return draw_samples(source)
+
+        def draw(folder: Path) -> dict[str, Any]:
+            write_samples(draw_samples(source), folder / SAMPLES_FILE)
+            return {}
+
+        # What was drawn is kept: a run that is repeated needs no hub, and sees the same samples.
+        inputs = {**dataclasses.asdict(source), "code": stage_code("data")}
+        return read_samples(self.store.make("data", inputs, draw).path / SAMPLES_FILE)
+
+    @property
+    def dense(self) -> Lvlm:
+        """The model as it comes, loaded on first use."""
+        if self._dense is None:
+            began = time.perf_counter()
+            self._dense = self._load()
+            self.seconds_loading += time.perf_counter() - began
+        return self._dense
+
+    def release_model(self) -> None:
+        """Forget the loaded model; it is loaded again if need be."""
+        self._dense = None
+
+    def _load(self) -> Lvlm:
+        from svl.calibration import offload
+        from svl.models import loading
+        from svl.models.prompts import with_prompt_style
+
+        load = offload.load_offloaded if self.cfg.model.offload else loading.load
+        with out_of_memory("loading the model", "set model.dtype=bfloat16, model.device=cpu, or model.offload=true"):
+            lvlm = load(self.checkpoint, self.options)
+        if self.prompt_style == "chat" and not self.image_processor:
+            return lvlm
+        return with_prompt_style(lvlm, self.prompt_style, self.image_processor)
+
+    # ------------------------------------------------------------------------------------- names and records
+
+    def combined_identities(self) -> dict[str, Any]:
+        """What the pruned model is combined with, for keys."""
+        return {group: method_identity(method) for group, method in self.combined.items()}
+
+    def choice(self, group: str) -> str:
+        """The name under which a group's option was chosen."""
+        from hydra.core.hydra_config import HydraConfig
+
+        if HydraConfig.initialized():
+            return str(HydraConfig.get().runtime.choices[group])
+        return str(self.cfg[group]["_target_"].split(".")[-2])
+
+    def depends_on_seed(self) -> bool:
+        """Whether another `seed` would change any setting of what chooses, measures or changes layers."""
+        groups = ("model", "calibration", "selector", "strategy", "compensation", *COMBINED)
+        other = self.cfg.copy()
+        other.seed = self.cfg.seed + 1
+        return any(plain_values(self.cfg[group]) != plain_values(other[group]) for group in groups)
+
+    def settings_given(self) -> list[str]:
+        """Settings of methods and of calibration that were given on the command line, such as "rank=8"."""
+        from hydra.core.hydra_config import HydraConfig
+
+        if not HydraConfig.initialized():
+            return []
+        words = [word.lstrip("+") for word in HydraConfig.get().overrides.task]
+        return [redact_text(word.partition(".")[2]) for word in words if word.startswith(NAMED_SETTINGS)]
+
+    def distinguishing_settings(self) -> dict[str, Any]:
+        """What tells runs of one experiment apart, besides names: settings by group."""
+        methods = {"strategy": self.strategy, "selector": self.selector, "compensation": self.compensation}
+        settings: dict[str, Any] = {
+            group: {"_target_": self.cfg[group]["_target_"], **method_settings(method)}
+            for group, method in (methods | self.combined).items()
+        }
+        calibration = self.cfg.calibration
+        if self.calibrates or "probe" in self.probes:
+            file = Path(calibration.path).name
+            settings["calibration"] = {"file": file, "samples": calibration.samples, "seed": calibration.seed}
+        if self.combined:
+            settings["combined"] = {group: self.choice(group) for group in self.combined}
+        settings["model"] = {"dtype": self.options.dtype}
+        unusual: dict[str, tuple[Any, Any]] = {
+            "protect": (self.options.protect, "auto"),
+            "layers": (self.options.layers, None),
+            "prompt": (self.prompt_style, "chat"),
+            "image_processor": (self.image_processor, {}),
+        }
+        settings["model"] |= {name: value for name, (value, usual) in unusual.items() if value != usual}
+        styles = {task: options.style for task, options in self.tasks.items() if options.style != "default"}
+        if styles:
+            settings["style"] = styles
+        return settings
+
+
+def _is_none(method: Method) -> bool:
+    """Whether a method is its group's `none`."""
+    return type(method).__module__.endswith(".none")

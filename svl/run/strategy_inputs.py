@@ -1,0 +1,73 @@
+"""What a strategy is handed (statistics, the number of layers that go, a probe), and the origin of its plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from svl.core import Plan, RemovalProbe, Stats, layers_to_remove
+from svl.run.keys import stage_code
+from svl.run.stages import make_stage, show_progress
+
+if TYPE_CHECKING:
+    from svl.run.setup import RunSetup
+    from svl.store.artifacts import Entry
+
+
+def read_statistics(setup: RunSetup, stats: Entry | None) -> Stats:
+    """The calibration seen through the selector; without one, the bare depth of the model."""
+    if stats is None:
+        anatomy = setup.dense.anatomy
+        return Stats(anatomy.n_layers, anatomy.removable)
+    from svl.calibration.calibrate import TraceFolder
+
+    removable = tuple(stats.output["removable"])
+    return Stats(stats.output["n_layers"], removable, TraceFolder(stats.path), setup.selector)
+
+
+def count_removals(setup: RunSetup, stats: Stats) -> int:
+    """How many layers go: `n_remove`, or the ratio of the model's depth.
+
+    Raises:
+        SvlError: if that many may not be removed.
+    """
+    n = setup.cfg.n_remove
+    if n is None:
+        n = layers_to_remove(setup.cfg.ratio, stats.n_layers)
+    stats.candidates(n)
+    return n
+
+
+def resumable_probe(setup: RunSetup) -> RemovalProbe:
+    """The dense model to try removals on; whatever it measures is kept in the store, so that searches resume."""
+    from svl.calibration.removal_probe import ModelProbe
+
+    shared = {"model": setup.model, "code": stage_code("probe"), "losses": setup.losses_on}
+
+    def remember(what: str, inputs: dict[str, Any], compute: Callable[[], Any]) -> Any:
+        def build(folder: Path) -> dict[str, Any]:
+            return {"value": compute()}
+
+        # Within stage `plan`, which the first process makes by itself.
+        entry = make_stage(setup, "probe", {**shared, "what": what, **inputs}, build, alone=True)
+        return entry.output["value"]
+
+    samples = setup.samples if setup.losses_on else None
+    return ModelProbe(setup.dense, samples, remember=remember, show=show_progress)
+
+
+def describe_origin(setup: RunSetup, plan: Plan, n_remove: int, stats: Entry | None) -> dict[str, Any]:
+    """The provenance of a plan: ratio, model and data, and the layers that were protected."""
+    ratio_holds = setup.cfg.n_remove is None and len(plan.removed) == n_remove
+    provenance = {
+        **plan.provenance,
+        "ratio": setup.cfg.ratio if ratio_holds else len(plan.removed) / plan.n_layers,
+        "n_remove": len(plan.removed),
+        "model_fingerprint": setup.fingerprint,
+        "calibration": setup.samples.fingerprint if stats or setup.losses_on else None,
+    }
+    protected = stats.output["protected"] if stats else setup.dense.anatomy.protected
+    if protected:
+        provenance["protected"] = {str(layer): reason for layer, reason in protected.items()}
+    return provenance

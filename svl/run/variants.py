@@ -1,0 +1,134 @@
+"""The models that a run evaluates: the dense one, and what pruning (and what it is combined with) leaves of it."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from svl.config import plain_values
+from svl.core import Patch, Plan
+from svl.core.redaction import redact_values
+from svl.evaluation import benchmarks
+from svl.run import exporting
+from svl.run.keys import stage_code
+
+if TYPE_CHECKING:
+    from svl.models.lvlm import Lvlm
+    from svl.run.setup import RunSetup
+    from svl.store.artifacts import Entry
+
+
+class ModelVariant:
+    """The model of a run without the layers of a plan, made when it is first needed.
+
+    Attributes:
+        plan: the layers that are missing.
+        stored_patch: the artifact with what is folded into kept weights, if there is one.
+        combined: whether it has the methods that pruning is combined with.
+    """
+
+    def __init__(self, setup: RunSetup, plan: Plan, stored_patch: Entry | None = None, combined: bool = False):
+        self.setup, self.plan, self.stored_patch, self.combined = setup, plan, stored_patch, combined
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is the model as it comes."""
+        return not self.plan.removed and not self.combined
+
+    @property
+    def title(self) -> str:
+        """For the log."""
+        return "dense" if self.is_dense else f"{len(self.plan.removed)} of {self.plan.n_layers} layers removed"
+
+    def read_patch(self) -> Patch | None:
+        """What is folded into kept weights, if anything is."""
+        from svl.pruning import patch_file
+
+        file = self.stored_patch.path / "patch.safetensors" if self.stored_patch else None
+        return patch_file.load_patch(file) if file and file.exists() else None
+
+    @cached_property
+    def lvlm(self) -> Lvlm:
+        """The model itself; shares the dense one's tensors."""
+        from svl.pruning import surgery
+
+        if self.is_dense:
+            return self.setup.dense
+        lvlm = surgery.apply(self.setup.dense, self.plan, self.read_patch())
+        for method in self.setup.combined.values() if self.combined else ():
+            lvlm = method.apply(lvlm)
+        return lvlm
+
+    @cached_property
+    def vllm(self) -> Any:
+        """The model in vLLM, as an answerer."""
+        return exporting.load_in_vllm(self)
+
+    def close(self) -> None:
+        """Free what vLLM holds, and forget the model; both are made again if need be."""
+        if "vllm" in self.__dict__:
+            self.vllm.close()
+        self.__dict__.pop("vllm", None)
+        self.__dict__.pop("lvlm", None)
+
+    # ---------------------------------------------------------------------------------------------- scores
+
+    def answers(self, task: str) -> bool:
+        """Whether a task asks for answers; else it measures perplexity."""
+        settings = benchmarks.task_settings(task, self.setup.cfg.benchmark.include_path)
+        return settings.get("output_type") != "perplexity"
+
+    def evaluate(self, task: str, folder: Path) -> dict[str, Any]:
+        """The scores of a task, with files in `folder`."""
+        options = self.setup.tasks[task]
+        if self.answers(task):
+            from svl.evaluation.evaluate import evaluate
+
+            scores = evaluate(self.vllm if self.setup.uses_vllm else self.lvlm, task, options, folder)
+        else:
+            from svl.evaluation.perplexity import evaluate_perplexity
+
+            scores = evaluate_perplexity(self.lvlm, task, options, folder)
+        return {**scores, "params": self.lvlm.parameters()}
+
+    def identity(self) -> dict[str, Any]:
+        """What tells it from other variants of its model, for keys."""
+        file = self.stored_patch.manifest["files"].get("patch.safetensors") if self.stored_patch else None
+        identity: dict[str, Any] = {"removed": self.plan.removed, "weights": file[1] if file else None}
+        if self.combined:
+            identity["combined"] = self.setup.combined_identities()
+        return identity
+
+    def score_inputs(self, task: str) -> dict[str, Any]:
+        """What its score on a task depends on."""
+        setup, options = self.setup, self.setup.tasks[task]
+        inputs = {
+            "model": setup.model,
+            **self.identity(),
+            "task": task,
+            "benchmark": setup.task_fingerprints[task],
+            "metric": options.metric,
+            "limit": options.limit,
+            "max_new_tokens": options.max_new_tokens,
+        }
+        if options.style != "default":
+            inputs["style"] = options.style
+        if not self.answers(task):
+            return {**inputs, "code": stage_code("perplexity")}
+        if setup.uses_vllm:
+            evaluator = redact_values(plain_values(setup.cfg.evaluator))  # the key's inputs are written down
+            return {**inputs, "code": stage_code("answers of vllm"), "evaluator": evaluator}
+        return {**inputs, "code": stage_code("answers")}
+
+
+def check_benchmark_data(setup: RunSetup) -> None:
+    """Find out before any heavy work whether the data of all benchmarks can be had; stored scores need none.
+
+    Raises:
+        SvlError: if they cannot.
+    """
+    dense = ModelVariant(setup, Plan(1, ()))  # what a dense score depends on does not include the depth
+    for task, options in setup.tasks.items():
+        if setup.store.get("score", dense.score_inputs(task)) is None:
+            benchmarks.check_data(task, options)

@@ -1,0 +1,1 @@
+"""Finished stages on disk: the artifacts, what a store holds, and cleaning it."""

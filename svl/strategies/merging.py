@@ -1,0 +1,54 @@
+"""What strategies that merge layers share: plans made of merges, their similarity, and the search for a threshold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+from svl.compensation.merge import merge_coefficients
+from svl.core import Patch, Plan, RemovalProbe, SvlError
+
+Merges = tuple[tuple[int, tuple[int, ...]], ...]  # as in Plan
+Walk = Callable[[float, int], Merges]  # threshold, number of layers after which it ends -> merges
+
+STEPS = 10  # of bisection: thresholds to 0.002
+
+
+def merge_plan(n_layers: int, merges: Merges, threshold: float | None = None) -> Plan:
+    """The plan of a sequence of merges; `threshold` is told to the reader only."""
+    removed = tuple(i for _, gone in merges for i in gone)
+    made = {} if threshold is None else {"threshold": threshold}
+    return Plan(n_layers, removed, merges=merges, provenance=made)
+
+
+def merge_similarity(probe: RemovalProbe, n_layers: int, formula: str) -> Callable[[Merges], float]:
+    """`probe.similarity` of the model after some merges; what was measured is remembered.
+
+    `formula`: of merging, paper | released.
+    """
+
+    @cache
+    def similarity(merges: Merges) -> float:
+        return probe.similarity(merge_plan(n_layers, merges), Patch(blends=merge_coefficients(merges, formula)))
+
+    return similarity
+
+
+def search_threshold(walk: Walk, n_layers: int, n_remove: int) -> Plan:
+    """The plan of the highest threshold, found by bisection, whose walk removes `n_remove` layers.
+
+    Raises:
+        SvlError: if no threshold does.
+    """
+    low, high, best = -1.0, 1.0, walk(-1.0, n_remove)
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        merges = walk(middle, n_remove)
+        if len(merge_plan(n_layers, merges).removed) == n_remove:
+            low, best = middle, merges
+        else:
+            high = middle
+    plan = merge_plan(n_layers, best, low)
+    if len(plan.removed) < n_remove:
+        raise SvlError(f"merging reaches {len(plan.removed)} removed layers only, not {n_remove}")
+    return plan

@@ -1,0 +1,149 @@
+"""Samples that a model cannot take, and memory that runs out: one line that says where, and what to do."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from svl.calibration.activations import Activations
+from svl.calibration.calibrate import calibrate, check_selector
+from svl.calibration.encoding import encode_answer
+from svl.calibration.removal_probe import ModelProbe
+from svl.calibration.samples import Samples, read_samples
+from svl.core import Plan, SvlError
+from svl.selectors.visual import Visual
+
+PLAN = Plan(4, (1,))
+
+
+def changed(samples: Samples, row: int, **fields) -> Samples:
+    """The samples, read from a file, with one of them changed."""
+    own = [replace(s, source="my.jsonl") for s in samples]
+    own[row] = replace(own[row], **fields)
+    return Samples("my.jsonl", tuple(own))
+
+
+def in_one_line(message: str):
+    """The error that is expected, in one line."""
+    return pytest.raises(SvlError, match=rf"(?s)^(?!.*\n).*{message}")
+
+
+def with_processor(lvlm, **attributes):
+    """The model with a changed copy of its processor."""
+    processor = copy.deepcopy(lvlm.processor)
+    for name, value in attributes.items():
+        setattr(processor, name, value)
+    return replace(lvlm, processor=processor)
+
+
+def test_a_picture_that_the_processor_refuses_is_named(qwen, samples, tmp_path):
+    """Qwen-VL takes no picture 200 times as long as it is wide."""
+    Image.fromarray(np.zeros((4, 1000, 3), dtype=np.uint8)).save(tmp_path / "long.png")
+    (long,) = read_samples(tmp_path)
+    data = changed(samples, 3, image_bytes=long.image_bytes)
+    for size in (1, 5):
+        with in_one_line(r"row 3 of 'my\.jsonl' does not go through the model: .*aspect ratio.*; leave the sample out"):
+            calibrate(qwen, data, batch_size=size)
+    with in_one_line(r"row 3 of 'my\.jsonl'.*aspect ratio"):
+        ModelProbe(qwen, data).losses((), (1,))
+    with in_one_line(r"row 3 of 'my\.jsonl'.*aspect ratio"):
+        list(Activations(qwen, data, calibrate(qwen, samples, statistics=[])).stream([1]))
+
+
+def test_pictures_that_fill_more_places_than_they_have_are_named(llava, samples):
+    """A processor that counts the patches of a picture otherwise than the model does."""
+    wrong, data = with_processor(llava, patch_size=8), changed(samples, 0)
+    with in_one_line(r"row 0 of 'my\.jsonl' does not go through the model: .*features.*; .*model\.image_token"):
+        calibrate(wrong, data, batch_size=1)
+    with in_one_line(r"row 0 of 'my\.jsonl', or one of the rows 1, 2 \(calibration\.batch_size=1 tells which\)"):
+        calibrate(wrong, data, batch_size=3)
+
+
+def test_words_that_the_model_has_no_vector_for_are_named(llama, make_samples):
+    tokenizer = copy.deepcopy(llama.processor)
+    tokenizer.add_tokens(["zebra"])
+    data = changed(make_samples([3, 5], image=False), 1, prompt="zebra")
+    with in_one_line(r"row 1 of 'my\.jsonl' does not go through the model: IndexError"):
+        calibrate(replace(llama, processor=tokenizer), data, batch_size=1)
+
+
+def test_a_template_that_refuses_a_prompt_is_named(llama, make_samples):
+    template = "{% if 'zebra' in messages[0]['content'] %}{{ 1 / 0 }}{% endif %}{{ messages[0]['content'] }}"
+    wrong = with_processor(llama, chat_template=template)
+    data = changed(make_samples([3, 4, 5], image=False), 1, prompt="zebra")
+    for ask in (
+        lambda: calibrate(wrong, data),
+        lambda: encode_answer(wrong, data.samples[1]),
+        lambda: check_selector(wrong, data, Visual()),
+    ):
+        with in_one_line(r"row 1 of 'my\.jsonl': .*template.*ZeroDivisionError"):
+            ask()
+
+
+def test_a_prompt_with_the_mark_of_a_picture_is_named(llava, samples):
+    with in_one_line(r"row 2 of 'my\.jsonl': the prompt '<image> what' contains <image>"):
+        calibrate(llava, changed(samples, 2, prompt="<image> what"))
+
+
+# ----------------------------------------------------------------------------------------------- memory
+
+
+def fail_in(layer, error):
+    """From now on, the layer runs out of memory."""
+
+    def fail(*_):
+        raise error
+
+    return layer.register_forward_hook(fail)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_running_out_of_memory_names_what_to_turn_down(error, llama, make_samples):
+    data = make_samples([3, 5], image=False)
+    stats, probe = calibrate(llama, data, statistics=["cosine"]), ModelProbe(llama, data)
+    asked = {
+        r"calibration ran out of memory.*lower calibration\.batch_size \(now 2\), or set model\.offload": (
+            lambda: calibrate(llama, data, batch_size=2)
+        ),
+        r"compensation ran out of memory.*lower calibration\.batch_size \(now 1\)": (
+            lambda: list(Activations(llama, data, stats, batch_size=1).stream([2]))
+        ),
+        r"compensation ran out of memory.*lower calibration\.samples \(now 2\)": (
+            lambda: list(Activations(llama, data, stats).walk(PLAN))
+        ),
+        r"planning ran out of memory.*lower strategy\.samples or calibration\.samples": (
+            lambda: probe.losses((), (1, 2))
+        ),
+    }
+    handle = fail_in(llama.layers[1], error)
+    try:
+        for message, ask in asked.items():
+            with in_one_line(message):
+                ask()
+    finally:
+        handle.remove()
+    assert len(list(Activations(llama, data, stats).stream([2]))) == 2  # and afterwards all is well
+
+
+def test_a_gradient_that_takes_too_much_memory_is_an_error_of_planning(llama, make_samples, monkeypatch):
+    probe = ModelProbe(llama, make_samples([3], image=False))
+
+    def fail(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch.autograd, "grad", fail)
+    with in_one_line(r"planning ran out of memory.*set model\.device=cpu"):
+        probe.taylor()

@@ -1,0 +1,69 @@
+"""Processes of one run: they talk, and end when one of them falls silent."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from helpers.commands import ENVIRONMENT
+
+SCRIPT = """
+    import sys, time
+    from svl.core import processes
+
+    processes.SILENCE = 6.0
+    processes.join_processes()
+    print(processes.gather_values(processes.process_rank() + 1), processes.broadcast_word("x"), flush=True)
+    if sys.argv[1] == "wait":
+        processes.gather_values(sys.stdin.readline())
+    elif processes.process_rank() == 0:
+        time.sleep(2 * processes.SILENCE)
+"""
+
+
+@pytest.fixture
+def start():
+    """Start two processes of one run; ended afterwards."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    started = []
+
+    def run(what: str) -> list[subprocess.Popen[str]]:
+        for rank in "01":
+            place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": rank}
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, "-c", textwrap.dedent(SCRIPT), what],
+                    env={**ENVIRONMENT, **place, "GLOO_SOCKET_IFNAME": "lo"},
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+        assert [process.stdout.readline() for process in started] == ["[1, 2] x\n"] * 2
+        return started
+
+    yield run
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_a_silent_process_ends_the_others(start):
+    first, second = start("wait")
+    second.send_signal(signal.SIGSTOP)  # as if its machine were gone: it closes no connection
+    first.stdin.write("\n")
+    first.stdin.flush()
+    assert first.wait() == 1
+    assert "error: process 1 of 2 has been silent" in first.stderr.read()
+
+
+def test_one_that_has_left_is_not_missed(start):
+    processes = start("leave")
+    assert [process.wait() for process in processes] == [0, 0]

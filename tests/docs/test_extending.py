@@ -1,0 +1,57 @@
+"""The page on extending svl does what it says: its files are written down and its commands run."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.paths import ROOT
+
+PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+FILES = {
+    found[1]: text
+    for kind, text in BLOCKS
+    if kind in ("python", "yaml") and (found := re.match(r"# (\S+\.(?:py|yaml))\n", text))
+}
+COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder with all files of the page."""
+    root = tmp_path_factory.mktemp("extending")
+    for name, text in FILES.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text, encoding="utf-8")
+    return root
+
+
+def test_every_kind_has_its_files_and_commands():
+    named = {"strategy", "selector", "compensation", "benchmark", "tracker"}
+    assert {name.split("/")[2] for name in FILES if name.startswith("my_methods/conf/")} == named
+    assert len(COMMANDS) == 8
+
+
+@pytest.mark.parametrize("kind", ["first", "question", "gain"])
+def test_a_method_is_short(kind):
+    """Imports, docstrings and code of the first three kinds: at most 25 lines besides blank ones; YAML: 1 or 2."""
+    lines = [line for line in FILES[f"my_methods/{kind}.py"].splitlines() if line.strip()]
+    assert len(lines) - 1 <= 25  # the first names the file
+
+
+@pytest.mark.slow
+def test_its_commands_run(folder):
+    """In their order, as in a shell: some read what others wrote."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    environment["SVL_STORE"] = str(folder / "store")
+    for command in COMMANDS:
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    assert len((folder / "runs.jsonl").read_text().splitlines()) == 1

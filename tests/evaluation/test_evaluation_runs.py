@@ -1,0 +1,225 @@
+"""Evaluation in whole runs: the same answers twice, in any order, batch or number of processes, and after a failure."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from helpers.commands import ENVIRONMENT, run_svl
+from helpers.paths import ROOT
+from helpers.tasks import score_task
+from hydra import compose, initialize_config_dir
+
+import svl
+from svl import config
+from svl.core import Plan, SvlError
+from svl.evaluation.vllm import vllm_answerer
+
+pytest.importorskip("lmms_eval")
+evaluation = importlib.import_module("svl.evaluation.evaluate")
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return svl.load(ROOT / "svl" / "demo" / "demo_lvlm", device="cpu")
+
+
+def predictions(lvlm, folder: Path, task: str = "svl_demo_open", **options: Any) -> list[Any]:
+    _, rows = score_task(lvlm, task, folder, **{"limit": 40, **options})
+    return [row["prediction"] for row in rows]
+
+
+@pytest.mark.parametrize("task", ["svl_demo_existence", "svl_demo_choice", "svl_demo_open"])
+def test_answers_are_the_same_twice_and_in_batches_of_any_size(task, demo, tmp_path):
+    first = predictions(demo, tmp_path, task)
+    assert first == predictions(demo, tmp_path, task) == predictions(demo, tmp_path, task, batch_size=1)
+    assert len(set(first)) > 1
+
+
+def test_pruning_in_place_never_gives_old_answers(demo, tmp_path):
+    """Nothing between two evaluations of one model object remembers answers."""
+    from svl.pruning import surgery
+
+    mine = replace(demo, model=copy.deepcopy(demo.model))
+    before = predictions(mine, tmp_path)
+    pruned = surgery.apply(mine, Plan(demo.anatomy.n_layers, (2, 5, 8)))
+    apart = predictions(pruned, tmp_path)
+    layers = mine.layers
+    for i in (2, 5, 8):  # in place: the layer passes its input on
+        layers[i].forward = lambda hidden_states, *args, **kwargs: hidden_states
+    again = predictions(mine, tmp_path)
+    assert before != again
+    assert again == apart
+    for i in (2, 5, 8):
+        del layers[i].forward
+    assert predictions(mine, tmp_path) == before
+
+
+def test_order_of_questions_does_not_matter(demo, tmp_path):
+    table = datasets.Dataset.from_parquet(str(ROOT / "svl/demo/data/open.parquet"), cache_dir=str(tmp_path / "c"))
+    table = table.select(range(24))
+    for name, rows in (("a", range(24)), ("b", reversed(range(24)))):
+        folder = tmp_path / name
+        folder.mkdir()
+        table.select(list(rows)).to_parquet(folder / "data.parquet")
+        for file in ("_common.yaml", "utils.py"):
+            (folder / file).write_text((ROOT / "svl/demo/tasks" / file).read_text())
+        text = (ROOT / "svl/demo/tasks/svl_demo_open.yaml").read_text()
+        (folder / "task.yaml").write_text(text.replace("../data/open.parquet", "data.parquet"))
+    one, other = (predictions(demo, tmp_path, include_path=str(tmp_path / name), limit=None) for name in "ab")
+    assert one == other[::-1]
+
+
+COMMON = ("tracker=none", "strategy=manual", "strategy.layers=[3,9]", "selector=all", "compensation=none", "name=x",
+          "benchmark=demo", "benchmark.limit=17", "benchmark.batch_size=4",
+          "paths.outputs=out", "paths.store=store")  # fmt: skip
+
+
+def stored(folder: Path) -> dict[tuple[Any, ...], Any]:
+    """(task, layers removed) -> what does not depend on the clock of every score in the store, with its samples."""
+    found = {}
+    for file in (folder / "store" / "score").glob("*/manifest.json"):
+        manifest = json.loads(file.read_text())
+        output = {k: manifest["output"][k] for k in ("metrics", "n", "limit", "prompt")}
+        key = (manifest["inputs"]["task"], tuple(manifest["inputs"]["removed"]))
+        found[key] = (output, (file.parent / "samples.jsonl").read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """The folder of a run in one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    run_svl(*COMMON, cwd=folder)
+    assert len(stored(folder)) == 6
+    return folder
+
+
+def test_two_processes_give_what_one_gives(alone, tmp_path):
+    start = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "svl")
+    for _ in range(2):  # the second time everything is stored: nothing to do together
+        done = subprocess.run(
+            [sys.executable, *start, *COMMON], env=ENVIRONMENT, capture_output=True, text=True, cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stderr
+        assert stored(tmp_path) == stored(alone)
+    pages = [file.read_text() for file in (tmp_path / "out").rglob("flips.md")]
+    assert len(pages) == 2  # of the first process only
+    assert pages[0] == pages[1]
+    assert "limit=17" in pages[0]
+
+
+def test_tables_for_papers_refuse_limits(alone, tmp_path):
+    from svl import report
+
+    words = ["experiment=x", f"store={alone / 'store'}", f"out={tmp_path / 'report'}"]
+    assert report.main(words) == 0
+    assert "(limit=17)" in (tmp_path / "report" / "table.md").read_text()
+    assert ",17," in (tmp_path / "report" / "results.csv").read_text()
+    assert report.main([*words, f"paper={tmp_path / 'paper.csv'}"]) == 1
+    assert not (tmp_path / "paper.csv").exists()
+
+
+def test_a_failure_keeps_what_is_finished(tmp_path, monkeypatch):
+    """The third benchmark fails; the first two stay, and the next run goes on with the third."""
+    from svl.run import pipeline
+
+    sample = ["tracker=none", "strategy=tail", "benchmark=demo", "benchmark.limit=4", f"paths.store={tmp_path}/store"]
+    with initialize_config_dir(str(config.CONF), version_base="1.3"):
+        cfg = compose("config", overrides=[*sample, f"paths.outputs={tmp_path}/out", "ratio=0.125"])
+    folder = tmp_path / "out"
+    folder.mkdir()
+    answer, broken = evaluation.Answerer.answer, [True]
+    asked: list[str] = []
+
+    def fail(self, conversations, cap):
+        asked.append(self.description.strip())
+        if broken[0] and "open" in self.description:
+            raise IndexError("list index out of range")
+        return answer(self, conversations, cap)
+
+    monkeypatch.setattr(evaluation.Answerer, "answer", fail)
+    with pytest.raises(SvlError, match=r"task 'svl_demo_open': no answer to documents 0, 1, 2, 3 .*: IndexError"):
+        pipeline.run_configuration(cfg, folder)
+    assert set(stored(tmp_path)) == {("svl_demo_existence", ()), ("svl_demo_choice", ())}
+    broken[0] = False
+    asked.clear()
+    result = pipeline.run_configuration(cfg, folder)
+    assert asked[0] == "svl_demo_open"
+    assert set(result["scores"]) == {"svl_demo_existence", "svl_demo_choice", "svl_demo_open"}
+    assert all(score["change"]["agreement"] <= 1 for score in result["scores"].values())
+
+
+FAKE = '''
+"""What lmms-eval's adapter uses of vLLM, on transformers."""
+
+import base64
+import io
+
+from PIL import Image
+
+
+class SamplingParams:
+    def __init__(self, max_tokens, temperature, top_p, **more):
+        assert (temperature, top_p, more) == (0, 1, {})
+        self.max_tokens = max_tokens
+
+
+class LLM:
+    def __init__(self, model, tensor_parallel_size, gpu_memory_utilization, **more):
+        import svl
+
+        assert (tensor_parallel_size, gpu_memory_utilization) == (1, 0.7)
+        self.lvlm = svl.load(model, device="cpu")
+
+    def chat(self, messages, sampling_params, chat_template):
+        outputs = []
+        for (message,), params in zip(messages, sampling_params, strict=True):
+            parts, images = [], []
+            for part in message["content"]:
+                if part["type"] == "image_url":
+                    data = base64.b64decode(part["image_url"]["url"].partition(",")[2])
+                    images.append(Image.open(io.BytesIO(data)).convert("RGB"))
+                    part = {"type": "image"}
+                parts.append(part)
+            text = self.lvlm.render([{"role": "user", "content": parts}])
+            inputs = self.lvlm.encode([text], [images])
+            tokens = self.lvlm.model.generate(**inputs, max_new_tokens=params.max_tokens, do_sample=False)
+            answer = self.lvlm.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            outputs.append(type("Out", (), {"outputs": [type("Text", (), {"text": answer})]}))
+        return outputs
+
+    def get_metrics(self):
+        return []
+'''
+
+
+def test_vllm_answers_for_dense_and_pruned_checkpoints(alone, tmp_path):
+    """With a stand-in for vLLM that answers with transformers: the same answers, and no export is left."""
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").write_text(textwrap.dedent(FAKE))
+    command = [sys.executable, "-m", "svl", *COMMON, "evaluator=vllm"]
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = stored(alone), stored(tmp_path)
+    assert {key: found[1] for key, found in theirs.items()} == {key: found[1] for key, found in ours.items()}
+    assert not list((tmp_path / "store" / "tmp").iterdir())
+
+
+def test_vllm_that_is_not_installed_is_named():
+    with initialize_config_dir(str(config.CONF), version_base="1.3"):
+        cfg = compose("config", overrides=["evaluator=vllm"])
+    with pytest.raises(SvlError, match=r"evaluator=vllm needs vLLM \(pip install vllm\) and a GPU"):
+        config.validate_config(cfg)
+    with pytest.raises(SvlError, match="evaluator=vllm needs vLLM"):
+        vllm_answerer("x", 1, {})

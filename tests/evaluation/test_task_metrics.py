@@ -1,0 +1,75 @@
+"""Metrics of tasks: by hand, and against lmms-eval's own where those are right."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+
+import pytest
+
+from svl.demo.tasks import utils
+from svl.evaluation import task_metrics
+from svl.evaluation.score_statistics import Part, bootstrap_error, standard_error
+
+
+def test_pope_metrics_by_hand():
+    # 4 positives: yes, yes, no, garbage; 4 negatives: no, yes, garbage, garbage
+    said = ["Yes.", "yes, there is", "no", "blue", "No", "yes", "", "yesterday"]
+    targets = ["yes"] * 4 + ["no"] * 4
+    items = [task_metrics.yes_no_items(text, target)["f1"] for text, target in zip(said, targets, strict=True)]
+    assert task_metrics.accuracy(items) == 3 / 8
+    assert task_metrics.precision(items) == 2 / 3
+    assert task_metrics.recall(items) == 2 / 4  # garbage is a miss
+    assert task_metrics.f1(items) == pytest.approx(2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4))
+    assert task_metrics.yes_ratio(items) == 3 / 8
+
+
+def test_undefined_metrics_are_nan():
+    never = [task_metrics.yes_no_items("no", target)["f1"] for target in ("yes", "no")]
+    assert math.isnan(task_metrics.precision(never))
+    assert (task_metrics.recall(never), task_metrics.f1(never), task_metrics.yes_ratio(never)) == (0, 0, 0)
+    assert math.isnan(task_metrics.recall(never[1:]))
+    assert math.isnan(task_metrics.accuracy([]))
+
+
+def test_choice_and_short_answers_by_hand():
+    assert [utils.choice({"answer": "B"}, [t])["accuracy"]["score"] for t in ("(b)", "C", "red")] == [1, 0, 0]
+    doc = {"answer": "red", "kind": "relation1"}
+    scores = [utils.short_answer(doc, [t]) for t in ("Red.", " red ", "red circle", "")]
+    assert [s["accuracy"]["score"] for s in scores] == [1, 1, 0, 0]
+    assert all(s["accuracy_relation1"] == s["accuracy"] for s in scores)
+
+
+def test_mme_is_scored_as_by_lmms_eval():
+    pytest.importorskip("lmms_eval")
+    from lmms_eval.tasks.mme.utils import mme_aggregate_results
+
+    chance = random.Random(0)
+    questions = [(c, f"{i}") for c, n in (("OCR", 2), ("count", 7), ("scene", 30)) for i in range(n) for _ in "ab"]
+    items = [{"score": float(chance.random() < 0.6), "category": c, "pair": i} for c, i in questions]
+    upstream = mme_aggregate_results([{**item, "question_id": item["pair"]} for item in items])
+    assert task_metrics.mme_score(items) == pytest.approx(upstream)
+
+
+def test_parts_of_f1_sum_up_to_it_and_give_its_error():
+    chance = random.Random(0)
+    answers = [
+        {"answer": chance.choice(["yes", "no", None]), "target": chance.choice(["yes", "no"])} for _ in range(60)
+    ]
+    parts = task_metrics.f1_parts(answers)
+    assert sum(parts) == pytest.approx(task_metrics.f1(answers))
+    error = standard_error(Part(part, i) for i, part in enumerate(parts))
+    assert error == pytest.approx(
+        bootstrap_error(task_metrics.f1(answers), answers, range(60), task_metrics.f1), rel=0.15
+    )
+
+
+def test_parts_of_rotations_sum_up_to_whole_questions():
+    chance = random.Random(1)
+    rotations = [{"question": i // 4, "score": float(chance.random() < 0.9)} for i in range(40)]
+    right = [float(all(r["score"] for r in rotations[i : i + 4])) for i in range(0, 40, 4)]
+    assert task_metrics.circular_accuracy(rotations) == pytest.approx(statistics.fmean(right))
+    parts = zip(task_metrics.circular_parts(rotations), rotations, strict=True)
+    error = standard_error(Part(part, rotation["question"]) for part, rotation in parts)
+    assert error == pytest.approx(statistics.stdev(right) / 10**0.5)

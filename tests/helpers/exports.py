@@ -1,0 +1,64 @@
+"""svl-export as its users run it, and checkpoints that are changed by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from helpers.commands import ENVIRONMENT, run_command
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from svl.checkpoints import export_command
+from svl.models.weight_files import WEIGHTS
+
+
+def svl_export(*arguments: str, cwd: Path, code: int = 0) -> str:
+    """`svl-export` to its end, in this process; what it printed, on stdout, or on stderr if it is to fail."""
+    finished = run_command(export_command.main, *arguments, cwd=cwd, code=code)
+    return finished.stderr if code else finished.stdout
+
+
+def svl_export_process(*arguments: str, cwd: Path, code: int = 0, **environment: str) -> str:
+    """The same in a process of its own, for settings that libraries read when they are imported."""
+    command = [sys.executable, "-m", "svl.checkpoints.export_command", *arguments]
+    done = subprocess.run(command, cwd=cwd, env={**ENVIRONMENT, **environment}, capture_output=True, text=True)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stderr if code else done.stdout
+
+
+def write_plan(folder: Path, **fields: Any) -> None:
+    """A plan by hand, for a model of 4 layers."""
+    (folder / "plan.json").write_text(json.dumps({"n_layers": 4, "removed": [0, 2], **fields}))
+
+
+def rewrite_tensors(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor] | None]) -> None:
+    """Replace the tensors of a checkpoint of one file: `change` gives others, or changes them in place."""
+    tensors = load_file(folder / WEIGHTS)
+    save_file(change(tensors) or tensors, folder / WEIGHTS, {"format": "pt"})
+
+
+def set_config(folder: Path, **fields: Any) -> None:
+    """Set fields of a checkpoint's config.json."""
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, **fields}))
+
+
+def as_hub_cache(folder: Path, cache: Path) -> Path:
+    """A checkpoint as the hub's cache has it (files are links into blobs); its snapshot folder."""
+    repository = cache / "models--owner--name"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(snapshot.name)
+    for number, file in enumerate(sorted(folder.iterdir())):
+        blob = repository / "blobs" / f"{number:064x}"
+        blob.write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(os.path.relpath(blob, snapshot))
+    return snapshot

@@ -1,0 +1,101 @@
+"""Plain references to compare pruned models with, by hooks on the full one."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from svl.calibration.encoding import encode_answer
+from svl.core import Patch, Plan, Update
+from svl.models.lvlm import Lvlm
+from svl.pruning.surgery import apply
+
+
+def logits(model, inputs) -> Tensor:
+    with torch.inference_mode():
+        return model(**inputs).logits
+
+
+@contextmanager
+def skipped(lvlm: Lvlm, removed):
+    """The full model whose `removed` layers run, and fill their cache, but pass on their input."""
+
+    def skip(_, args, kwargs, out):
+        state = args[0] if args else kwargs["hidden_states"]
+        return (state, *out[1:]) if isinstance(out, tuple) else state
+
+    handles = [lvlm.layers[i].register_forward_hook(skip, with_kwargs=True) for i in removed]
+    yield lvlm.model
+    for handle in handles:
+        handle.remove()
+
+
+@contextmanager
+def written_times(lvlm: Lvlm, layer: int, role: str, factor: Tensor):
+    """What a layer writes in one role is multiplied by `factor` [d, d] on its way."""
+
+    def multiply(_, __, out):
+        return (out[0] @ factor.T, *out[1:]) if isinstance(out, tuple) else out @ factor.T
+
+    module = lvlm.layers[layer].get_submodule(lvlm.anatomy.writers[role][layer].module)
+    handle = module.register_forward_hook(multiply)
+    yield lvlm.model
+    handle.remove()
+
+
+@contextmanager
+def compensated(lvlm: Lvlm, plan: Plan, patch: Patch):
+    """A copy of the full model that skips the plan's layers, and does on its way what the patch folds into weights."""
+    whole = replace(lvlm, model=copy.deepcopy(lvlm.model))
+    for layer, terms in patch.blends.items():
+        with torch.no_grad():
+            for name, parameter in whole.layers[layer].named_parameters():
+                if parameter.ndim > 1 or not name.rpartition(".")[0].endswith("norm"):
+                    old = {source: lvlm.layers[source].get_parameter(name) for source in terms}
+                    parameter.copy_(sum(coefficient * old[source] for source, coefficient in terms.items()))
+    for (layer, role), change in patch.updates.items():
+        module = whole.layers[layer].get_submodule(lvlm.anatomy.writers[role][layer].module)
+        module.register_forward_hook(functools.partial(_add, change))
+    with skipped(whole, plan.removed) as model:
+        yield model
+
+
+def _add(change: Update, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+    """What a projection writes, changed by an update: scale (y + left right y + delta x + shift)."""
+    total = out
+    if change.left is not None:
+        right = change.right if change.right is not None else torch.eye(len(change.left))
+        total = total + out @ right.T @ change.left.T
+    if change.delta is not None:
+        total = total + args[0] @ change.delta.T
+    if change.shift is not None:
+        total = total + change.shift
+    return total if change.scale is None else change.scale * total
+
+
+def update(d: int) -> Update:
+    left, right = (torch.randn(*size, generator=torch.Generator().manual_seed(3)) / 4 for size in ((d, 2), (2, d)))
+    return Update(left, right)
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-4) -> None:
+    torch.testing.assert_close(a, b, atol=tolerance * float(b.abs().max()), rtol=0)
+
+
+def rebuilt_loss(lvlm, examples, removed) -> float:
+    """Loss of the rebuilt model over answer tokens, through its own forward pass; one sample at a time."""
+    model, total, n = apply(lvlm, Plan(lvlm.anatomy.n_layers, tuple(removed))).model, 0.0, 0
+    for example in examples.samples:
+        inputs, answer = encode_answer(lvlm, example)
+        with torch.inference_mode():
+            logits = model(**inputs).logits[0].float()
+        where = [i for i in range(1, len(answer)) if answer[i]]
+        picked = F.cross_entropy(logits[[i - 1 for i in where]], inputs["input_ids"][0][where], reduction="sum")
+        total, n = total + float(picked), n + len(where)
+    return total / n

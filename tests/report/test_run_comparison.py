@@ -1,0 +1,51 @@
+"""Two runs side by side, with paired differences worked out by hand."""
+
+import json
+import math
+import re
+import statistics
+from pathlib import Path
+
+from helpers.results import answers, result, scored, table_cells
+
+from svl.report import main
+
+
+def test_compare(store, capsys, tmp_path):
+    scored(store)
+    first, second, _ = store.entries("run")
+    assert main(["--compare", first.key[:9], second.key, "out=page.md"]) == 0
+    text = capsys.readouterr().out
+    assert Path("page.md").read_text() == text.removesuffix("\n")
+    rows = {cells[0]: cells[1:] for cells in map(table_cells, text.splitlines()) if len(cells) > 1}
+    assert rows["strategy"] == [r"short\_lvlm", "tail"]
+    assert "selector" not in rows  # the same in both
+    assert "only A: none; only B: 5; both: 6, 7." in text
+    assert "A  ......##\nB  .....###" in text
+    # right: A on 4 to 17, B on 0 to 5; only A: 6 to 17, only B: 0 to 3
+    difference = statistics.stdev([-1.0] * 4 + [0.0] * 2 + [1.0] * 12 + [0.0] * 2) / 20**0.5
+    assert rows["t"][:3] == ["70.0", "30.0", f"+40.0 ± {100 * difference:.1f}"]
+    p = 2 * sum(math.comb(16, k) for k in range(5)) / 2**16
+    assert rows["t"][-3:] == ["12", "4", f"{p:.2g}"]
+    assert len(re.findall(r"^\| +\d+ \| Is ", text, re.MULTILINE)) == 16
+    assert "#### Right only in B" in text
+
+    folder = tmp_path / "a run"
+    folder.mkdir()
+    (folder / "result.json").write_text(json.dumps(first.output))
+    assert main(["compare", str(folder), second.key]) == 0
+    assert capsys.readouterr().out == text
+
+
+def test_compare_says_what_cannot_be_compared(store, capsys):
+    runs = [answers(store, range(5), benchmark=name) for name in ("one", "two")]
+    scores = {"t": {"metric": "accuracy", "n": 20, "metrics": {"accuracy": {"value": 0.2, "stderr": 0, "dense": 1.0}}}}
+    store.add(*(result(scores=scores, keys={"evaluate": [key], "dense": []}) for key in (*runs, "gone")))
+    first, second, third = (entry.key for entry in store.entries("run"))
+    assert main(["compare", first, second]) == 0
+    assert "cannot be compared question by question: the benchmark's files differ" in capsys.readouterr().out
+    assert main(["compare", first, third]) == 0
+    assert "so without pairs: scores gone." in capsys.readouterr().out
+    wrong = first[:-1] + ("0" if first[-1] != "0" else "1")
+    assert main(["compare", wrong, second]) == 1
+    assert f"did you mean '{first}'?" in capsys.readouterr().err

@@ -1,0 +1,176 @@
+"""Stages of a run: what is shared, and what is refused before it costs anything."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from svl import config
+from svl.calibration import calibrate
+from svl.checkpoints import export
+from svl.config import CONF
+from svl.core import SvlError
+from svl.pruning import folding
+from svl.run import pipeline
+from svl.run.setup import RunSetup
+
+
+def test_one_pass_serves_strategies_selectors_and_ratios(tmp_path, monkeypatch):
+    """A whole sweep calibrates once: in two batches, whose forward passes are counted."""
+    passes = []
+
+    def counted(*args):
+        passes.append(len(args[1]))
+        return measure_batch(*args)
+
+    measure_batch = calibrate.measure_batch
+    monkeypatch.setattr(calibrate, "measure_batch", counted)
+    config.register_with_hydra()
+    plans = set()
+    grid = itertools.product(
+        ("shortgpt", "angular", "streamline", "interlace", "spaced"), ("tis", "all"), (0.125, 0.25)
+    )
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for strategy, selector, ratio in grid:
+            words = [f"strategy={strategy}", f"selector={selector}", "compensation=none", f"ratio={ratio}"]
+            words += ["benchmark=none", "tracker=none", "calibration.samples=6", "calibration.batch_size=4"]
+            words += [f"paths.store={tmp_path}", f"paths.outputs={tmp_path}", "model.device=cpu"]
+            run = pipeline.Run(compose("config", overrides=words), tmp_path)
+            plans.add(tuple(run.plan(run.calibrate()).output["removed"]))
+    assert passes == [4, 2]
+    assert len(list((tmp_path / "stats").iterdir())) == 1
+    assert len(plans) > 4
+
+
+def test_a_compensation_that_is_refused_costs_no_calibration(tmp_path, monkeypatch):
+    def refuse(lvlm):
+        raise SvlError("normalises after its projections")
+
+    monkeypatch.setattr(folding, "check_foldable", refuse)
+    monkeypatch.setattr(calibrate, "calibrate", lambda *_, **__: pytest.fail("calibrated nevertheless"))
+    config.register_with_hydra()
+    words = ["strategy=shortgpt", "compensation=subspace", "benchmark=none", "tracker=none", "model.device=cpu"]
+    words += [f"paths.store={tmp_path}", f"paths.outputs={tmp_path}", "calibration.samples=2"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        run = pipeline.Run(compose("config", overrides=words), tmp_path)
+    with pytest.raises(SvlError, match="normalises after"):
+        run.calibrate()
+
+
+# ------------------------------------------------------------------------------------------------- out of memory
+
+STAGES = {  # what runs out of memory -> its stage in the store, and what the one line says
+    "svl.models.loading.load": (
+        "check",
+        "loading the model ran out of memory.*model.dtype.*model.offload",
+    ),
+    "svl.calibration.calibrate.measure_batch": ("stats", "ran out of memory.*calibration.batch_size"),
+    "svl.strategies.cosine.Cosine.plan": ("plan", "stage 'plan' ran out of memory.*fewer or shorter samples"),
+    "svl.pruning.selfcheck.check_surgery": ("check", "stage 'check' ran out of memory.*model.device=cpu"),
+    "svl.compensation.linear.Linear.fit": ("patch", "stage 'patch' ran out of memory.*another compensation"),
+    "svl.evaluation.perplexity.evaluate_perplexity": ("score", "stage 'score' ran out of memory.*benchmark.batch_size"),
+    "svl.evaluation.efficiency.measure_efficiency": ("efficiency", "stage 'efficiency' ran out of memory.*batch_size"),
+    "svl.checkpoints.export.save": ("run", "the export ran out of memory"),
+}
+
+
+def whole_run(folder: Path, *words: str):
+    """A run of every stage, with its store in `folder`."""
+    words += ("strategy=shortgpt", "compensation=linear", "calibration.samples=2", "model.device=cpu", "tracker=none")
+    words += ("benchmark=prose", "benchmark.limit=1", "efficiency.repeats=1", "efficiency.new_tokens=2")
+    config.register_with_hydra()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", overrides=[*words, f"paths.store={folder}/store", f"paths.outputs={folder}"])
+    return pipeline.run_configuration(cfg, folder)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The store of a whole run."""
+    folder = tmp_path_factory.mktemp("finished")
+    whole_run(folder)
+    return folder / "store"
+
+
+@pytest.mark.parametrize("place", STAGES)
+def test_running_out_of_memory_is_one_line_in_every_stage(place, finished, tmp_path, monkeypatch):
+    def exhaust(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+
+    stage, line = STAGES[place]
+    shutil.copytree(finished, tmp_path / "store")
+    shutil.rmtree(tmp_path / "store" / stage)
+    monkeypatch.setattr(place, exhaust)
+    with pytest.raises(SvlError, match=line) as caught:
+        whole_run(tmp_path, *([f"export.path={tmp_path / 'pruned'}"] if stage == "run" else []))
+    assert "\n" not in str(caught.value)
+    assert "asked for 2.00 GiB" in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------- seeds, ratios, names, exports
+
+
+def composed(folder: Path, *words: str):
+    """A configuration without benchmark, with its store in `folder`."""
+    where = ["benchmark=none", "tracker=none", f"paths.store={folder}/store", f"paths.outputs={folder}"]
+    config.register_with_hydra()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", overrides=[*where, *words])
+
+
+@pytest.mark.parametrize(
+    ("words", "depends"),
+    [
+        (["strategy=tail"], False),
+        (["strategy=random"], True),
+        (["strategy=shortgpt", "selector=random"], True),
+        (["strategy=shortgpt", "selector=tis", "seed=5"], False),
+        (["strategy=tail", "calibration.seed=${seed}"], True),
+    ],
+)
+def test_whether_another_seed_would_change_anything(words, depends, tmp_path):
+    assert RunSetup(composed(tmp_path, *words)).depends_on_seed() == depends
+
+
+def test_ratios_that_print_alike_are_one(tmp_path):
+    """As of range(0.1,0.41,0.1), whose third value is 0.30000000000000004."""
+    plans = {pipeline.Run(composed(tmp_path, "strategy=tail", f"ratio={r}"), tmp_path).plan(None).key
+             for r in ("0.3", "0.30000000000000004")}  # fmt: skip
+    assert len(plans) == 1
+
+
+def test_what_an_export_would_be_refused_for_is_found_before_calibration(tmp_path, monkeypatch):
+    monkeypatch.setattr(calibrate, "calibrate", lambda *_, **__: pytest.fail("calibrated nevertheless"))
+
+    def refuse(source, path, options, *, n_remove, compensates):
+        assert (n_remove, compensates) == (3, True)
+        raise SvlError("pickled weights")
+
+    monkeypatch.setattr(export, "check_exportable", refuse)
+    words = ["strategy=shortgpt", "compensation=linear", "n_remove=3", f"export.path={tmp_path / 'pruned'}"]
+    with pytest.raises(SvlError, match="pickled weights"):
+        pipeline.run_configuration(composed(tmp_path, *words), tmp_path)
+
+
+def test_an_export_folder_is_held_during_the_whole_run(tmp_path, monkeypatch):
+    seen = []
+
+    def second_process(*_, **__):
+        with ThreadPoolExecutor() as pool, pytest.raises(SvlError, match="pruned' is being written by process"):
+            pool.submit(lambda: export.reserve_export(tmp_path / "pruned").__enter__()).result()
+        seen.append(True)
+        raise SvlError("enough")
+
+    monkeypatch.setattr(calibrate, "calibrate", second_process)
+    with pytest.raises(SvlError, match="enough"):
+        pipeline.run_configuration(
+            composed(tmp_path, "strategy=shortgpt", "calibration.samples=2", f"export.path={tmp_path / 'pruned'}"),
+            tmp_path,
+        )
+    assert seen == [True]

@@ -1,0 +1,72 @@
+"""Every strategy with every selector, every compensation and every kind of model, two at a time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from helpers.pairwise import pairwise
+from helpers.references import close, compensated, logits
+from omegaconf import OmegaConf
+
+from svl.calibration.activations import Activations
+from svl.calibration.calibrate import calibrate, select
+from svl.calibration.removal_probe import ModelProbe
+from svl.config import CONF, build_method
+from svl.core import Plan
+from svl.pruning.surgery import apply
+
+GROUPS = ("strategy", "selector", "compensation")
+CHOICES = {group: [file.stem for file in sorted(Path(CONF, group).glob("*.yaml"))] for group in GROUPS}
+MODELS = ("llava", "qwen", "internvl", "llama")
+# Settings where the defaults do nothing on four layers.
+OPTIONS = {"manual": {"layers": [1, 3]}} | {
+    f"shortened_{score}": {"protected": [0]} for score in ("ppl", "taylor", "magnitude")
+}
+# No picture to select the tokens of.
+IMPOSSIBLE = {("llama", "visual")}
+COMBINATIONS = [
+    row for row in pairwise({**CHOICES, "model": MODELS}) if (row["model"], row["selector"]) not in IMPOSSIBLE
+]
+
+
+def method(group: str, choice: str):
+    """What a configuration file describes, with seed 0."""
+    node = OmegaConf.load(Path(CONF, group, f"{choice}.yaml"))
+    node.pop("defaults", None)
+    node.update(OPTIONS.get(choice, {}))
+    return build_method(OmegaConf.create({"seed": 0, "strategy": {}, group: node})[group], group)
+
+
+@pytest.fixture(scope="module")
+def calibrated(request, make_samples):
+    """A model, its samples and their statistics, by name."""
+    kept = {}
+
+    def of(name: str):
+        if name not in kept:
+            lvlm = request.getfixturevalue(name)
+            samples = make_samples([13] * 6, image=False) if name == "llama" else make_samples([3, 9, 5, 7])
+            kept[name] = (lvlm, samples, calibrate(lvlm, samples))
+        return kept[name]
+
+    return of
+
+
+@pytest.mark.parametrize("chosen", COMBINATIONS, ids=lambda row: "-".join(row.values()))
+def test_the_pruned_model_is_the_dense_one_that_skips_layers_and_adds_the_patch(chosen, calibrated, encode):
+    """Folding equals doing on the way what the patch says: see helpers.references.compensated."""
+    strategy, selector, compensation = (method(group, chosen[group]) for group in GROUPS)
+    lvlm, samples, measured = calibrated(chosen["model"])
+    stats = replace(select(measured, selector), probe=ModelProbe(lvlm, samples))
+    plan = strategy.plan(stats, 2)
+    assert len(plan.removed) == (0 if chosen["strategy"] == "identity" else 2)
+    assert set(plan.removed) <= set(lvlm.anatomy.removable)
+    assert Plan.from_json(plan.to_json()) == plan
+    patch = compensation.fit(Activations(lvlm, samples, stats), plan)
+    pruned = apply(lvlm, plan, patch)
+    assert len(pruned.layers) == len(plan.kept)
+    inputs = encode(lvlm, samples.samples[:2])
+    with compensated(lvlm, plan, patch) as reference:
+        close(logits(pruned.model, inputs), logits(reference, inputs))
