@@ -18,7 +18,7 @@ from svl.store.artifacts import Store
 from svl.store.contents import Artifact, check_store_exists, list_artifacts
 from svl.store.in_use import artifacts_in_use, is_unused
 from svl.store.layout import IN_USE, LOCKS, SCHEMA, SCRATCH, check_marked, files_of_store, lock_name, lock_of_scratch
-from svl.store.locks import Lock
+from svl.store.locks import Lock, is_free
 
 DERIVED = ("stats", "plan", "patch", "score", "efficiency")  # a run refers to them, directly or through each other
 ABOUT_A_RUN = ("track", "gap")
@@ -155,17 +155,6 @@ def _move_away(store: Store, leftover: Leftover) -> bool:
     return True
 
 
-def _is_free(file: Path) -> bool:
-    """Whether nobody holds a lock."""
-    if not file.exists():
-        return True
-    lock = Lock(file)
-    if not lock.acquire():
-        return False
-    lock.release()
-    return True
-
-
 def clean_store(store: Store, unreferenced: bool, days: float, remove: bool) -> Iterator[str]:
     """Lines of text: what goes (or would go, unless `remove`), and how much that frees.
 
@@ -183,7 +172,7 @@ def _clean(store: Store, unreferenced: bool, days: float, remove: bool) -> Itera
     reasons: Counter[str] = Counter()
     for leftover in list(find_leftovers(store, unreferenced, days)):
         size = leftover.bytes
-        if not (remove_leftover(store, leftover) if remove else _is_free(leftover.lock)):
+        if not (remove_leftover(store, leftover) if remove else is_free(leftover.lock)):
             kept += 1
             continue
         freed += size

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from svl.store.layout import IN_USE, files_of_store
-from svl.store.locks import Lock, unique_name
+from svl.store.locks import Lock, is_free, unique_name
 
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -80,11 +80,4 @@ def artifacts_in_use(root: Path) -> set[str]:
 
 def is_unused(root: Path, name: str) -> bool:
     """Whether the process that took `name` (a lease's, or the end of a scratch path's) is gone."""
-    file = root / IN_USE / name.rpartition(".")[2]
-    if not file.exists():
-        return True
-    lock = Lock(file)
-    if not lock.acquire():
-        return False
-    lock.release()
-    return True
+    return is_free(root / IN_USE / name.rpartition(".")[2])

@@ -128,6 +128,17 @@ def held(path: Path) -> Iterator[None]:
                 parent.rmdir()
 
 
+def is_free(file: Path) -> bool:
+    """Whether nobody holds the lock of this file, which need not exist."""
+    if not file.exists():
+        return True
+    lock = Lock(file)
+    if not lock.acquire():
+        return False
+    lock.release()
+    return True
+
+
 def _lock_beside(path: Path) -> Lock:
     """The lock of `path`, taken, in a folder that is made if need be.
 
