@@ -10,11 +10,13 @@ import io
 import os
 import stat
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from PIL.Image import Transpose
 
 from svl.core.errors import SvlError, explained
@@ -47,7 +49,7 @@ def open_picture(source: bytes | str | Path | Image.Image, name: str = "the pict
     """
     if isinstance(source, str | Path):
         source = read_picture_file(Path(source), name)
-    with explained(f"cannot read {name}"):
+    with explained(f"cannot read {name}"), _whole_pictures_only():
         image = source if isinstance(source, Image.Image) else _identified(source)
         if (size := image.width * image.height * max(4, len(image.getbands()))) > LIMIT:
             raise ValueError(f"{image.width} x {image.height} pixels take {size >> 20} MiB")
@@ -74,6 +76,17 @@ def read_picture_file(path: Path, name: str) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise SvlError(f"cannot read {name}: '{path}': {error.strerror or error}") from error
+
+
+@contextmanager
+def _whole_pictures_only() -> Iterator[None]:
+    """Pillow refuses a cut picture, also after an import (lmms-eval's) told it to fill the rest with grey."""
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def _identified(data: bytes) -> Image.Image:
