@@ -29,8 +29,8 @@ import svl
 from svl.calibration.calibrate import calibrate
 from svl.calibration.encoding import encode_samples
 from svl.calibration.hooks import run_decoder
-from svl.calibration.samples import Samples
 from svl.config import PACKAGE
+from svl.data.samples import Samples
 from svl.models.anatomy import find_anatomy
 from svl.models.lvlm import Lvlm
 

@@ -31,11 +31,11 @@ from transformers.utils import logging
 
 from svl.calibration import offload
 from svl.calibration.calibrate import calibrate, select
-from svl.calibration.samples import Sample, Samples
 from svl.checkpoints import export
 from svl.checkpoints.safetensors_writing import NewTensor, write_weights
 from svl.checkpoints.skeleton import Skeleton, read_skeleton
 from svl.core import Plan
+from svl.data.samples import Sample, Samples
 from svl.models.transformers_internals import empty_model
 from svl.selectors.tis import Tis
 from svl.strategies.cosine import Cosine

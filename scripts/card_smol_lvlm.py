@@ -26,9 +26,9 @@ from tqdm import tqdm
 
 import svl
 from svl.calibration.calibrate import calibrate
-from svl.calibration.samples import read_samples
 from svl.config import PACKAGE
 from svl.core import Plan, Stats
+from svl.data.samples import read_samples
 from svl.demo import smol
 from svl.demo.bundled import SMOL, resolve_bundled
 from svl.evaluation import perplexity

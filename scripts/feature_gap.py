@@ -26,8 +26,8 @@ from statistics import fmean, stdev
 from typing import Any
 
 from svl.calibration.activations import Activations
-from svl.calibration.samples import Samples, read_samples
 from svl.core import Patch, Plan, Stats
+from svl.data.samples import Samples, read_samples
 from svl.demo import bundled
 from svl.models import loading, lvlm
 from svl.pruning import patch_file

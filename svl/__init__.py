@@ -31,7 +31,7 @@ _MODULES = {
     "apply": "pruning.surgery",
     "calibrate": "calibration.calibrate",
     "load": "models.loading",
-    "read_samples": "calibration.samples",
+    "read_samples": "data.samples",
     "save": "checkpoints.export",
     "select": "calibration.calibrate",
 }

@@ -22,12 +22,12 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from svl import config
-from svl.core.processes import process_rank
-from svl.core.redaction import redact_text
+from svl.processes import process_rank
 from svl.run import interruption, job_records, parallel
 from svl.run.messages import one_line, safe_line
 from svl.run.sweep import search_objective
 from svl.store.files import write_text_whole
+from svl.text.redaction import redact_text
 
 log = logging.getLogger(__name__)
 log_file = logging.getLogger("traceback")  # goes to run.log only

@@ -74,7 +74,7 @@ class Calibration:
     """Samples that statistics are measured on."""
 
     path: str = MISSING  # a file, a folder of images, or (with `format`) a data set of the hub or a copy of it
-    format: str | None = None  # how rows of a data set become samples, see svl.calibration.hub_data; null: own files
+    format: str | None = None  # how rows of a data set become samples, see svl.data.hub_data; null: own files
     name: str | None = None  # configuration of the data set
     split: str = "train"
     revision: str | None = None

@@ -323,7 +323,7 @@ def png(seed: int, width: int = 16, height: int = 16) -> bytes:
 @pytest.fixture(scope="session")
 def make_samples():
     """Samples of the given numbers of words, each with a picture of its own (or none)."""
-    from svl.calibration.samples import Sample, Samples
+    from svl.data.samples import Sample, Samples
 
     def make(lengths, image: bool = True, seed: int = 0):
         chance = random.Random(seed)

@@ -13,9 +13,9 @@ from svl.calibration.calibrate import no_progress
 from svl.calibration.encoding import encode_samples, explained_samples
 from svl.calibration.hooks import EnoughError, run_decoder, state_hooks, writer_hook
 from svl.calibration.layer_replay import Replay, record_replay
-from svl.calibration.samples import Sample, Samples
 from svl.core import Patch, Plan, Stats, SvlError, TokenTrace, Update, checked_weights
 from svl.core.errors import out_of_memory
+from svl.data.samples import Sample, Samples
 from svl.models.anatomy import Writer
 from svl.models.lvlm import Lvlm, Progress
 from svl.pruning import folding, surgery

@@ -19,9 +19,9 @@ from torch import Tensor
 from svl.calibration import attention
 from svl.calibration.encoding import encode_samples, explained_samples
 from svl.calibration.hooks import cosine_hooks, run_decoder, state_hooks
-from svl.calibration.samples import Sample, Samples
 from svl.core import Stats, TokenSelector, TokenTrace, checked_weights, no_selected_token
 from svl.core.errors import out_of_memory
+from svl.data.samples import Sample, Samples
 from svl.models.lvlm import Lvlm, Progress
 
 STATISTICS = ("cosine", "windows", "attention")

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from svl.calibration.samples import Sample
 from svl.core import SvlError
 from svl.core.errors import explained
+from svl.data.samples import Sample
 from svl.models.lvlm import Lvlm
 
 WAY_OUT = "; leave the sample out, change its picture, or name the placeholder of images with model.image_token"

@@ -24,9 +24,9 @@ from svl.calibration.calibrate import no_progress
 from svl.calibration.encoding import encode_answer, explained_samples
 from svl.calibration.layer_replay import Replay, record_replay
 from svl.calibration.logits import LogitTail, find_logit_tail
-from svl.calibration.samples import Sample, Samples
 from svl.core import Patch, Plan, SvlError
 from svl.core.errors import out_of_memory
+from svl.data.samples import Sample, Samples
 from svl.models.lvlm import Lvlm, Progress
 from svl.pruning import surgery
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from svl.checkpoints import export, hub
 from svl.checkpoints.export import ExportRecord
-from svl.core.command_line import CommandLineParser, run_command
 from svl.core.errors import explained
 from svl.core.plan import Plan
 from svl.models.options import LoadOptions
+from svl.text.command_line import CommandLineParser, run_command
 
 DESCRIPTION = """A pruned checkpoint from a plan and a checkpoint on disk.
 

@@ -19,7 +19,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from svl.checkpoints.pruning_record import original_layers
 from svl.core.errors import SvlError
 from svl.core.plan import Plan
-from svl.core.text import for_markdown
+from svl.text.escaping import for_markdown
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,10 @@ import torch
 from PIL.Image import Image
 from tqdm import tqdm
 
-from svl.core import SvlError, processes
+from svl import processes
+from svl.core import SvlError
 from svl.core.errors import explained, is_out_of_memory, out_of_memory
+from svl.data.pictures import open_picture
 from svl.evaluation.lmms_eval_internals import (
     Model,
     Request,
@@ -24,7 +26,6 @@ from svl.evaluation.lmms_eval_internals import (
 )
 from svl.evaluation.shared_prefill import SharedPrefill
 from svl.models.lvlm import Lvlm
-from svl.models.pictures import open_picture
 
 T = TypeVar("T")
 Conversation = list[dict[str, Any]]  # Hugging Face messages: role and content, a list of image and text parts

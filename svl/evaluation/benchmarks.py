@@ -36,9 +36,9 @@ import yaml
 
 from svl.core import SvlError, did_you_mean, one_of
 from svl.core.errors import explained
-from svl.core.text import for_terminal
 from svl.evaluation.settings import TaskOptions
 from svl.store.files import digest, file_digest, remembered
+from svl.text.escaping import for_terminal
 
 log = logging.getLogger(__name__)
 OWN = Path(__file__).parent / "tasks"

@@ -11,7 +11,7 @@ import datasets
 from PIL import Image
 
 from svl.core import SvlError
-from svl.models.pictures import open_picture
+from svl.data.pictures import open_picture
 
 Document = Mapping[str, Any]
 

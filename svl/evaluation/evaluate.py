@@ -36,7 +36,8 @@ from typing import Any
 
 from PIL import Image
 
-from svl.core import one_of, processes
+from svl import processes
+from svl.core import one_of
 from svl.core.errors import explained
 from svl.evaluation.answerer import Answerer
 from svl.evaluation.lmms_eval_internals import Model, quiet, run_task

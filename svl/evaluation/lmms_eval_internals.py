@@ -31,7 +31,7 @@ from lmms_eval.api.task import ConfigurableMessagesTask, ConfigurableTask
 from lmms_eval.utils import load_yaml_config
 from tqdm import tqdm
 
-from svl.core.text import for_terminal
+from svl.text.escaping import for_terminal
 
 __all__ = [
     "GenerationTask",

@@ -13,13 +13,13 @@ from PIL import Image
 
 from svl.core import one_of
 from svl.core.errors import explained
+from svl.data.pictures import open_picture
 from svl.evaluation import benchmarks
 from svl.evaluation.documents import Document, image_lookup, rows_of_limit, with_pictures
 from svl.evaluation.lmms_eval_internals import GenerationTask, LikelihoodTask, load_yaml_config
 from svl.evaluation.score_statistics import Part, bootstrap_error, share_interval, standard_error
 from svl.evaluation.settings import TaskOptions
 from svl.evaluation.upstream_scoring import corrected_config
-from svl.models.pictures import open_picture
 
 NOT_KNOWN = {"value": None, "stderr": None, "low": None, "high": None}
 NEW_TOKENS = 128  # cap where neither the caller nor the task sets one

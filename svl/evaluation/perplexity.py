@@ -20,16 +20,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from svl.calibration.samples import read_samples
 from svl.core import SvlError, one_of
 from svl.core.errors import explained, out_of_memory
+from svl.data.samples import read_samples
 from svl.evaluation import benchmarks
 from svl.evaluation.score_statistics import Part, standard_error
 from svl.evaluation.settings import TaskOptions
 from svl.models.lvlm import Lvlm
 
 if TYPE_CHECKING:
-    from svl.calibration.samples import Sample
+    from svl.data.samples import Sample
 
 METRICS = ("loss", "perplexity", "bits_per_byte")
 TOKENS = 2048  # whose logits are computed at once

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from svl.core.errors import reason_of
-from svl.core.text import for_terminal
 from svl.evaluation.benchmarks import UPSTREAM
+from svl.text.escaping import for_terminal
 
 log = logging.getLogger(__name__)
 

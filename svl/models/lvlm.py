@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from svl.core.errors import SvlError, explained
+from svl.data.pictures import open_picture
 from svl.models import devices
 from svl.models.anatomy import Anatomy
-from svl.models.pictures import open_picture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin

@@ -12,13 +12,13 @@ from pathlib import Path
 from rich.console import Console
 
 from svl.core import SvlError, did_you_mean
-from svl.core.command_line import CommandLineParser, run_command
-from svl.core.text import for_terminal
 from svl.report import run_comparison
 from svl.report.experiment_report import Report
 from svl.store import cleanup, contents
 from svl.store.artifacts import Store
 from svl.store.files import write_text_whole
+from svl.text.command_line import CommandLineParser, run_command
+from svl.text.escaping import for_terminal
 
 DESCRIPTION = """What finished runs showed, from the store alone.
 

@@ -16,13 +16,13 @@ from rich.console import Console
 from rich.text import Text
 
 from svl.core import SvlError
-from svl.core.text import for_markdown, for_terminal
 from svl.report import page, pictures, table_writers
 from svl.report.results import ESTIMATE, Run, read_runs
 from svl.report.rows import Section, compared_runs
 from svl.report.tables import Table, section_table
 from svl.store.artifacts import Store
 from svl.store.files import write_text_whole
+from svl.text.escaping import for_markdown, for_terminal
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from svl.core.text import for_markdown
 from svl.evaluation.score_statistics import Pair, compare_answers, flipped, scored_samples
 from svl.report.table_writers import markdown_table
 from svl.store.artifacts import Entry
+from svl.text.escaping import for_markdown
 
 LONGEST = 400  # characters of a question or an answer that are shown
 

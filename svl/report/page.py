@@ -17,13 +17,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from svl.core import Plan
-from svl.core.text import for_html
 from svl.evaluation import score_statistics
 from svl.report.pictures import Picture
 from svl.report.results import Run, stored_scores
 from svl.report.rows import Estimate, Row, Section
 from svl.report.tables import PAPER, Line, Table
 from svl.store.artifacts import Entry, Store
+from svl.text.escaping import for_html
 
 MOST = 8  # flipped questions that are shown of a plan, a benchmark and a direction
 LONGEST = 400  # characters of a question or an answer that are shown

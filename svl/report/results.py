@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from svl.core import Plan, SvlError, did_you_mean
-from svl.core.text import for_terminal
 from svl.report.result_check import problem_of
 from svl.store.artifacts import Entry, Store
+from svl.text.escaping import for_terminal
 
 log = logging.getLogger(__name__)
 ESTIMATE = ("value", "stderr", "dense", "low", "high")  # of a metric; the last two are its 95 % interval

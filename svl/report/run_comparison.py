@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from svl.core import SvlError
-from svl.core.text import for_markdown
 from svl.evaluation import score_statistics
 from svl.report.flips_page import flips_page
 from svl.report.result_check import problem_of
@@ -19,6 +18,7 @@ from svl.report.rows import Section, compared_runs
 from svl.report.table_writers import markdown_table
 from svl.store.artifacts import Entry, Store
 from svl.store.contents import find_artifact
+from svl.text.escaping import for_markdown
 
 MOST = 20  # flipped questions that are listed of a benchmark and a direction
 IDENTITY = (

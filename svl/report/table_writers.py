@@ -14,9 +14,9 @@ from rich.text import Text
 from tabulate import tabulate
 
 from svl.core import SvlError
-from svl.core.text import for_csv, for_latex, for_markdown, for_terminal
 from svl.report.rows import Estimate, Section
 from svl.report.tables import PAPER, Cell, Column, Table
+from svl.text.escaping import for_csv, for_latex, for_markdown, for_terminal
 
 
 def markdown_table(head: Sequence[str], lines: Iterable[Sequence[str]], align: str) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from svl.checkpoints import export
 from svl.config import plain_values
 from svl.core.errors import out_of_memory
-from svl.core.processes import process_rank
+from svl.processes import process_rank
 
 if TYPE_CHECKING:
     from svl.run.setup import RunSetup

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from svl.core import Patch, Stats, checked_weights
 
 if TYPE_CHECKING:
-    from svl.calibration.samples import Samples
+    from svl.data.samples import Samples
     from svl.models.lvlm import Lvlm
 
 SPECTRUM = 128  # singular values of a compensation that are kept

@@ -10,8 +10,8 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from svl.core.redaction import redact_text, redact_values
 from svl.store.files import write_text_whole
+from svl.text.redaction import redact_text, redact_values
 
 FILES = ("config.yaml", "hydra.yaml", "overrides.yaml")
 

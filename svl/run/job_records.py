@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from svl.core.redaction import redact_text
 from svl.store.files import write_text_whole
+from svl.text.redaction import redact_text
 
 FOLDER = ".jobs"
 

@@ -25,11 +25,14 @@ from svl.store.files import digest, remembered
 PACKAGES = ("svl", "torch", "transformers", "lmms_eval", "datasets", "hydra-core", "wandb")
 
 # Rooms that no stage's code is followed into.
-NOT_FOLLOWED = ("svl.config", "svl.cli", "svl.plugins", "svl.run", "svl.store", "svl.report", "svl.trackers")
+NOT_FOLLOWED = (
+    *("svl.config", "svl.cli", "svl.plugins", "svl.run"),
+    *("svl.store", "svl.text", "svl.report", "svl.trackers"),
+)
 
 # Where the code of each stage starts; methods add their own. The model's is part of its description in every key.
 STAGE_CODE = {
-    "data": ("svl.calibration.hub_data",),
+    "data": ("svl.data.hub_data",),
     "model": ("svl.models.loading", "svl.models.ports", "svl.models.prompts"),
     "stats": ("svl.calibration.calibrate",),
     "probe": ("svl.calibration.removal_probe",),

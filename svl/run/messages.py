@@ -15,10 +15,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from svl import config, plugins
 from svl.core.errors import SvlError, did_you_mean, is_out_of_memory
-from svl.core.redaction import redact_text
-from svl.core.text import for_terminal
 from svl.run import hydra_internals
 from svl.store.files import cannot_write
+from svl.text.escaping import for_terminal
+from svl.text.redaction import redact_text
 
 LESS_MEMORY = "lower the batch sizes of calibration and benchmark, or set model.dtype=bfloat16 or model.device=cpu"
 NEAR = 5  # choices that are shown where something like them was asked for

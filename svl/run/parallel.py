@@ -2,7 +2,7 @@
 
 Jobs of a sweep that run in parallel each lease an accelerator, and claim the name of their model.
 
-Of processes that torchrun started on one run (see svl.core.processes), each evaluates its share of the questions with
+Of processes that torchrun started on one run (see svl.processes), each evaluates its share of the questions with
 its own model. The first does everything else, and everything in the store; the others follow it from stage to stage,
 compute with it where a stage is shared, and read what it has stored. They must see the same files.
 """
@@ -19,7 +19,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from svl.core import SvlError
-from svl.core.processes import broadcast_word, join_processes, process_count, process_rank
+from svl.processes import broadcast_word, join_processes, process_count, process_rank
 from svl.run.job_records import FOLDER
 from svl.store.artifacts import Entry, Store
 from svl.store.files import digest

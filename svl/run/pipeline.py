@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 
 from svl.config import plain_values
 from svl.core import Plan, checked_plan, fitted_patch
-from svl.core.processes import process_rank
+from svl.processes import process_rank
 from svl.run import exporting, parallel, tracking
 from svl.run.figure_data import spectra_record, write_example_picture, write_token_scores
 from svl.run.keys import method_identity, stage_code

@@ -9,22 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from svl.calibration.hub_data import HubSource, draw_samples
-from svl.calibration.samples import Samples, read_samples, write_samples
 from svl.checkpoints import export
 from svl.checkpoints.fingerprint import checkpoint_fingerprint
 from svl.config import load_options, plain_values, round_ratio, validate_config
 from svl.core import Method, SvlError, TokenSelector, one_of
 from svl.core.errors import out_of_memory
-from svl.core.processes import process_rank
-from svl.core.redaction import redact_text
+from svl.data.hub_data import HubSource, draw_samples
+from svl.data.samples import Samples, read_samples, write_samples
 from svl.demo import bundled
 from svl.evaluation import benchmarks
 from svl.evaluation.settings import EfficiencySettings, TaskOptions
 from svl.plugins import import_plugins
+from svl.processes import process_rank
 from svl.run.keys import method_identity, method_settings, read_code, stage_code, versions
 from svl.store.artifacts import Store
 from svl.store.files import digest
+from svl.text.redaction import redact_text
 
 if TYPE_CHECKING:
     from svl.models.lvlm import Lvlm

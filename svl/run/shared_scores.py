@@ -18,7 +18,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from svl.core import SvlError
-from svl.core.processes import process_count
+from svl.processes import process_count
 from svl.run import hydra_internals
 from svl.run.pipeline import Run
 from svl.run.variants import ModelVariant

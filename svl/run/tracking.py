@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from svl.config import plain_values
 from svl.core import Plan
-from svl.core.processes import process_rank
-from svl.core.redaction import redact_text, redact_values
 from svl.evaluation import score_statistics
+from svl.processes import process_rank
 from svl.run.keys import method_settings
 from svl.run.strategy_inputs import read_statistics
 from svl.store.files import digest
+from svl.text.redaction import redact_text, redact_values
 from svl.trackers.mirroring import mirror_in_time
 from svl.trackers.record import Record
 

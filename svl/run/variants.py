@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from svl.config import plain_values
 from svl.core import Patch, Plan
-from svl.core.redaction import redact_values
 from svl.evaluation import benchmarks
 from svl.run import exporting
 from svl.run.keys import stage_code
+from svl.text.redaction import redact_values
 
 if TYPE_CHECKING:
     from svl.models.lvlm import Lvlm

@@ -16,9 +16,9 @@ import humanize
 import yaml
 
 from svl.core.errors import SvlError, did_you_mean, one_of
-from svl.core.text import for_terminal
 from svl.store.artifacts import CREATED, MANIFEST, Store
 from svl.store.layout import SCHEMA, files_of_store
+from svl.text.escaping import for_terminal
 
 SHOWN = 10  # artifacts of a stage that a list of everything shows
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import replace
 
-from svl.core.redaction import redact_text, redact_values
+from svl.text.redaction import redact_text, redact_values
 from svl.trackers.record import Record, Tracker
 
 GRACE = 10.0  # seconds beyond its timeout that a tracker has to give up by itself, with words of its own

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from svl.core import SvlError, one_of
-from svl.core.redaction import redact_text
+from svl.text.redaction import redact_text
 from svl.trackers.record import Record, Tracker, flatten
 
 if TYPE_CHECKING:

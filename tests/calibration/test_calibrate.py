@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from svl.calibration import attention
 from svl.calibration.activations import Activations
 from svl.calibration.calibrate import FIELDS, STATISTICS, calibrate, measure_batch, select
-from svl.calibration.samples import Samples
 from svl.core import Stats, SvlError
+from svl.data.samples import Samples
 from svl.models.anatomy import find_anatomy
 from svl.models.lvlm import Lvlm
 from svl.selectors.all_tokens import All

@@ -14,8 +14,8 @@ from svl.calibration.activations import Activations
 from svl.calibration.calibrate import calibrate, check_selector
 from svl.calibration.encoding import encode_answer
 from svl.calibration.removal_probe import ModelProbe
-from svl.calibration.samples import Samples, read_samples
 from svl.core import Plan, SvlError
+from svl.data.samples import Samples, read_samples
 from svl.selectors.visual import Visual
 
 PLAN = Plan(4, (1,))

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from svl.calibration.calibrate import calibrate
 from svl.calibration.encoding import encode_answer
 from svl.calibration.removal_probe import ModelProbe
-from svl.calibration.samples import Sample, Samples
 from svl.core import Plan, SvlError
+from svl.data.samples import Sample, Samples
 from svl.pruning.surgery import apply
 from svl.strategies.sleb import Sleb
 

@@ -20,9 +20,9 @@ from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from svl.core import SvlError
+from svl.data.pictures import open_picture
 from svl.models.anatomy import find_anatomy
 from svl.models.lvlm import Lvlm
-from svl.models.pictures import open_picture
 
 pytest.importorskip("lmms_eval")
 evaluation = importlib.import_module("svl.evaluation.evaluate")

@@ -11,9 +11,9 @@ import pytest
 import torch
 import yaml
 
-from svl.calibration.samples import read_samples
 from svl.config import PACKAGE
 from svl.core import SvlError
+from svl.data.samples import read_samples
 from svl.evaluation import benchmarks
 from svl.evaluation.perplexity import METRICS, evaluate_perplexity
 from svl.evaluation.settings import TaskOptions

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from svl.calibration.samples import Samples
+from svl.data.samples import Samples
 from svl.models.lvlm import Lvlm
 
 

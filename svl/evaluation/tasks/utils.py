@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from svl.data.pictures import open_picture
 from svl.evaluation.reading import normalise, read_choice, read_yes_no
 from svl.evaluation.task_metrics import (
     Item,
@@ -33,7 +34,6 @@ from svl.evaluation.task_metrics import (
     yes_no_items,
     yes_ratio,
 )
-from svl.models.pictures import open_picture
 
 # what the YAML files name besides the functions below
 __all__ = [

@@ -12,8 +12,8 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from svl.core.text import for_terminal
 from svl.store.files import whole_file
+from svl.text.escaping import for_terminal
 
 WIDTH = 7.0  # inches of every figure
 DPI = 200

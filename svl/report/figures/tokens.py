@@ -18,7 +18,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from svl.core import SvlError
-from svl.models.pictures import open_picture
+from svl.data.pictures import open_picture
 from svl.report.figures.style import HEADING, HEAT, STYLE, WIDTH, axes_at, shortened, text_at
 
 MARGIN, SPACE, LINE = 0.15, 0.25, 0.24  # inches: around, between the three pictures, of a line of tokens

@@ -15,7 +15,7 @@ from PIL import Image, ImageFile
 from transformers.image_utils import load_image
 
 from svl.core import SvlError
-from svl.models.pictures import FORMATS, LIMIT, open_picture
+from svl.data.pictures import FORMATS, LIMIT, open_picture
 
 ORIENTATION = 0x0112
 

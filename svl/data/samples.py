@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from svl.core import SvlError, did_you_mean
 from svl.core.errors import explained, out_of_memory
-from svl.models import pictures
+from svl.data import pictures
 
 if TYPE_CHECKING:
     from PIL.Image import Image

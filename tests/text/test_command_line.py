@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from svl.core import SvlError
-from svl.core.command_line import CommandLineParser, run_command
+from svl.text.command_line import CommandLineParser, run_command
 
 
 @pytest.fixture

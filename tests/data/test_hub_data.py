@@ -19,10 +19,10 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from svl import config
-from svl.calibration import hub_data, samples
-from svl.calibration.hub_data import HubSource, draw_samples
-from svl.calibration.samples import read_samples
 from svl.core import SvlError
+from svl.data import hub_data, samples
+from svl.data.hub_data import HubSource, draw_samples
+from svl.data.samples import read_samples
 from svl.evaluation import benchmarks
 
 config.register_with_hydra()

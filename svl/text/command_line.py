@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from svl.core.errors import SvlError, did_you_mean, one_of
-from svl.core.text import for_terminal
+from svl.text.escaping import for_terminal
 
 INTERRUPTED = 130  # exit code, as shells have it: 128 + SIGINT
 

@@ -13,7 +13,7 @@ from helpers.commands import ENVIRONMENT
 
 SCRIPT = """
     import sys, time
-    from svl.core import processes
+    from svl import processes
 
     processes.SILENCE = 6.0
     processes.join_processes()

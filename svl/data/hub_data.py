@@ -13,10 +13,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from svl.calibration.data_folder import find_data_files
-from svl.calibration.samples import DESCRIBE, Samples, sample_of_row
 from svl.core import SvlError, one_of
 from svl.core.errors import explained, reason_of
+from svl.data.data_folder import find_data_files
+from svl.data.samples import DESCRIBE, Samples, sample_of_row
 
 BUFFER = 1000  # rows of a streamed data set among which the next one is drawn
 CHARACTERS = 2000  # of running text in one sample, at least: about 500 tokens

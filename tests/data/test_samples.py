@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from svl import config
-from svl.calibration import samples
-from svl.calibration.samples import Samples, read_samples
 from svl.core import SvlError
+from svl.data import samples
+from svl.data.samples import Samples, read_samples
 
 config.register_with_hydra()
 COLORS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (9, 9, 9)]

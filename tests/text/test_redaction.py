@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from svl.core.redaction import HIDDEN, is_secret_name, redact_text, redact_values
+from svl.text.redaction import HIDDEN, is_secret_name, redact_text, redact_values
 
 
 @pytest.mark.parametrize(
