@@ -112,7 +112,7 @@ def speed(dense: Lvlm, repeats: int) -> None:
         gone = tuple(range(n - 1 - int(share * n), n - 1))
         pruned = svl.apply(dense, Plan(n, gone))
         settings = EfficiencySettings(batch_size=8, new_tokens=16, warmup=2, repeats=repeats)
-        found = efficiency.measure_efficiency(dense, pruned, example.prompt, example.image, settings)
+        found = efficiency.measure_efficiency(dense, pruned, example, settings)
         up, ideal = found["speedup"], found["ideal"]
         cells = [f"× {up[p]['value']:.2f} ({up[p]['low']:.2f} to {up[p]['high']:.2f})" for p in ("prefill", "decode")]
         cells += [f"× {ideal:.2f}", *(f"{up[part]['value'] / ideal:.2f}" for part in ("prefill", "decode"))]

@@ -130,7 +130,7 @@ def plan_removal(lvlm: Inputs, texts: int, size: int) -> Plan:
     """Which 10 layers go, after calibration on a black picture and so many texts; `size` bytes are read."""
     png = BytesIO()
     Image.new("RGB", (3, 3)).save(png, "png")
-    samples = [Sample(0, "What is it?", png.getvalue()), *(Sample(i, f"Text {i}") for i in range(1, texts + 1))]
+    samples = [Sample(0, "What is it?", (png.getvalue(),)), *(Sample(i, f"Text {i}") for i in range(1, texts + 1))]
     began = time.perf_counter()
 
     def show(items: Iterable[int], what: str, n: int) -> Iterator[int]:

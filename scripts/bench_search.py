@@ -19,7 +19,7 @@ import torch
 from svl.calibration.encoding import encode_answer
 from svl.calibration.removal_probe import ModelProbe
 from svl.core import layers_to_remove
-from svl.data.samples import read_samples
+from svl.data.sample_files import read_samples
 from svl.demo import bundled
 from svl.models import loading, lvlm
 from svl.store.artifacts import Store

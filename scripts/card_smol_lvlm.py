@@ -28,7 +28,7 @@ import svl
 from svl.calibration.calibrate import calibrate
 from svl.config import PACKAGE
 from svl.core import Plan, Stats
-from svl.data.samples import read_samples
+from svl.data.sample_files import read_samples
 from svl.demo import smol
 from svl.demo.bundled import SMOL, resolve_bundled
 from svl.evaluation import perplexity

@@ -27,7 +27,8 @@ from typing import Any
 
 from svl.calibration.activations import Activations
 from svl.core import Patch, Plan, Stats
-from svl.data.samples import Samples, read_samples
+from svl.data.sample_files import read_samples
+from svl.data.samples import Samples
 from svl.demo import bundled
 from svl.models import loading, lvlm
 from svl.pruning import patch_file

@@ -31,7 +31,7 @@ _MODULES = {
     "apply": "pruning.surgery",
     "calibrate": "calibration.calibrate",
     "load": "models.loading",
-    "read_samples": "data.samples",
+    "read_samples": "data.sample_files",
     "save": "checkpoints.export",
     "select": "calibration.calibrate",
 }

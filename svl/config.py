@@ -74,12 +74,16 @@ class Calibration:
     """Samples that statistics are measured on."""
 
     path: str = MISSING  # a file, a folder of images, or (with `format`) a data set of the hub or a copy of it
-    format: str | None = None  # how rows of a data set become samples, see svl.data.hub_data; null: own files
+    format: str | None = None  # how rows become samples, see svl.data.row_formats; null: of own files, by their columns
     name: str | None = None  # configuration of the data set
     split: str = "train"
     revision: str | None = None
-    images: dict[str, str] = field(default_factory=dict)  # {name: configuration with the images, key: column}
+    image_table: dict[str, str] = field(default_factory=dict)  # {name: configuration with the images, key: column}
+    images: str | None = None  # folder that paths of pictures and videos are relative to; null: the file's own
+    columns: dict[str, str | None] = field(default_factory=dict)  # {prompt: question}: the rows' names of columns
     prompt: str | None = None  # asked about images without a question
+    turns: str = "all"  # of conversations: all (the last question, after everything before it) | first
+    frames: int = 8  # of a video file
     samples: int | None = None  # null: all; else a subset drawn by `seed`
     seed: int = 0  # of the subset; independent of the root seed, so that random strategies share a calibration
     batch_size: int = 8

@@ -333,7 +333,7 @@ def make_samples():
                 Sample(
                     row,
                     " ".join(chance.choices(WORDS.split(), k=length)),
-                    png(seed + row, 16 + 8 * (row % 2), 16 + 8 * (row % 3)) if image else None,
+                    (png(seed + row, 16 + 8 * (row % 2), 16 + 8 * (row % 3)),) if image else (),
                     WORDS.split()[row % 5],
                 )
                 for row, length in enumerate(lengths)
@@ -354,10 +354,9 @@ def encode():
     """Model inputs of samples, in one batch."""
 
     def encoded(lvlm, examples):
-        images = [e.image for e in examples if lvlm.takes_images and e.image_bytes]
-        return lvlm.encode(
-            [lvlm.prompt(e.prompt, image=lvlm.takes_images and bool(e.image_bytes)) for e in examples], images
-        )
+        images = [e.pictures for e in examples] if lvlm.takes_images else []
+        texts = [lvlm.prompt(e.prompt, image=lvlm.takes_images and bool(e.images)) for e in examples]
+        return lvlm.encode(texts, images)
 
     return encoded
 

@@ -41,25 +41,42 @@ def encode_samples(lvlm: Lvlm, batch: Sequence[Sample]) -> tuple[dict[str, Tenso
                 with explained_samples([sample]):
                     _encode(lvlm, [sample])
             raise
-    token = -1 if lvlm.anatomy.image_token_id is None else lvlm.anatomy.image_token_id
-    return inputs, inputs["attention_mask"].bool(), inputs["input_ids"] == token
+    return inputs, inputs["attention_mask"].bool(), lvlm.is_visual(inputs["input_ids"])
 
 
 def _encode(lvlm: Lvlm, batch: Sequence[Sample]) -> dict[str, Tensor]:
-    images = [sample.image for sample in batch if _has_image(lvlm, sample)]
-    return lvlm.encode([s.prompt if s.plain else _prompt(lvlm, s) for s in batch], images)
+    return encode_texts(lvlm, [sample_text(lvlm, sample) for sample in batch], batch)
 
 
-def _has_image(lvlm: Lvlm, sample: Sample) -> bool:
-    """Whether the model is shown the sample's image; a text-only model is not."""
-    return lvlm.takes_images and sample.image_bytes is not None
+def sample_text(lvlm: Lvlm, sample: Sample, answered: bool = False) -> str:
+    """A sample in the model's chat template, ready for its answer or with it; running text as it is.
 
+    A text-only model is shown the texts alone.
 
-def _prompt(lvlm: Lvlm, sample: Sample, answer: str | None = None) -> str:
+    Raises:
+        SvlError: if the template fails, the sample has a video that the model cannot take, or a text holds the model's
+            own mark of an image.
+    """
+    if sample.plain:
+        return sample.prompt
+    if sample.frames and lvlm.takes_images and not lvlm.takes_videos:
+        raise SvlError(f"{sample.label} has a video, but '{lvlm.name}' takes none; give its frames as images")
+    turns = sample.conversation(pictured=lvlm.takes_images, answered=answered)
     try:
-        return lvlm.prompt(sample.prompt, _has_image(lvlm, sample), answer)
+        for part in (part for turn in turns for part in turn["content"]):
+            lvlm.check_text(part.get("text", ""))
+        return lvlm.render(turns)
     except SvlError as error:
         raise SvlError(f"{sample.label}: {error}") from error
+
+
+def encode_texts(lvlm: Lvlm, texts: list[str], batch: Sequence[Sample]) -> dict[str, Tensor]:
+    """Model inputs of samples whose texts are written already."""
+    if not lvlm.takes_images:
+        return lvlm.encode(texts)
+    images = [sample.pictures for sample in batch]
+    videos = [sample.video for sample in batch if sample.frames]
+    return lvlm.encode(texts, images if any(images) else None, videos)
 
 
 def encode_answer(lvlm: Lvlm, sample: Sample) -> tuple[dict[str, Tensor], Tensor]:
@@ -71,14 +88,13 @@ def encode_answer(lvlm: Lvlm, sample: Sample) -> tuple[dict[str, Tensor], Tensor
         SvlError: if template or processor refuse the sample, or the answer adds no token.
     """
     with explained_samples([sample]):
+        asked = encode_texts(lvlm, [sample_text(lvlm, sample)], [sample])
         if sample.plain:
-            inputs = lvlm.encode([sample.prompt])
-            return inputs, torch.ones_like(inputs["input_ids"][0], dtype=torch.bool)
-        images = [sample.image] if _has_image(lvlm, sample) else None
-        asked = lvlm.encode([_prompt(lvlm, sample)], images)["input_ids"][0]
-        inputs = lvlm.encode([_prompt(lvlm, sample, sample.answer).rstrip("\n")], images)
+            return asked, torch.ones_like(asked["input_ids"][0], dtype=torch.bool)
+        inputs = encode_texts(lvlm, [sample_text(lvlm, sample, answered=True).rstrip("\n")], [sample])
     tokens = inputs["input_ids"][0]
-    same = int((tokens[: len(asked)] == asked[: len(tokens)]).long().cumprod(0).sum())
+    before = asked["input_ids"][0]
+    same = int((tokens[: len(before)] == before[: len(tokens)]).long().cumprod(0).sum())
     if same == len(tokens):
         raise SvlError(f"{sample.label}: the answer '{sample.answer}' adds no token to the prompt")
     return inputs, torch.arange(len(tokens), device=tokens.device) >= same

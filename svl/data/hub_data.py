@@ -1,27 +1,26 @@
 """Calibration samples drawn from a data set of the hub, or a copy of it.
 
-Data sets are streamed through `datasets`, of which nothing but the rows looked at is fetched; FORMATS says how their
-rows become samples.
+Data sets are streamed through `datasets`, of which nothing but the rows looked at is fetched.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from svl.core import SvlError, one_of
-from svl.core.errors import explained, reason_of
+from svl.core import SvlError
+from svl.core.errors import explained
 from svl.data.data_folder import find_data_files
-from svl.data.samples import DESCRIBE, Samples, sample_of_row
+from svl.data.row_formats import FORMATS, Row, RowContent, RowOptions, read_row
+from svl.data.sample_files import fill_sample
+from svl.data.samples import Sample, Samples
 
 BUFFER = 1000  # rows of a streamed data set among which the next one is drawn
 CHARACTERS = 2000  # of running text in one sample, at least: about 500 tokens
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -30,32 +29,32 @@ class HubSource:
 
     Attributes:
         path: hub id, or folder with a copy.
-        format: how rows become samples, a key of FORMATS.
         n: how many; a data set is too large for all.
         seed: of the order in which it is streamed, shuffled within a buffer of BUFFER rows.
         name: configuration of the data set.
         split: its part.
         revision: hub branch, tag or commit.
-        prompt: what is asked where the data set has no questions.
-        images: {"name": .., "key": ..}: the configuration that holds the images by `id`, if they are not in the rows,
-            and the column that names them. The first `n` images are drawn, and the first question on each.
+        image_table: {"name": .., "key": ..}: the configuration that holds the images by `id`, if they are not in the
+            rows, and the column that names them. The first `n` images are drawn, and the first question on each.
+        options: how rows become samples; needs a format.
 
     Raises:
-        SvlError: if there is no such format, or `n` is None.
+        SvlError: if `n` is None, or there is no format.
     """
 
     path: str
-    format: str
     n: int | None
     seed: int = 0
     name: str | None = None
     split: str = "train"
     revision: str | None = None
-    prompt: str | None = None
-    images: dict[str, str] | None = None
+    image_table: dict[str, str] | None = None
+    options: RowOptions = field(default_factory=RowOptions)
 
     def __post_init__(self) -> None:
-        one_of("calibration.format", self.format, list(FORMATS))
+        if self.options.format is None:
+            known = ", ".join(FORMATS)
+            raise SvlError(f"calibration.format is not set: say how rows of '{self.path}' are read ({known})")
         if self.n is None:
             raise SvlError(f"calibration.samples is not set: say how many samples of '{self.path}' are wanted")
 
@@ -68,20 +67,23 @@ def draw_samples(source: HubSource) -> Samples:
     """
     n = source.n or 0
     with explained(f"calibration.path: cannot read '{source.path}'"):
-        rows: Iterable[Row]
-        if source.format == "text":
-            rows = _passages(source, n)
-        elif source.images:
-            images, questions = _stream(source, source.images["name"]), _stream(source, source.name, False)
-            rows = _joined(images, questions, n, source.images["key"])
+        contents: Iterable[RowContent]
+        if source.options.format == "text":
+            contents = _passages(source, n)
+        elif source.image_table:
+            images, questions = _stream(source, source.image_table["name"]), _stream(source, source.name, False)
+            contents = _contents(source, _joined(images, questions, n, source.image_table["key"]))
         else:
-            rows = _stream(source, source.name)
-        found = list(islice((row for row in (_converted(source, row) for row in rows) if row is not None), n))
+            contents = _contents(source, _stream(source, source.name))
+        found = list(islice(contents, n))
     if len(found) < n:
         raise SvlError(
             f"data set '{source.path}' has {len(found)} samples in '{source.split}', but calibration.samples is {n}"
         )
-    return Samples(source.path, tuple(sample_of_row(row, i, source.path, Path()) for i, row in enumerate(found)))
+    folder, frames = source.options.images or Path(), source.options.frames
+    numbered = (Sample(i, "", source=source.path) for i in range(n))
+    filled = (fill_sample(sample, content, folder, frames) for sample, content in zip(numbered, found, strict=True))
+    return Samples(source.path, tuple(filled))
 
 
 def _stream(source: HubSource, name: str | None, shuffled: bool = True) -> Any:
@@ -103,24 +105,23 @@ def _stream(source: HubSource, name: str | None, shuffled: bool = True) -> Any:
     return rows.shuffle(seed=source.seed, buffer_size=BUFFER) if shuffled else rows
 
 
-def _converted(source: HubSource, row: Row) -> Row | None:
-    """A row as a sample; None for one that makes none."""
-    try:
-        return FORMATS[source.format](row, source.prompt or DESCRIBE)
-    except KeyError as error:
-        reads = f"which calibration.format={source.format} reads"
-        raise SvlError(f"data set '{source.path}' has no column {error}, {reads}") from error
-    except (TypeError, ValueError, IndexError, AttributeError) as error:
-        fits = f"does not fit calibration.format={source.format}: {reason_of(error)}"
-        raise SvlError(f"a row of data set '{source.path}' {fits}") from error
+def _contents(source: HubSource, rows: Iterable[Row]) -> Iterator[RowContent]:
+    """What the rows say that make samples."""
+    for i, row in enumerate(rows):
+        if i == 0:
+            source.options.check_columns(row)
+        with explained(f"a row of data set '{source.path}' does not fit calibration.format={source.options.format}"):
+            content = read_row(row, str(source.options.format), source.options)
+        if content is not None:
+            yield content
 
 
-def _passages(source: HubSource, n: int) -> list[Row]:
+def _passages(source: HubSource, n: int) -> list[RowContent]:
     """`n` passages of running text, drawn from the first 10 n."""
-    lines = (row for row in (_converted(source, row) for row in _stream(source, source.name, False)) if row)
+    lines = (content.prompt for content in _contents(source, _stream(source, source.name, False)))
     texts = list(islice(_texts(lines), 10 * n))
     chosen = sorted(random.Random(source.seed).sample(range(len(texts)), min(n, len(texts))))
-    return [{"text": texts[i]} for i in chosen]
+    return [RowContent(texts[i], plain=True) for i in chosen]
 
 
 def _joined(images: Iterable[Row], questions: Iterable[Row], n: int, key: str) -> Iterator[Row]:
@@ -135,72 +136,12 @@ def _joined(images: Iterable[Row], questions: Iterable[Row], n: int, key: str) -
     return ({**asked[i], "image": picture} for i, picture in pictures.items() if i in asked)
 
 
-def _texts(rows: Iterable[Row]) -> Iterator[str]:
+def _texts(lines: Iterable[str]) -> Iterator[str]:
     """Running text of at least CHARACTERS, from lines: paragraphs whole, headings and empty lines left out."""
     text = ""
-    for row in rows:
-        line = row["text"].strip()
+    for line in map(str.strip, lines):
         if line and not line.startswith("="):
             text = f"{text}\n{line}" if text else line
             if len(text) >= CHARACTERS:
                 yield text
                 text = ""
-
-
-def _question(row: Row, prompt: str) -> Row | None:
-    return {"image": row["image"], "prompt": row["question"], "answer": row["answer"]}
-
-
-def _choices(row: Row, prompt: str) -> Row | None:
-    """A question with lettered choices, asked as the benchmarks do; rows without an image are left out."""
-    if row["image"] is None:
-        return None
-    right = row["answer"] if "answer" in row else row["correct_choice_idx"]
-    hint = f"Context: {row['hint']}\n" if row.get("hint") else ""
-    choices = "\n".join(f"{letter}. {choice}" for letter, choice in zip("ABCDEFGHIJ", row["choices"], strict=False))
-    ask = "Answer with the option's letter from the given choices directly."
-    return {
-        "image": row["image"],
-        "prompt": f"{hint}{row['question']}\n{choices}\n{ask}",
-        "answer": "ABCDEFGHIJ"[right],
-    }
-
-
-def _caption(row: Row, prompt: str) -> Row | None:
-    return {"image": row["image"], "prompt": prompt, "answer": row["caption"]}
-
-
-def _messages(row: Row, prompt: str) -> Row | None:
-    """The first turn of a conversation on one image."""
-    asked, said, *_ = (
-        "".join(part["text"] or "" for part in message["content"] if part["type"] == "text").strip()
-        for message in row["messages"]
-    )
-    return {"image": row["images"][0], "prompt": asked, "answer": said} if len(row["images"]) == 1 else None
-
-
-def _turns(row: Row, prompt: str) -> Row | None:
-    """As `_messages`, of turns with `user` and `assistant`."""
-    if len(row["images"]) != 1:
-        return None
-    return {"image": row["images"][0], "prompt": row["texts"][0]["user"], "answer": row["texts"][0]["assistant"]}
-
-
-def _prompt(row: Row, prompt: str) -> Row | None:
-    return {"image": row["image"], "prompt": row["prompt"], "answer": row.get("answer")}
-
-
-def _text(row: Row, prompt: str) -> Row | None:
-    return {"text": row["text"]}
-
-
-# how a row becomes a sample (None: it does not): the columns that are read
-FORMATS: dict[str, Callable[[Row, str], Row | None]] = {
-    "prompt": _prompt,  # image, prompt, answer
-    "question": _question,  # image, question, answer
-    "choices": _choices,  # image, question, choices, answer or correct_choice_idx (a number), hint
-    "caption": _caption,  # image, caption
-    "messages": _messages,  # images, messages of role and content
-    "turns": _turns,  # images, texts of user and assistant
-    "text": _text,  # text alone: passages of several rows, see `_passages`
-}

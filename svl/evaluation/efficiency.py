@@ -21,20 +21,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from svl.calibration.encoding import encode_texts, sample_text
 from svl.core import SvlError
 from svl.core.errors import explained, out_of_memory
+from svl.data.samples import Sample
 from svl.evaluation.settings import EfficiencySettings
 from svl.models.lvlm import Lvlm, Progress
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 PARTS = ("image", "vision", "prefill", "decode")
 RESIDENT = Path("/proc/self/status")
@@ -44,12 +43,11 @@ Seconds = dict[str, float]  # by part, and "total"
 def measure_efficiency(
     dense: Lvlm,
     pruned: Lvlm,
-    prompt: str,
-    image: Image | None,
+    sample: Sample,
     settings: EfficiencySettings,
     show: Progress = lambda rounds, what, total: rounds,
 ) -> dict[str, Any]:
-    """Costs of both models for one prompt (and image), answered several times at once with so many tokens.
+    """Costs of both models for one sample, answered several times at once with so many tokens.
 
     Returns:
         `dense` and `pruned`: parameters, layers, bytes, prefill_flops, cache_bytes, seconds {image, vision, prefill,
@@ -67,7 +65,7 @@ def measure_efficiency(
         model.require_in_memory("measuring speed")
     advice = f"lower efficiency.batch_size (now {settings.batch_size}) or efficiency.new_tokens"
     with out_of_memory("measuring speed", advice), explained("speed cannot be measured"):
-        asked = Asked.several(dense, prompt, image, settings.batch_size)
+        asked = Asked(sample_text(dense, sample), sample, settings.batch_size)
         rounds, peaks = _rounds(pair, asked, settings, show)
         inputs = asked.encode(dense)
         costs = {
@@ -93,20 +91,15 @@ def measure_efficiency(
 
 @dataclass(frozen=True)
 class Asked:
-    """Prompts that are answered at once, and their images."""
+    """A sample, as the text of its prompt has it, that is asked `n` times at once."""
 
-    texts: list[str]
-    images: list[Image] | None
-
-    @classmethod
-    def several(cls, lvlm: Lvlm, prompt: str, image: Image | None, n: int) -> Asked:
-        """The same prompt (and image) `n` times."""
-        text = lvlm.prompt(prompt, image is not None)
-        return cls([text] * n, [image] * n if image is not None else None)
+    text: str
+    sample: Sample
+    n: int
 
     def encode(self, lvlm: Lvlm) -> dict[str, Tensor]:
         """Model inputs."""
-        return lvlm.encode(self.texts, self.images)
+        return encode_texts(lvlm, [self.text] * self.n, [self.sample] * self.n)
 
 
 def _rounds(

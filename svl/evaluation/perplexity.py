@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from svl.core import SvlError, one_of
 from svl.core.errors import explained, out_of_memory
-from svl.data.samples import read_samples
+from svl.data.sample_files import read_samples
 from svl.evaluation import benchmarks
 from svl.evaluation.score_statistics import Part, standard_error
 from svl.evaluation.settings import TaskOptions

@@ -38,6 +38,7 @@ WRITERS = {
 }
 
 IMAGE_TOKEN_FIELDS = ("image_token_id", "image_token_index", "image_patch_id")
+VIDEO_TOKEN_FIELDS = ("video_token_id", "video_token_index")
 
 # Config fields of models whose layers cannot be taken apart, with the reason.
 REFUSED = {
@@ -85,6 +86,7 @@ class Anatomy:
         protected: layer that must stay -> why.
         waived: layers that others depend on, but whose protection `model.protect` has lifted: they may be removed, and
             the pruned model then computes something else than the full one that skips them.
+        video_token_id: as `image_token_id`, of videos; None where they have no placeholder of their own.
     """
 
     layers: str
@@ -94,6 +96,7 @@ class Anatomy:
     writers: dict[str, tuple[Writer, ...]]
     protected: dict[int, str] = field(default_factory=dict)
     waived: tuple[int, ...] = ()
+    video_token_id: int | None = None
 
     @property
     def removable(self) -> tuple[int, ...]:
@@ -157,6 +160,7 @@ def find_anatomy(
         writers=find_writers(lists[path], hidden),
         protected=protected,
         waived=tuple(i for i in tied if i not in protected),
+        video_token_id=video_token_id(model.config),
     )
 
 
@@ -198,8 +202,17 @@ def find_decoder(model: PreTrainedModel, lists: dict[str, nn.ModuleList], hidden
 
 def image_token_id(config: PreTrainedConfig) -> int | None:
     """The image placeholder that a model's config, or its vision part, names."""
+    return _placeholder(config, IMAGE_TOKEN_FIELDS)
+
+
+def video_token_id(config: PreTrainedConfig) -> int | None:
+    """The video placeholder that a model's config, or its vision part, names."""
+    return _placeholder(config, VIDEO_TOKEN_FIELDS)
+
+
+def _placeholder(config: PreTrainedConfig, fields: tuple[str, ...]) -> int | None:
     parts = (config, getattr(config, "vision_config", None))
-    values = (getattr(part, name, None) for part in parts for name in IMAGE_TOKEN_FIELDS)
+    values = (getattr(part, name, None) for part in parts for name in fields)
     return next((value for value in values if isinstance(value, int)), None)
 
 

@@ -74,14 +74,27 @@ class Lvlm:
         """Whether the model takes images."""
         return self.anatomy.image_token_id is not None
 
+    @property
+    def takes_videos(self) -> bool:
+        """Whether the model's processor takes videos."""
+        return self.takes_images and getattr(self.processor, "video_processor", None) is not None
+
+    def is_visual(self, ids: Tensor) -> Tensor:
+        """Which of the tokens `ids`, of any shape, stand for pictures or videos; boolean, of the same shape."""
+        visual = torch.zeros_like(ids, dtype=torch.bool)
+        for placeholder in (self.anatomy.image_token_id, self.anatomy.video_token_id):
+            if placeholder is not None:
+                visual |= ids == placeholder
+        return visual
+
     def render(self, conversation: list[dict[str, Any]]) -> str:
         """A conversation in the model's own chat template, or as plain text where it has none.
 
         After a user's turn the text is ready for the answer.
 
         Args:
-            conversation: turns {"role", "content"}; the content is a text, or a list of parts, {"type": "image"} or
-                {"type": "text", "text"}.
+            conversation: turns {"role", "content"}; the content is a text, or a list of parts, {"type": "image"},
+                {"type": "video"} or {"type": "text", "text"}.
 
         Raises:
             SvlError: if there is an image and no template says where it goes, or the template fails.
@@ -103,22 +116,30 @@ class Lvlm:
         Raises:
             SvlError: if the text holds the model's own mark of an image.
         """
-        mark = None
-        if (placeholder := self.anatomy.image_token_id) is not None:
-            with explained(f"the tokenizer of '{self.name}' has no image placeholder {placeholder}"):
-                mark = self.tokenizer.convert_ids_to_tokens(placeholder)
-        if isinstance(mark, str) and mark in text:
-            raise SvlError(f"the prompt '{text[:60]}' contains {mark}; leave it out: the template places the image")
+        self.check_text(text)
         parts = [{"type": "image"}] if image else []
         turns = [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
         if answer is not None:
             turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         return self.render(turns)
 
-    def encode(self, texts: list[str], images: Sequence[Any] | None = None) -> dict[str, Tensor]:
+    def check_text(self, text: str) -> None:
+        """Raise SvlError if a text holds the model's own mark of an image, which only the template may write."""
+        placeholder = self.anatomy.image_token_id
+        if placeholder is None:
+            return
+        with explained(f"the tokenizer of '{self.name}' has no image placeholder {placeholder}"):
+            mark = self.tokenizer.convert_ids_to_tokens(placeholder)
+        if isinstance(mark, str) and mark in text:
+            raise SvlError(f"the prompt '{text[:60]}' contains {mark}; leave it out: the template places the image")
+
+    def encode(
+        self, texts: list[str], images: Sequence[Any] | None = None, videos: Sequence[Any] | None = None
+    ) -> dict[str, Tensor]:
         """Model inputs for prompts and their images, in the order in which the prompts have placeholders.
 
-        An image is an open picture, encoded bytes or a path; they may come in one list per prompt.
+        An image is an open picture, encoded bytes or a path; they may come in one list per prompt. A video is a list
+        of frames, which are images.
 
         Padded on the left, on the model's device; numbers that are no ids are in the model's dtype.
 
@@ -137,6 +158,7 @@ class Lvlm:
             return_tensors="pt",
             add_special_tokens=not template_wrote_bos,
             **({"images": _opened(images)} if images else {}),
+            **({"videos": _opened(videos)} if videos else {}),
         )
         dtype = self.model.dtype
         return {k: v.to(self.device, dtype if v.is_floating_point() else None) for k, v in inputs.items()}

@@ -20,7 +20,7 @@ def write_example_picture(lvlm: Lvlm, samples: Samples, folder: Path) -> None:
     """Write the first picture whose visual tokens form one grid (example.png) with its tokens (example.json)."""
     from svl.calibration.encoding import encode_samples
 
-    sample = next((s for s in samples if s.image_bytes is not None), None)
+    sample = next((s for s in samples if s.images), None)
     if sample is None or not lvlm.takes_images:
         return
     inputs, _, visual = encode_samples(lvlm, [sample])
@@ -34,7 +34,7 @@ def write_example_picture(lvlm: Lvlm, samples: Samples, folder: Path) -> None:
     tokens = lvlm.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0][~visual[0]].tolist())
     record = {"row": sample.row, "prompt": sample.prompt, "grid": grid, "tokens": tokens}
     (folder / "example.json").write_text(json.dumps(record))
-    sample.image.save(folder / "example.png")
+    sample.pictures[0].save(folder / "example.png")
 
 
 def write_token_scores(stats: Stats, calibrated: Path, folder: Path) -> None:

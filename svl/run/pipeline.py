@@ -261,9 +261,8 @@ class Run:
             from svl.evaluation.efficiency import measure_efficiency
 
             samples = setup.samples.samples
-            sample = next((s for s in samples if s.image_bytes is not None), samples[0])
-            image = sample.image if sample.image_bytes is not None and setup.dense.takes_images else None
-            return measure_efficiency(setup.dense, variant.lvlm, sample.prompt, image, settings, show=show_progress)
+            sample = next((s for s in samples if s.images), samples[0])
+            return measure_efficiency(setup.dense, variant.lvlm, sample, settings, show=show_progress)
 
         inputs = {
             "model": setup.model,

@@ -15,7 +15,9 @@ from svl.config import load_options, plain_values, round_ratio, validate_config
 from svl.core import Method, SvlError, TokenSelector, one_of
 from svl.core.errors import out_of_memory
 from svl.data.hub_data import HubSource, draw_samples
-from svl.data.samples import Samples, read_samples, write_samples
+from svl.data.row_formats import DESCRIBE, RowOptions
+from svl.data.sample_files import read_samples
+from svl.data.samples import Samples, write_samples
 from svl.demo import bundled
 from svl.evaluation import benchmarks
 from svl.evaluation.settings import EfficiencySettings, TaskOptions
@@ -190,20 +192,28 @@ class RunSetup:
         c = self.cfg.calibration
         split = c.split if c.format else None
         benchmarks.check_not_evaluated_on(c.path, split, self.tasks, self.cfg.benchmark.include_path)
-        if c.format is None:
-            return read_samples(c.path, c.samples, c.seed, c.prompt)
+        options = RowOptions(
+            format=c.format,
+            prompt=c.prompt or DESCRIBE,
+            columns=plain_values(c.columns),
+            images=Path(c.images).expanduser() if c.images else None,
+            turns=c.turns,
+            frames=c.frames,
+        )
+        path = Path(c.path).expanduser()
+        if c.format is None or path.is_file():
+            return read_samples(c.path, c.samples, c.seed, options)
         source = HubSource(
             path=c.path,
-            format=c.format,
             n=c.samples,
             seed=c.seed,
             name=c.name,
             split=c.split,
             revision=c.revision,
-            prompt=c.prompt,
-            images=dict(c.images) or None,
+            image_table=dict(c.image_table) or None,
+            options=options,
         )
-        if Path(c.path).expanduser().is_dir():
+        if path.is_dir():
             return draw_samples(source)
 
         def draw(folder: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from dataclasses import replace
 
 import numpy as np
@@ -12,10 +13,11 @@ from PIL import Image
 
 from svl.calibration.activations import Activations
 from svl.calibration.calibrate import calibrate, check_selector
-from svl.calibration.encoding import encode_answer
+from svl.calibration.encoding import encode_answer, encode_samples
 from svl.calibration.removal_probe import ModelProbe
 from svl.core import Plan, SvlError
-from svl.data.samples import Samples, read_samples
+from svl.data.sample_files import read_samples
+from svl.data.samples import Sample, Samples
 from svl.selectors.visual import Visual
 
 PLAN = Plan(4, (1,))
@@ -45,7 +47,7 @@ def test_a_picture_that_the_processor_refuses_is_named(qwen, samples, tmp_path):
     """Qwen-VL takes no picture 200 times as long as it is wide."""
     Image.fromarray(np.zeros((4, 1000, 3), dtype=np.uint8)).save(tmp_path / "long.png")
     (long,) = read_samples(tmp_path)
-    data = changed(samples, 3, image_bytes=long.image_bytes)
+    data = changed(samples, 3, images=long.images)
     for size in (1, 5):
         with in_one_line(r"row 3 of 'my\.jsonl' does not go through the model: .*aspect ratio.*; leave the sample out"):
             calibrate(qwen, data, batch_size=size)
@@ -85,9 +87,63 @@ def test_a_template_that_refuses_a_prompt_is_named(llama, make_samples):
             ask()
 
 
-def test_a_prompt_with_the_mark_of_a_picture_is_named(llava, samples):
-    with in_one_line(r"row 2 of 'my\.jsonl': the prompt '<image> what' contains <image>"):
-        calibrate(llava, changed(samples, 2, prompt="<image> what"))
+def test_a_prompt_with_the_mark_of_a_picture_is_named(qwen, samples):
+    with in_one_line(r"row 2 of 'my\.jsonl': the prompt '<\|image_pad\|> what' contains <\|image_pad\|>"):
+        calibrate(qwen, changed(samples, 2, prompt="<|image_pad|> what"))
+
+
+def test_a_video_for_a_model_without_videos_is_refused(llava, samples):
+    data = changed(samples, 2, images=(), frames=samples.samples[2].images * 2)
+    with in_one_line(r"row 2 of 'my\.jsonl' has a video, but 'llava' takes none; give its frames as images"):
+        calibrate(llava, data)
+
+
+# --------------------------------------------------------------------------- several pictures, several turns
+
+
+def placed(lvlm, prompt: str, pictures: int) -> list[str]:
+    """The tokens of a sample whose pictures all look alike; "*" are visual ones."""
+    image = io.BytesIO()
+    Image.new("RGB", (16, 16), "red").save(image, "png")
+    inputs, _, visual = encode_samples(lvlm, [Sample(0, prompt, (image.getvalue(),) * pictures)])
+    tokens = lvlm.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0].tolist())
+    return ["*" if seen else token for token, seen in zip(tokens, visual[0].tolist(), strict=True)]
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen"])
+def test_pictures_stand_where_their_marks_are(kind, request):
+    lvlm = request.getfixturevalue(kind)
+    alone = placed(lvlm, "what is red", 1).count("*")
+    assert alone > 0
+    first = placed(lvlm, "what is red", 3)
+    assert first.count("*") == 3 * alone
+    assert first == placed(lvlm, "<image><image><image>what is red", 3)
+    between = placed(lvlm, "<image> what <image> is red", 2)
+    assert between.count("*") == 2 * alone
+    what, red = (next(i for i, token in enumerate(between) if word in token) for word in ("what", "red"))
+    assert between[:what].count("*") == between[what:red].count("*") == alone
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen"])
+def test_a_batch_of_unlike_samples_is_calibrated_as_each_alone(kind, request, samples):
+    """One picture, three, none, and a conversation."""
+    lvlm = request.getfixturevalue(kind)
+    one, two, three, four, _ = samples.samples
+    several = replace(two, images=(*two.images, *one.images, *four.images))
+    talk = replace(four, earlier=(("user", "how many"), ("assistant", "the red of one")))
+    mixed = Samples("mixed", (one, several, replace(three, images=()), talk))
+    together = calibrate(lvlm, mixed, batch_size=4).traces
+    for trace, sample in zip(together, mixed, strict=True):
+        (alone,) = calibrate(lvlm, Samples("alone", (sample,)), batch_size=1).traces
+        assert trace.visual.equal(alone.visual)
+        torch.testing.assert_close(trace.cosine, alone.cosine, atol=1e-5, rtol=0)
+
+
+def test_the_turns_before_the_question_are_part_of_the_prompt(llama):
+    sample = Sample(0, "what is red", earlier=(("user", "how many"), ("assistant", "the blue")))
+    inputs, _, _ = encode_samples(llama, [sample])
+    words = llama.tokenizer.decode(inputs["input_ids"][0])
+    assert words.index("how many") < words.index("the blue") < words.index("what is red")
 
 
 # ----------------------------------------------------------------------------------------------- memory

@@ -25,7 +25,7 @@ from svl.strategies.sleb import Sleb
 @pytest.fixture
 def plain(make_samples):
     """The same samples as running text."""
-    return Samples("plain", tuple(replace(e, plain=True, image_bytes=None) for e in make_samples([5, 9, 12]).samples))
+    return Samples("plain", tuple(replace(e, plain=True, images=()) for e in make_samples([5, 9, 12]).samples))
 
 
 @pytest.mark.parametrize("memory", [0, 2**31])
@@ -81,7 +81,7 @@ def test_padding_pictures_and_prompts_are_never_scored(vlm, make_samples, seed):
     inputs, answers = zip(*(encode_answer(vlm, e) for e in data.samples), strict=True)
     width = extra + max(a.shape[0] for a in answers)
     batch = vlm.encode(
-        [vlm.prompt(e.prompt, True, e.answer).rstrip("\n") for e in data.samples], [e.image for e in data.samples]
+        [vlm.prompt(e.prompt, True, e.answer).rstrip("\n") for e in data.samples], [e.pictures for e in data.samples]
     )
     labels = torch.full((len(lengths), width), -100)
     tokens, mask = torch.zeros_like(labels), torch.zeros_like(labels)

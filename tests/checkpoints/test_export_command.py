@@ -65,7 +65,7 @@ def reloaded(request, checkpoint, samples, tmp_path_factory):
         cases[kind] = {
             "path": str(folder / kind),
             "texts": [lvlm.prompt(e.prompt, image=lvlm.takes_images) for e in samples.samples[:3]],
-            "images": [e.image_bytes for e in samples.samples[:3]] if lvlm.takes_images else [],
+            "images": [e.images[0] for e in samples.samples[:3]] if lvlm.takes_images else [],
         }
     torch.save(cases, folder / "cases.pt")
     command = [sys.executable, "-I", "-c", READER, str(folder / "cases.pt"), str(folder / "results.pt")]

@@ -22,7 +22,8 @@ from svl import config
 from svl.core import SvlError
 from svl.data import hub_data, samples
 from svl.data.hub_data import HubSource, draw_samples
-from svl.data.samples import read_samples
+from svl.data.row_formats import DESCRIBE, RowOptions
+from svl.data.sample_files import read_samples
 from svl.evaluation import benchmarks
 
 config.register_with_hydra()
@@ -47,9 +48,9 @@ def chosen(choice, standins, **changes):
     """What conf/calibration/<choice>.yaml draws, from the copy of its data set."""
     with initialize_config_dir(str(config.CONF), version_base="1.3"):
         c = compose("config", overrides=[f"calibration={choice}"]).calibration
-    options = {"format": c.format, "n": 5, "seed": 0, "name": c.name, "split": c.split, "prompt": c.prompt}
-    options |= {"images": dict(c.images) or None, **changes}
-    return draw_samples(HubSource(str(standins / c.path.split("/")[1]), **options))
+    rows = RowOptions(changes.pop("format", c.format), c.prompt or DESCRIBE, turns=c.turns)
+    source = {"n": 5, "seed": 0, "name": c.name, "split": c.split, "image_table": dict(c.image_table) or None}
+    return draw_samples(HubSource(str(standins / c.path.split("/")[1]), **(source | changes), options=rows))
 
 
 WANTED = {  # part of the first turn, part of its answer
@@ -71,9 +72,9 @@ def test_every_data_set_gives_samples(choice, standins, tmp_path):
         assert asked in example.prompt
         assert said in example.answer
         assert example.plain == (choice == "wikitext")
-        assert example.plain or example.image.size == (32, 24)
+        assert example.plain or example.pictures[0].size == (32, 24)
         assert example.plain or "<image>" not in example.prompt
-    assert len({e.image_bytes for e in found.samples}) > 1 or choice == "wikitext"
+    assert len({e.images for e in found.samples}) > 1 or choice == "wikitext"
     if choice in ("scienceqa", "aokvqa"):
         assert {e.answer for e in found.samples} <= set("ABCD")
     if choice == "wikitext":
@@ -92,7 +93,7 @@ def test_images_of_gqa_belong_to_their_questions(standins):
 
     images = {row["id"]: row["image"]["bytes"] for row in rows("train_balanced_images")}
     of = {row["question"]: images[row["imageId"]] for row in rows("train_balanced_instructions")}
-    assert all(of[e.prompt] == e.image_bytes for e in chosen("gqa", standins).samples)
+    assert all((of[e.prompt],) == e.images for e in chosen("gqa", standins).samples)
 
 
 def test_mistakes_with_data_sets_are_named(standins):
@@ -102,7 +103,7 @@ def test_mistakes_with_data_sets_are_named(standins):
         chosen("scienceqa", standins, n=None)
     with pytest.raises(SvlError, match=r"has \d+ samples in 'train', but calibration.samples is 500"):
         chosen("scienceqa", standins, n=500)
-    with pytest.raises(SvlError, match="has no column 'caption'"):
+    with pytest.raises(SvlError, match="there is no column 'caption'"):
         chosen("scienceqa", standins, format="caption")
     with pytest.raises(SvlError, match=r"calibration\.path: cannot read .*tran"):
         chosen("scienceqa", standins, split="tran")
@@ -122,7 +123,7 @@ def write_rows(file, *answers):
 
 
 def answers_of(folder, n=2, **changes):
-    return {s.answer for s in draw_samples(HubSource(str(folder), "question", n, **changes))}
+    return {s.answer for s in draw_samples(HubSource(str(folder), n, options=RowOptions("question"), **changes))}
 
 
 def write_card(folder, *configs):
@@ -228,9 +229,9 @@ def test_a_row_that_does_not_fit_is_one_line(tmp_path):
     rows = [{"image": {"bytes": png(0), "path": None}, "question": "?", "choices": ["x"], "answer": 99}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "train.parquet")
     with pytest.raises(SvlError, match=r"a row of .* does not fit calibration\.format=choices: IndexError"):
-        draw_samples(HubSource(str(tmp_path), "choices", 1))
-    with pytest.raises(SvlError, match=r"has no column 'text', which calibration\.format=text reads"):
-        draw_samples(HubSource(str(tmp_path), "text", 1))
+        draw_samples(HubSource(str(tmp_path), 1, options=RowOptions("choices")))
+    with pytest.raises(SvlError, match=r"there is no column 'text', which calibration\.format=text reads"):
+        draw_samples(HubSource(str(tmp_path), 1, options=RowOptions("text")))
 
 
 # ------------------------------------------------------------------------------------ calibration or benchmark

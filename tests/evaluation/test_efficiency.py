@@ -8,6 +8,7 @@ import pytest
 from helpers.commands import SMALL, manifests, run_svl
 
 from svl.core import Plan, SvlError
+from svl.data.samples import Sample
 from svl.evaluation import efficiency
 from svl.evaluation.settings import EfficiencySettings
 from svl.pruning import surgery
@@ -17,7 +18,8 @@ PROMPT = "what is red"
 
 def measured(dense, pruned, **options):
     settings = {"new_tokens": 3, "warmup": 0, "repeats": 1, "batch_size": 2}
-    return efficiency.measure_efficiency(dense, pruned, PROMPT, None, EfficiencySettings(**{**settings, **options}))
+    chosen = EfficiencySettings(**{**settings, **options})
+    return efficiency.measure_efficiency(dense, pruned, Sample(0, PROMPT), chosen)
 
 
 def test_counts_are_those_by_hand(llama):
@@ -55,7 +57,7 @@ def test_answers_have_exactly_so_many_tokens(vlm, samples):
     handle = vlm.model.register_forward_hook(lambda *_: passes.append(1))
     pictured = samples.samples[0]
     settings = EfficiencySettings(new_tokens=5, warmup=1, repeats=2)
-    found = efficiency.measure_efficiency(vlm, vlm, pictured.prompt, pictured.image, settings)
+    found = efficiency.measure_efficiency(vlm, vlm, pictured, settings)
     handle.remove()
     assert len(passes) == 2 * (3 * 5 + 1)  # of each: three rounds, and one pass that counts operations
     parts = found["dense"]["seconds"]

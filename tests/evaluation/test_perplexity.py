@@ -13,7 +13,7 @@ import yaml
 
 from svl.config import PACKAGE
 from svl.core import SvlError
-from svl.data.samples import read_samples
+from svl.data.sample_files import read_samples
 from svl.evaluation import benchmarks
 from svl.evaluation.perplexity import METRICS, evaluate_perplexity
 from svl.evaluation.settings import TaskOptions

@@ -18,8 +18,10 @@ from PIL import Image
 
 from svl import config
 from svl.core import SvlError
-from svl.data import samples
-from svl.data.samples import Samples, read_samples
+from svl.data import record_files
+from svl.data.row_formats import DESCRIBE, RowOptions
+from svl.data.sample_files import read_samples
+from svl.data.samples import Samples
 
 config.register_with_hydra()
 COLORS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (9, 9, 9)]
@@ -68,7 +70,7 @@ def test_every_form_of_image_gives_the_same_examples(tmp_path, lines, monkeypatc
     for file in (plain, wrapped, paths, lines, copied):
         found = read_samples(file)
         assert [(e.row, e.prompt, e.answer) for e in found.samples] == [(i, f"p{i}", "") for i in range(4)]
-        assert [e.image.getpixel((0, 0)) for e in found.samples] == COLORS
+        assert [e.pictures[0].getpixel((0, 0)) for e in found.samples] == COLORS
         assert (len(found), found.source) == (4, str(file))
 
 
@@ -77,7 +79,7 @@ def test_every_form_of_image_gives_the_same_examples(tmp_path, lines, monkeypatc
 )
 def test_images_are_decoded_to_rgb(mode, kind, tmp_path):
     file = write_parquet(tmp_path / "x.parquet", image=[picture((255, 255, 255), mode, kind)], prompt=["x"])
-    image = read_samples(file).samples[0].image
+    image = read_samples(file).samples[0].pictures[0]
     assert image.mode == "RGB"
     assert np.asarray(image).min() > 250
 
@@ -86,9 +88,9 @@ def test_answers_and_images_are_optional(tmp_path):
     file = write_lines(
         tmp_path / "x.jsonl", {"image": None, "prompt": "how many", "answer": 0}, {"prompt": "", "answer": None}
     )
-    assert [(e.image_bytes, e.prompt, e.answer) for e in read_samples(file).samples] == [
-        (None, "how many", "0"),
-        (None, "", ""),
+    assert [(e.images, e.prompt, e.answer) for e in read_samples(file).samples] == [
+        ((), "how many", "0"),
+        ((), "", ""),
     ]
 
 
@@ -128,8 +130,8 @@ def test_the_fingerprint_is_of_what_calibration_reads(tmp_path, lines):
     first, second, *_ = found.samples
     others = [
         [replace(first, prompt="p"), second],
-        [replace(first, image_bytes=PICTURES[3]), second],
-        [replace(first, image_bytes=None), second],
+        [replace(first, images=(PICTURES[3],)), second],
+        [replace(first, images=()), second],
         [replace(first, row=7), second],  # random selectors draw by it
         [replace(first, row=1, prompt="0p"), second],
         [replace(first, row=10, prompt="p"), second],
@@ -153,9 +155,9 @@ def test_the_fingerprint_is_of_what_calibration_reads(tmp_path, lines):
         ({"image": "", "prompt": "x"}, "cannot read the picture '' of {row}: .*no regular file"),
         ({"image": "a\0b", "prompt": "x"}, "{row} cannot be read: .*null"),
         ({"image": 5, "prompt": "x"}, "cannot read the picture of {row}: it is neither"),
-        ({"image": ["a.png"], "prompt": "x"}, "cannot read the picture of {row}: it is neither"),
+        ({"image": [["a.png"]], "prompt": "x"}, "cannot read the picture of {row}: it is neither"),
         ({"image": None, "prompt": 5}, "{row} cannot be read: prompt is not text"),
-        ({"image": None}, "{row} cannot be read: prompt is not text"),
+        ({"image": None}, "{row} cannot be read: there is no column .prompt."),
         ({"image": None, "prompt": "\ud800"}, "{row} cannot be read: .*surrogates"),
     ],
 )
@@ -176,9 +178,9 @@ def test_a_truncated_image_is_found_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"img": 1, "prompt": "x"}, r"no column 'image' \(did you mean 'img'\?\); it has: img, prompt"),
+        ({"img": 1, "prompt": "x"}, r"no column 'image' \(did you mean 'img'\?\); there are: img, prompt"),
         ({"image": None, "prmpt": "x"}, r"no column 'prompt' \(did you mean 'prmpt'\?\)"),
-        ({"image": None, "zzz": "x"}, "no column 'prompt'; it has: image, zzz"),
+        ({"image": None, "zzz": "x"}, "no column 'prompt'; there are: image, zzz"),
     ],
 )
 def test_missing_columns_come_with_a_suggestion(columns, message, tmp_path):
@@ -189,11 +191,11 @@ def test_missing_columns_come_with_a_suggestion(columns, message, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.csv", b"a", r"'x.csv' is not one of .parquet, .jsonl, .json"),
+        ("x.tsv", b"a", r"'x.tsv' is not one of .parquet, .jsonl, .json"),
         ("x.jsonl", b"", "is empty"),
         ("x.jsonl", b"\n\n", "is empty"),
         ("x.jsonl", b'{"image": null, "prompt": "a"}\n{"image"', "line 2: "),
-        ("x.json", b"[1]", "line 1: not an object"),
+        ("x.json", b"[1]", "item 0: not an object"),
         ("x.jsonl", b"\xff\xfe", "cannot be read as UTF-8"),
         ("x.parquet", b"PAR1", "no readable parquet file"),
     ],
@@ -227,14 +229,14 @@ def test_a_folder_of_images_needs_no_file(tmp_path):
     for i, content in enumerate(PICTURES):
         (tmp_path / ("more" if i % 2 else "") / f"{i}.png").write_bytes(content)
     (tmp_path / "notes.txt").write_text("no image")
-    found = read_samples(tmp_path, prompt="What is it?")
-    assert [e.image.getpixel((0, 0)) for e in found.samples] == [COLORS[i] for i in (0, 2, 1, 3)]  # by path
+    found = read_samples(tmp_path, options=RowOptions(prompt="What is it?"))
+    assert [e.pictures[0].getpixel((0, 0)) for e in found.samples] == [COLORS[i] for i in (0, 2, 1, 3)]  # by path
     assert {e.prompt for e in found.samples} == {"What is it?"}
-    assert {e.prompt for e in read_samples(tmp_path, 2).samples} == {samples.DESCRIBE}
+    assert {e.prompt for e in read_samples(tmp_path, 2).samples} == {DESCRIBE}
     rows = [{"file_name": f"more/{i}.png", "prompt": f"p{i}", "answer": i} for i in (3, 1)]
     write_lines(tmp_path / "metadata.jsonl", *rows)
     found = read_samples(tmp_path)
-    assert [(e.prompt, e.answer, e.image.getpixel((0, 0))) for e in found.samples] == [
+    assert [(e.prompt, e.answer, e.pictures[0].getpixel((0, 0))) for e in found.samples] == [
         ("p3", "3", COLORS[3]),
         ("p1", "1", COLORS[1]),
     ]
@@ -246,7 +248,7 @@ def test_a_folder_of_images_needs_no_file(tmp_path):
 def test_pictures_of_less_common_formats_are_read(suffix, kind, tmp_path):
     (tmp_path / f"a{suffix}").write_bytes(picture((255, 255, 255), kind=kind))
     (sample,) = read_samples(tmp_path)
-    assert np.asarray(sample.image).min() > 250
+    assert np.asarray(sample.pictures[0]).min() > 250
 
 
 def test_hidden_files_of_a_folder_are_no_pictures(tmp_path):
@@ -280,7 +282,7 @@ def test_pictures_are_turned_as_their_camera_says(tmp_path):
     image.paste(255, (0, 4, 8, 8))
     exif[0x0112] = 3  # orientation: turned by 180 degrees
     image.save(tmp_path / "a.jpg", exif=exif, quality=95)
-    pixels = np.asarray(read_samples(tmp_path).samples[0].image)
+    pixels = np.asarray(read_samples(tmp_path).samples[0].pictures[0])
     assert pixels[0].min() > 200
     assert pixels[-1].max() < 50
 
@@ -316,7 +318,7 @@ def test_lines_that_no_one_writes_are_refused_in_one_line(line, tmp_path):
 
 
 def test_a_line_without_end_is_not_read_to_its_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(samples, "LONGEST_LINE", 1000)
+    monkeypatch.setattr(record_files, "LONGEST_LINE", 1000)
     file = tmp_path / "x.jsonl"
     file.write_text('{"image": null, "prompt": "' + "x" * 1000 + '"}\n')
     with pytest.raises(SvlError, match=r"line 1: it is longer than 1,000 characters"):
