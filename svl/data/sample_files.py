@@ -9,16 +9,17 @@ from pathlib import Path
 
 from svl.core import SvlError
 from svl.core.errors import explained, out_of_memory
+from svl.data.own_files import open_table
 from svl.data.picture_fields import read_pictures, read_video
-from svl.data.record_files import Records, open_records
 from svl.data.row_formats import RowContent, RowOptions, find_format, read_row
 from svl.data.samples import IMAGE_MARK, VIDEO_MARK, Sample, Samples
+from svl.data.tables import Table
 
 
 def read_samples(path: str | Path, n: int | None = None, seed: int = 0, options: RowOptions | None = None) -> Samples:
     """Read `n` samples (all if None) from a file or folder, in its order; if it has more, a random subset by `seed`.
 
-    Only the rows drawn are read. Files: parquet, JSON lines, a JSON array, COCO captions, CSV (see `record_files`);
+    Only the rows drawn are read. Files: parquet, JSON lines, a JSON array, COCO captions, CSV (see `own_files`);
     folders of such files, of pictures, or of pictures with a metadata file. Rows: see `row_formats`; pictures in them:
     see `picture_fields`.
 
@@ -28,22 +29,22 @@ def read_samples(path: str | Path, n: int | None = None, seed: int = 0, options:
     """
     path, options = Path(path).expanduser(), options or RowOptions()
     with out_of_memory(f"reading '{path}'", "split the file"):
-        records = open_records(path)
-        if not len(records):
+        table = open_table(path)
+        if not len(table):
             raise SvlError(f"calibration file '{path}' is empty")
-        numbers = list(range(len(records)))
-        if n is not None and n < len(records):
+        numbers = list(range(len(table)))
+        if n is not None and n < len(table):
             numbers = sorted(random.Random(seed).sample(numbers, n))
         folder = options.images or (path if path.is_dir() else path.parent)
-        return Samples(str(path), tuple(_samples(records, numbers, folder, options)))
+        return Samples(str(path), tuple(_samples(table, numbers, folder, options)))
 
 
-def _samples(records: Records, numbers: list[int], folder: Path, options: RowOptions) -> Iterator[Sample]:
-    rows = list(records.rows(numbers))
-    with explained(f"calibration file '{records.path}'"):
+def _samples(table: Table, numbers: list[int], folder: Path, options: RowOptions) -> Iterator[Sample]:
+    rows = list(table.rows(numbers))
+    with explained(f"calibration file '{table.path}'"):
         row_format = find_format(dict.fromkeys(column for row in rows for column in row), options)
     for number, row in zip(numbers, rows, strict=True):
-        sample = Sample(number, "", source=str(records.path))
+        sample = Sample(number, "", source=str(table.path))
         with explained(f"{sample.label} cannot be read"):
             content = read_row(row, row_format, options)
         if content is not None:

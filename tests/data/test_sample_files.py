@@ -18,7 +18,7 @@ from PIL import Image
 
 from svl import config
 from svl.core import SvlError
-from svl.data import record_files
+from svl.data import json_files
 from svl.data.row_formats import DESCRIBE, RowOptions
 from svl.data.sample_files import read_samples
 from svl.data.samples import Samples
@@ -318,7 +318,7 @@ def test_lines_that_no_one_writes_are_refused_in_one_line(line, tmp_path):
 
 
 def test_a_line_without_end_is_not_read_to_its_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(record_files, "LONGEST_LINE", 1000)
+    monkeypatch.setattr(json_files, "LONGEST_RECORD", 1000)
     file = tmp_path / "x.jsonl"
     file.write_text('{"image": null, "prompt": "' + "x" * 1000 + '"}\n')
     with pytest.raises(SvlError, match=r"line 1: it is longer than 1,000 characters"):

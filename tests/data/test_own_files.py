@@ -12,9 +12,10 @@ import pytest
 from helpers.sample_pictures import BASE64, COLORS, PICTURES, colors
 
 from svl.core import SvlError
-from svl.data import record_files
-from svl.data.record_files import ParquetRecords, open_records
+from svl.data import json_files
+from svl.data.own_files import open_table
 from svl.data.sample_files import read_samples
+from svl.data.tables import ParquetTable
 
 ROWS = [{"image": None, "prompt": f"Is it {i}?", "answer": str(i)} for i in range(7)]
 LINES = "\n".join(map(json.dumps, ROWS))
@@ -62,8 +63,8 @@ def test_an_array_is_read_as_its_text_comes_in(tmp_path, monkeypatch):
     rows = [{"image": None, "prompt": f'é\\u2028 "{i}" [{{,', "answer": "1.5e3" * i} for i in range(9)]
     (tmp_path / "x.json").write_text(json.dumps(rows, ensure_ascii=False, indent=3), encoding="utf-8")
     for size in (1, 2, 7, 64):
-        monkeypatch.setattr(record_files, "CHUNK", size)
-        assert list(open_records(tmp_path / "x.json").rows(range(9))) == rows
+        monkeypatch.setattr(json_files, "CHUNK", size)
+        assert list(open_table(tmp_path / "x.json").rows(range(9))) == rows
 
 
 @pytest.mark.parametrize(
@@ -159,16 +160,16 @@ def test_a_folder_of_files_with_rows_is_one_set(kind, tmp_path):
 def test_only_row_groups_with_wanted_rows_are_read(tmp_path, monkeypatch):
     table = pyarrow.table({"image": [None] * 1000, "prompt": [f"p{i}" for i in range(1000)]})
     pyarrow.parquet.write_table(table, tmp_path / "x.parquet", row_group_size=10)
-    records = ParquetRecords(tmp_path / "x.parquet")
-    read, real = [], type(records.file).iter_batches
+    table = ParquetTable(tmp_path / "x.parquet")
+    read, real = [], type(table.file).iter_batches
 
     def watched(self, *args, **kwargs):
         read.extend(kwargs["row_groups"])
         return real(self, *args, **kwargs)
 
-    monkeypatch.setattr(type(records.file), "iter_batches", watched)
+    monkeypatch.setattr(type(table.file), "iter_batches", watched)
     wanted = [3, 9, 10, 577, 999]
-    assert [row["prompt"] for row in records.rows(wanted)] == [f"p{i}" for i in wanted]
+    assert [row["prompt"] for row in table.rows(wanted)] == [f"p{i}" for i in wanted]
     assert read == [0, 1, 57, 99]
 
 
