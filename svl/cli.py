@@ -119,6 +119,10 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # lets Hydra's exceptions reach us instead of being printed by it
     try:
         with interruption.orderly_end():
+            if sys.argv[1:2] == ["doctor"]:
+                from svl.doctor.command import run_doctor
+
+                sys.exit(run_doctor(sys.argv[2:]))
             app()
     except interruption.Interrupted as stop:
         if process_rank() == 0:

@@ -39,7 +39,7 @@ def checkpoint_fingerprint(path: str, revision: str | None, cache: Path, full_ha
     if not folder.is_dir():
         if path.startswith((".", "/", "~")) or path.count("/") != 1:
             raise SvlError(f"model.path: '{path}' is neither a folder nor a hub id (owner/name)")
-        return _hub_commit(path, revision)
+        return hub_commit(path, revision)
     if not (folder / "config.json").is_file():
         raise SvlError(f"model.path: '{path}' has no config.json, so it is no checkpoint")
     find_weight_files(folder)
@@ -76,7 +76,7 @@ def _file_hash(file: Path, cache: Path | None) -> str:
     return known
 
 
-def _hub_commit(repo: str, revision: str | None) -> str:
+def hub_commit(repo: str, revision: str | None) -> str:
     """The commit that a hub id stands for, as `owner/name@commit`; without a network, that of the local cache."""
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,15 +13,14 @@ from svl.checkpoints.fingerprint import checkpoint_fingerprint
 from svl.config import load_options, plain_values, round_ratio, validate_config
 from svl.core import Method, SvlError, TokenSelector, one_of
 from svl.core.errors import out_of_memory
-from svl.data.hub_data import HubSource, draw_samples
-from svl.data.row_formats import DESCRIBE, RowOptions
 from svl.data.sample_files import read_samples
 from svl.data.samples import Samples, write_samples
 from svl.demo import bundled
 from svl.evaluation import benchmarks
-from svl.evaluation.settings import EfficiencySettings, TaskOptions
+from svl.evaluation.settings import EfficiencySettings
 from svl.plugins import import_plugins
 from svl.processes import process_rank
+from svl.run.inputs import calibration_source, task_options
 from svl.run.keys import method_identity, method_settings, read_code, stage_code, versions
 from svl.store.artifacts import Store
 from svl.store.files import digest
@@ -108,22 +106,7 @@ class RunSetup:
 
     def _find_tasks(self) -> None:
         benchmark = self.cfg.benchmark
-        limit = benchmark.limit
-        if limit is not None and limit >= 1:
-            limit = int(limit)
-        self.tasks = {
-            task: TaskOptions(
-                metric=settings.metric,
-                limit=limit,
-                max_new_tokens=benchmark.max_new_tokens or settings.max_new_tokens,
-                style=settings.style,
-                batch_size=benchmark.batch_size,
-                include_path=benchmark.include_path,
-                data=benchmark.data,
-                description=f"  {task}",
-            )
-            for task, settings in benchmark.tasks.items()
-        }
+        self.tasks = task_options(benchmark)
         for task, options in self.tasks.items():
             benchmarks.check_task(task, options)
         self.task_fingerprints = {
@@ -192,36 +175,16 @@ class RunSetup:
         c = self.cfg.calibration
         split = c.split if c.format else None
         benchmarks.check_not_evaluated_on(c.path, split, self.tasks, self.cfg.benchmark.include_path)
-        options = RowOptions(
-            format=c.format,
-            prompt=c.prompt or DESCRIBE,
-            columns=plain_values(c.columns),
-            images=Path(c.images).expanduser() if c.images else None,
-            turns=c.turns,
-            frames=c.frames,
-        )
-        path = Path(c.path).expanduser()
-        if c.format is None or path.is_file():
-            return read_samples(c.path, c.samples, c.seed, options)
-        source = HubSource(
-            path=c.path,
-            n=c.samples,
-            seed=c.seed,
-            name=c.name,
-            split=c.split,
-            revision=c.revision,
-            image_table=dict(c.image_table) or None,
-            options=options,
-        )
-        if path.is_dir():
-            return draw_samples(source)
+        source = calibration_source(c)
+        if not source.on_hub:
+            return source.read()
 
         def draw(folder: Path) -> dict[str, Any]:
-            write_samples(draw_samples(source), folder / SAMPLES_FILE)
+            write_samples(source.read(), folder / SAMPLES_FILE)
             return {}
 
         # What was drawn is kept: a run that is repeated needs no hub, and sees the same samples.
-        inputs = {**dataclasses.asdict(source), "code": stage_code("data")}
+        inputs = {**source.identity(), "code": stage_code("data")}
         return read_samples(self.store.make("data", inputs, draw).path / SAMPLES_FILE)
 
     @property

@@ -1,0 +1,80 @@
+"""The data of a configuration: calibration samples and benchmarks, found or not."""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+from svl.core.errors import SvlError
+from svl.data.samples import Sample, Samples
+from svl.doctor.findings import Section
+from svl.evaluation import benchmarks
+from svl.evaluation.settings import TaskOptions
+from svl.run.inputs import calibration_source, task_options
+
+
+def examine_calibration(cfg: DictConfig, section: Section) -> Samples | None:
+    """The calibration samples, if they are files here; of a data set of the hub, whether it can be had."""
+    found: Samples | None = None
+    with section.examined(f"calibration.path={cfg.calibration.path}"):
+        benchmarks.check_not_evaluated_on(
+            cfg.calibration.path,
+            cfg.calibration.split if cfg.calibration.format else None,
+            list(cfg.benchmark.tasks),
+            cfg.benchmark.include_path,
+        )
+        source = calibration_source(cfg.calibration)
+        if not source.on_hub:
+            found = source.read()
+            _describe(found, section)
+        else:
+            _ask_hub(cfg.calibration, section)
+    return found
+
+
+def _describe(samples: Samples, section: Section) -> None:
+    pictured = sum(bool(sample.images) for sample in samples)
+    several = sum(len(sample.images) > 1 for sample in samples)
+    answered = sum(bool(sample.answer) or sample.plain for sample in samples)
+    text = f"{len(samples)} samples from '{samples.source}': {pictured} with a picture"
+    section.ok(f"{text}, {several} with several, {sum(bool(s.frames) for s in samples)} with a video")
+    if answered < len(samples):
+        section.note(f"{len(samples) - answered} have no answer: strategies that measure losses need answers")
+
+
+def _ask_hub(calibration: DictConfig, section: Section) -> None:
+    """Whether a data set and its split are there, by its description alone."""
+    from datasets import load_dataset_builder
+
+    builder = load_dataset_builder(calibration.path, calibration.name, revision=calibration.revision)
+    splits = sorted(builder.info.splits or {})
+    if splits and calibration.split.partition("[")[0] not in splits:
+        raise SvlError(f"'{calibration.path}' has no split '{calibration.split}'; it has: {', '.join(splits)}")
+    section.ok(f"data set '{calibration.path}' on the hub or in its cache; rows are streamed, none was read")
+    licence = builder.info.license
+    section.note(f"licence: {licence}" if licence else "its card names no licence")
+
+
+def examine_benchmarks(cfg: DictConfig, section: Section) -> None:
+    """Each task: whether its settings can be scored, and whether its data are here or on the hub."""
+    for task, options in task_options(cfg.benchmark).items():
+        with section.examined(f"task '{task}'"):
+            benchmarks.check_settings(task, options)
+            benchmarks.check_data(task, options)
+            section.ok(f"{task}: {_where(task, options)}")
+    if not cfg.benchmark.tasks:
+        section.note("none: the model is pruned, but not scored")
+
+
+def _where(task: str, options: TaskOptions) -> str:
+    settings = benchmarks.task_settings(task, options.include_path)
+    path = settings.get("dataset_path") or ""
+    if copy := benchmarks.local_data_copy(settings, options.data):
+        return f"a copy in '{copy}'"
+    return f"{path} on the hub or in its cache" if benchmarks.is_hub_name(path) else "files beside its YAML"
+
+
+def longest_text(samples: Samples | None) -> Sample | None:
+    """The sample with the longest text among those with most pictures."""
+    if samples is None:
+        return None
+    return max(samples, key=lambda sample: (len(sample.images) + len(sample.frames), len(sample.prompt)), default=None)

@@ -1,0 +1,192 @@
+"""The model of a configuration, from its config and headers alone: no weight is read."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from svl.checkpoints.fingerprint import hub_commit
+from svl.config import load_options
+from svl.core import layers_to_remove
+from svl.core.errors import SvlError, explained, reason_of
+from svl.demo import bundled
+from svl.doctor.findings import Section
+from svl.doctor.memory import ModelShape, in_words
+from svl.models.anatomy import Anatomy, find_anatomy
+from svl.models.loading import load_processor, read_model_config
+from svl.models.lvlm import Lvlm
+from svl.models.transformers_internals import empty_model
+from svl.models.weight_files import find_weight_files
+from svl.pruning.folding import check_foldable
+from svl.store.artifacts import Store
+
+
+@dataclass(frozen=True)
+class Examined:
+    """A model without weights (on the meta device), its processor, and what its memory depends on."""
+
+    lvlm: Lvlm
+    shape: ModelShape
+
+
+def examine_model(cfg: DictConfig, store: Store, section: Section) -> Examined | None:
+    """Everything that can be said of the model; None if it cannot be loaded."""
+    found: Examined | None = None
+    with section.examined("the model"):
+        checkpoint = bundled.resolve_bundled(cfg.model.path, store)
+        options = load_options(cfg.model, _examine_source(checkpoint, cfg.model.revision, section))
+        config, auto = read_model_config(checkpoint, options)
+        section.ok(f"{type(config).__name__}, {config.model_type}: transformers has it as {auto.__name__}")
+        dtype = _dtype(options.torch_dtype, config)
+        model = empty_model(auto, config, dtype, options.trust_remote_code, shapes_only=True)
+        processor, token = load_processor(checkpoint, config, options)
+        anatomy = find_anatomy(model, options.layers, image_token=token, protect=options.protect)
+        lvlm = Lvlm(model, processor, anatomy, options.model_name(checkpoint))
+        found = Examined(lvlm, model_shape(lvlm, dtype))
+        _examine_layers(cfg, anatomy, section)
+        _examine_methods(cfg, lvlm, section)
+        size = f"{found.shape.parameters / 1e9:.2f} billion parameters"
+        section.ok(f"{size}, {in_words(found.shape.weights)} in {str(dtype).removeprefix('torch.')}")
+    return found
+
+
+def _examine_source(checkpoint: str, revision: str | None, section: Section) -> str | None:
+    """Where the checkpoint is, its licence and its files; of a hub id, gives the commit."""
+    if os.path.isdir(checkpoint):
+        folder = Path(checkpoint)
+        files = find_weight_files(folder)
+        size = sum(file.stat().st_size for file in files.files)
+        section.ok(f"folder '{folder}': {len(files.files)} files with weights, {in_words(size)}")
+        if files.pickled:
+            section.note("its weights are pickles: no export and no vLLM until they are converted to safetensors")
+        _note_licence(_card_of_folder(folder), section)
+        return None
+    commit = hub_commit(checkpoint, revision).partition("@")[2]
+    section.ok(f"hub id '{checkpoint}', commit {commit[:12]}")
+    _examine_hub(checkpoint, commit, section)
+    return commit
+
+
+def _examine_hub(repo: str, commit: str, section: Section) -> None:
+    """What the hub says of a repository; without a network, what is in the cache."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+
+    try:
+        info = HfApi().model_info(repo, revision=commit, files_metadata=True)
+    except (HTTPError, OfflineModeIsEnabled, OSError) as error:
+        section.note(f"the hub was not asked for files and licence ({reason_of(error)})")
+        cached = isinstance(try_to_load_from_cache(repo, "config.json", revision=commit), str)
+        section.note("its config is in the cache" if cached else "it is not in the cache")
+        return
+    weights = [file for file in info.siblings or () if file.rfilename.endswith((".safetensors", ".bin"))]
+    section.ok(f"to download: {len(weights)} files with weights, {in_words(sum(file.size or 0 for file in weights))}")
+    if weights and not any(file.rfilename.endswith(".safetensors") for file in weights):
+        section.note("its weights are pickles: no export and no vLLM until they are converted to safetensors")
+    if info.gated:
+        section.note("it is gated: accept its licence on its page, and log in (hf auth login) or set HF_TOKEN")
+    _note_licence(info.card_data.to_dict() if info.card_data else {}, section)
+
+
+def _card_of_folder(folder: Path) -> dict[str, Any]:
+    from huggingface_hub import ModelCard
+
+    readme = folder / "README.md"
+    if not readme.is_file():
+        return {}
+    with explained(f"its model card '{readme}' cannot be read"):
+        return dict(ModelCard.load(readme, ignore_metadata_errors=True).data.to_dict())
+
+
+def _note_licence(card: dict[str, Any], section: Section) -> None:
+    licence = card.get("license_name") or card.get("license")
+    section.note(f"licence: {licence}" if licence else "its card names no licence")
+
+
+def _dtype(asked: torch.dtype | str, config: Any) -> torch.dtype:
+    """What the weights are loaded in."""
+    if isinstance(asked, torch.dtype):
+        return asked
+    stored = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return stored if isinstance(stored, torch.dtype) else torch.float32
+
+
+def model_shape(lvlm: Lvlm, dtype: torch.dtype) -> ModelShape:
+    """What memory depends on, of a model whose weights need not be there."""
+    text = lvlm.model.config.get_text_config(decoder=True)
+    layer = lvlm.layers[lvlm.anatomy.removable[0] if lvlm.anatomy.removable else 0]
+    hidden = lvlm.anatomy.hidden_size
+    widths = [max(p.shape) for name, p in layer.named_parameters() if "mlp" in name and p.ndim == 2]
+    heads = getattr(text, "num_attention_heads", None) or 1
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    width = getattr(text, "head_dim", None) or hidden // heads
+    return ModelShape(
+        parameters=lvlm.parameters(),
+        bytes_each=dtype.itemsize,
+        layers=lvlm.anatomy.n_layers,
+        hidden=hidden,
+        mlp_width=max(widths, default=4 * hidden),
+        cache_width=2 * kv_heads * width,
+        vocabulary=getattr(text, "vocab_size", 0) or 0,
+    )
+
+
+def _examine_layers(cfg: DictConfig, anatomy: Anatomy, section: Section) -> None:
+    """How many layers there are, which must stay and why, and whether as many may go as are asked for."""
+    section.ok(f"{anatomy.n_layers} decoder layers ('{anatomy.layers}'), of width {anatomy.hidden_size}")
+    reasons: dict[str, list[int]] = {}
+    for layer, reason in anatomy.protected.items():
+        reasons.setdefault(reason, []).append(layer)
+    for reason, layers in reasons.items():
+        section.note(f"stay: {_in_ranges(layers)}: {reason}")
+    n = cfg.n_remove if cfg.n_remove is not None else layers_to_remove(cfg.ratio, anatomy.n_layers)
+    asked = f"ratio={cfg.ratio:g} removes {n} layers" if cfg.n_remove is None else f"n_remove={n}"
+    if n > len(anatomy.removable):
+        section.fails(f"{asked}, but only {len(anatomy.removable)} may go")
+    else:
+        section.ok(f"{asked}, of {len(anatomy.removable)} that may go")
+
+
+def _in_ranges(layers: list[int]) -> str:
+    """Layers as text, such as "0-2, 7"."""
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def _examine_methods(cfg: DictConfig, lvlm: Lvlm, section: Section) -> None:
+    """Which methods apply."""
+    try:
+        check_foldable(lvlm)
+        missing = {"attn", "mlp"} - set(lvlm.anatomy.writers)
+        if missing:
+            roles = " or ".join(sorted(missing))
+            section.note(f"some layer has no {roles} writer: compensations that need it are refused")
+        else:
+            section.ok("every compensation applies: attention and MLP of every layer write through one matrix")
+    except SvlError as error:
+        if _compensates(cfg):
+            section.fails(str(error))
+        else:
+            section.note(str(error))
+    if not lvlm.takes_images:
+        section.note("it reads text only: selectors of visual tokens, FastV and pictures do not apply")
+    elif lvlm.takes_videos:
+        section.ok("it takes pictures and videos")
+    else:
+        section.ok("it takes pictures")
+    if cfg.model.offload:
+        section.note("model.offload: trial removals, refit and benchmarks need the whole model in memory instead")
+
+
+def _compensates(cfg: DictConfig) -> bool:
+    return not str(cfg.compensation["_target_"]).startswith("svl.compensation.none.")
