@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -46,16 +47,30 @@ def join_processes() -> None:
     # A benchmark may take the others hours.
     distributed.init_process_group("gloo", store=group, rank=rank, world_size=size, timeout=timedelta(days=1))
     beats = distributed.PrefixStore("heartbeat", store)
-    threading.Thread(target=_watch_others, args=(beats, rank, size), name="heartbeat", daemon=True).start()
-    atexit.register(beats.set, f"{rank} left", "")
+    leaving = threading.Event()
+    watch = threading.Thread(target=_watch_others, args=(beats, rank, size, leaving), name="heartbeat", daemon=True)
+    watch.start()
+
+    def leave() -> None:
+        leaving.set()
+        watch.join()  # a thread that talks while the interpreter ends would abort it
+        with suppress(RuntimeError):  # the first process, which keeps the store, has left already
+            beats.set(f"{rank} left", "")
+
+    atexit.register(leave)
 
 
-def _watch_others(beats: Store, rank: int, size: int) -> None:
+def _watch_others(beats: Store, rank: int, size: int, leaving: threading.Event) -> None:
     """Show that this process is there, and end it when another one has not done so for SILENCE seconds."""
+    with suppress(RuntimeError):  # the first process, which keeps the store, has left
+        _exchange_beats(beats, rank, size, leaving)
+
+
+def _exchange_beats(beats: Store, rank: int, size: int, leaving: threading.Event) -> None:
     others = [other for other in range(size) if other != rank]
     seen: dict[int, tuple[bytes, float]] = {other: (b"", time.monotonic()) for other in others}
     beat = 0
-    while True:
+    while not leaving.is_set():
         beat += 1
         beats.set(str(rank), str(beat))
         for other in others:
@@ -65,7 +80,7 @@ def _watch_others(beats: Store, rank: int, size: int) -> None:
             if silent > SILENCE and not beats.check([f"{other} left"]):
                 print(f"error: process {other} of {size} has been silent for {silent:.0f} s; ending", file=sys.stderr)
                 os._exit(1)  # the main thread may be waiting for it, and cannot be interrupted
-        time.sleep(min(10.0, SILENCE / 3))
+        leaving.wait(min(10.0, SILENCE / 3))
 
 
 def gather_values(value: Any) -> list[Any]:
