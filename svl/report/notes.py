@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from svl.report.published import published_notes
 from svl.report.rows import Section, answer_speed, benchmark_speed
 
 
@@ -22,7 +23,7 @@ def table_notes(section: Section) -> list[str]:
         notes.append("Caution: the dense average differs between runs (versions? device?); the newest is shown.")
     if (versions := len({run.versions for run in section.runs})) > 1:
         notes.append(f"Caution: the runs were made with {versions} different sets of versions.")
-    return notes + _seed_notes(section)
+    return [*notes, *_seed_notes(section), *published_notes(section)]
 
 
 def _speed_notes(section: Section) -> list[str]:

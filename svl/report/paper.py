@@ -67,13 +67,15 @@ def numbers(model: str) -> Published | None:
 
     All words of the paper's name must be in the other; but for the size, if that gives none.
     """
+    return next((found for name, found in _read().items() if is_model(name, model)), None)
+
+
+def is_model(name: str, model: str) -> bool:
+    """Whether a paper's `name` of a model means the checkpoint `model`: all its words, but for a size that none has."""
     own = _words(model)
     sized = any(map(SIZE.fullmatch, own))
-    for name, found in _read().items():
-        missing = _words(name) - own
-        if not missing or (not sized and all(map(SIZE.fullmatch, missing))):
-            return found
-    return None
+    missing = _words(name) - own
+    return not missing or (not sized and all(map(SIZE.fullmatch, missing)))
 
 
 def _words(name: str) -> set[str]:
