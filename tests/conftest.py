@@ -373,7 +373,7 @@ def encode():
     """Model inputs of samples, in one batch."""
 
     def encoded(lvlm, examples):
-        images = [e.image for e in examples if lvlm.takes_images and e.image_bytes]
+        images = [[e.image] if lvlm.takes_images and e.image_bytes else [] for e in examples]
         return lvlm.encode(
             [lvlm.prompt(e.prompt, image=lvlm.takes_images and bool(e.image_bytes)) for e in examples], images
         )

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from svl.core import SvlError
@@ -41,23 +42,23 @@ def encode_samples(lvlm: Lvlm, batch: Sequence[Sample]) -> tuple[dict[str, Tenso
                 with explained_samples([sample]):
                     _encode(lvlm, [sample])
             raise
-    token = -1 if lvlm.anatomy.image_token_id is None else lvlm.anatomy.image_token_id
-    return inputs, inputs["attention_mask"].bool(), inputs["input_ids"] == token
+    return inputs, inputs["attention_mask"].bool(), lvlm.is_visual(inputs["input_ids"])
 
 
 def _encode(lvlm: Lvlm, batch: Sequence[Sample]) -> dict[str, Tensor]:
-    images = [sample.image for sample in batch if _has_image(lvlm, sample)]
-    return lvlm.encode([s.prompt if s.plain else _prompt(lvlm, s) for s in batch], images)
+    texts = [s.prompt if s.plain else _prompt(lvlm, s) for s in batch]
+    return lvlm.encode(texts, [_images(lvlm, s) for s in batch])
 
 
-def _has_image(lvlm: Lvlm, sample: Sample) -> bool:
-    """Whether the model is shown the sample's image; a text-only model is not."""
-    return lvlm.takes_images and sample.image_bytes is not None
+def _images(lvlm: Lvlm, sample: Sample) -> list[Image]:
+    """What of a sample the model is shown; a text-only model sees nothing."""
+    return [sample.image] if lvlm.takes_images and sample.image_bytes is not None else []
 
 
 def _prompt(lvlm: Lvlm, sample: Sample, answer: str | None = None) -> str:
+    has_image = lvlm.takes_images and sample.image_bytes is not None
     try:
-        return lvlm.prompt(sample.prompt, _has_image(lvlm, sample), answer)
+        return lvlm.prompt(sample.prompt, has_image, answer)
     except SvlError as error:
         raise SvlError(f"{sample.label}: {error}") from error
 
@@ -74,7 +75,7 @@ def encode_answer(lvlm: Lvlm, sample: Sample) -> tuple[dict[str, Tensor], Tensor
         if sample.plain:
             inputs = lvlm.encode([sample.prompt])
             return inputs, torch.ones_like(inputs["input_ids"][0], dtype=torch.bool)
-        images = [sample.image] if _has_image(lvlm, sample) else None
+        images = [_images(lvlm, sample)]
         asked = lvlm.encode([_prompt(lvlm, sample)], images)["input_ids"][0]
         inputs = lvlm.encode([_prompt(lvlm, sample, sample.answer).rstrip("\n")], images)
     tokens = inputs["input_ids"][0]

@@ -96,13 +96,13 @@ class Asked:
     """Prompts that are answered at once, and their images."""
 
     texts: list[str]
-    images: list[Image] | None
+    images: list[list[Image]]
 
     @classmethod
     def several(cls, lvlm: Lvlm, prompt: str, image: Image | None, n: int) -> Asked:
         """The same prompt (and image) `n` times."""
         text = lvlm.prompt(prompt, image is not None)
-        return cls([text] * n, [image] * n if image is not None else None)
+        return cls([text] * n, [[] if image is None else [image]] * n)
 
     def encode(self, lvlm: Lvlm) -> dict[str, Tensor]:
         """Model inputs."""

@@ -22,6 +22,7 @@ PICKLED_INDEX = "pytorch_model.bin.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 STANDARD_NAMES = [WEIGHTS, INDEX, PICKLED, PICKLED_INDEX]  # transformers takes the first that is there
 ADAPTER = "adapter_config.json"
+CONVERT = "convert them once, with 'svl-export convert source={} out=DIR', and use that folder"
 
 LONGEST_HEADER = 16 * 2**20  # bytes of a safetensors header: more than 100,000 tensors
 LONGEST_JSON = 64 * 2**20  # bytes

@@ -101,7 +101,7 @@ class _Dropper:
         if ids is None:
             raise SvlError("visual_tokens: FastV needs input_ids, which say where the visual tokens are")
         mask = kwargs.get("attention_mask")
-        self.visual = ids == self.lvlm.anatomy.image_token_id
+        self.visual = self.lvlm.is_visual(ids)
         self.present = torch.ones_like(self.visual) if mask is None else mask.bool()
         self.attention = None
 

@@ -81,7 +81,7 @@ def test_padding_pictures_and_prompts_are_never_scored(vlm, make_samples, seed):
     inputs, answers = zip(*(encode_answer(vlm, e) for e in data.samples), strict=True)
     width = extra + max(a.shape[0] for a in answers)
     batch = vlm.encode(
-        [vlm.prompt(e.prompt, True, e.answer).rstrip("\n") for e in data.samples], [e.image for e in data.samples]
+        [vlm.prompt(e.prompt, True, e.answer).rstrip("\n") for e in data.samples], [[e.image] for e in data.samples]
     )
     labels = torch.full((len(lengths), width), -100)
     tokens, mask = torch.zeros_like(labels), torch.zeros_like(labels)
