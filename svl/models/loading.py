@@ -19,7 +19,7 @@ from svl.models.anatomy import Anatomy, find_anatomy, image_token_id
 from svl.models.devices import find_device
 from svl.models.lvlm import Lvlm
 from svl.models.options import LoadOptions
-from svl.models.weight_files import find_weight_files, has_weight_files
+from svl.models.weight_files import check_index, find_weight_files, has_weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -61,6 +61,7 @@ def _load(path: str, options: LoadOptions) -> Lvlm:
     config, auto = read_model_config(path, options)
     if os.path.isdir(path):
         find_weight_files(Path(path))  # raises an error if there are none
+        check_index(Path(path))
         check_size(path, config, auto, options)
     processor, token = load_processor(path, config, options)
     with explained_loading(path):

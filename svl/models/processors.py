@@ -7,7 +7,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoProcessor, PaliGemmaProcessor, ProcessorMixin
+from transformers import AutoProcessor, MllamaProcessor, PaliGemmaProcessor, ProcessorMixin
+from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
 from svl.core.errors import SvlError, did_you_mean, explained, reason_of
 from svl.models.weight_files import read_json
@@ -23,13 +24,23 @@ def read_processor(
     path: str | Path, config: PreTrainedConfig, revision: str | None = None, trust_remote_code: bool = False
 ) -> Any:
     """The processor of a checkpoint of this config, completed; raises whatever transformers raises."""
-    processor = AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-    if isinstance(processor, PaliGemmaProcessor):
-        parts = processor.image_processor, processor.tokenizer
-        return PaliGemmaPrompts(*parts, chat_template=processor.chat_template)
+    processor: Any = corrected(
+        AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    )
     if hasattr(processor, "vision_feature_select_strategy"):
         stated, _ = ProcessorMixin.get_processor_dict(path, revision=revision)
         complete_visual_tokens(processor, config, stated)
+    return processor
+
+
+def corrected(processor: Any) -> Any:
+    """A processor that also takes batches in which some prompts, or all, have no image; most do as they are."""
+    if isinstance(processor, PaliGemmaProcessor):
+        parts = processor.image_processor, processor.tokenizer
+        return PaliGemmaPrompts(*parts, chat_template=processor.chat_template)
+    if isinstance(processor, MllamaProcessor):  # its usual one takes no batch whose first prompt has none
+        settings = processor.image_processor.to_dict()
+        processor.image_processor = MllamaImageProcessorPil.from_dict(settings)
     return processor
 
 

@@ -78,6 +78,13 @@ def _chosen_name(folder: Path) -> str | None:
     return next((name for name in names if (folder / name).is_file()), None)
 
 
+def check_index(folder: Path) -> None:
+    """Raise SvlError if transformers cannot read the index of a checkpoint folder, because it has no `metadata`."""
+    name = _chosen_name(folder) or ""
+    if name.endswith(".index.json") and not isinstance(read_json(folder / name).get("metadata"), dict):
+        raise SvlError(f"'{folder / name}' has no \"metadata\", which transformers asks for: add \"metadata\": {{}}")
+
+
 def check_no_adapter(source: Path | str, names: Collection[str]) -> None:
     """Raise SvlError if, with files of these names, transformers would load other weights than the checkpoint has."""
     if ADAPTER in names:
