@@ -147,9 +147,9 @@ def test_a_whole_run_ends_in_a_checkpoint_that_transformers_reads(prepared, mixe
     compensation = "none" if prepared.name in POST_NORM else "linear"
     run_svl(
         f"model={prepared.name}", f"model.path={prepared.folder}", "model.dtype=float32", "tracker=none",
-        "calibration=local", f"calibration.path={mixed}", "calibration.batch_size=3", "benchmark=smoke",
-        "benchmark.limit=1", "benchmark.max_new_tokens=2", f"compensation={compensation}", "n_remove=2", "paths.store=store", "paths.outputs=out",
-        "hydra.run.dir=run", "export.path=pruned", cwd=tmp_path,
+        "calibration=local", f"calibration.path={mixed}", "calibration.batch_size=3", f"compensation={compensation}",
+        "n_remove=2", "benchmark=smoke", "benchmark.limit=1", "benchmark.max_new_tokens=2", "paths.store=store",
+        "paths.outputs=out", "hydra.run.dir=run", "export.path=pruned", cwd=tmp_path,
     )  # fmt: skip
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert len(result["scores"]) == 3
