@@ -123,7 +123,7 @@ def correct(lvlm: Lvlm, rows: list[dict], blank: bool = False, size: int = 24) -
     end = lvlm.tokenizer.eos_token
     for start in range(0, len(rows), size):
         batch = [rows[i] for i in order[start : start + size]]
-        images = [BLANK if blank else Image.open(io.BytesIO(row["image"]["bytes"])) for row in batch]
+        images = [[BLANK if blank else Image.open(io.BytesIO(row["image"]["bytes"]))] for row in batch]
         texts = [lvlm.prompt(row["prompt"], image=True) + row["answer"] + end for row in batch]
         inputs = lvlm.encode(texts, images)
         likely = lvlm.model(**inputs, use_cache=False).logits.argmax(-1)[:, :-1]

@@ -51,6 +51,11 @@ METHODS: dict[str, type[Method]] = {
 RATIO_DIGITS = 6  # of a ratio: 0.1 + 0.2 is 0.3 in every key, name and table
 
 
+def _open_mapping() -> Any:
+    """Settings whose names are not known here: Hydra takes any, one by one or together; who uses them checks them."""
+    return DictConfig({}, flags={"struct": False})
+
+
 @dataclass
 class Model:
     """What is pruned: a checkpoint folder or hub id."""
@@ -62,7 +67,8 @@ class Model:
     device: str = "auto"
     offload: bool = False  # leave decoder layers on disk and read each once per calibration pass: for large models
     prompt: str = "chat"  # chat (the template of the checkpoint) | a style of svl.models.prompts
-    image_processor: dict[str, Any] = field(default_factory=dict)  # its settings, such as `size`: caps visual tokens
+    # its settings, such as `size`: caps visual tokens
+    image_processor: dict[str, Any] = field(default_factory=_open_mapping)
     layers: str | None = None  # dotted path of the decoder layers, where structure does not tell
     image_token: Any = None  # the image placeholder or its id, where config and processor do not tell
     protect: Any = "auto"  # layers that must stay: auto (those that others depend on) | none | a list
@@ -78,9 +84,11 @@ class Calibration:
     name: str | None = None  # configuration of the data set
     split: str = "train"
     revision: str | None = None
-    image_table: dict[str, str] = field(default_factory=dict)  # {name: configuration with the images, key: column}
+    # {name: configuration with the images, key: column}
+    image_table: dict[str, str] = field(default_factory=_open_mapping)
     images: str | None = None  # folder that paths of pictures and videos are relative to; null: the file's own
-    columns: dict[str, str | None] = field(default_factory=dict)  # {prompt: question}: the rows' names of columns
+    # {prompt: question}: the rows' names of columns
+    columns: dict[str, str | None] = field(default_factory=_open_mapping)
     prompt: str | None = None  # asked about images without a question
     turns: str = "all"  # of conversations: all (the last question, after everything before it) | first
     frames: int = 8  # of a video file
@@ -120,7 +128,7 @@ class Evaluator:
     """What answers the questions."""
 
     name: str = "transformers"  # | vllm
-    options: dict[str, Any] = field(default_factory=dict)  # of vllm.LLM
+    options: dict[str, Any] = field(default_factory=_open_mapping)  # of vllm.LLM
 
 
 @dataclass
@@ -148,26 +156,21 @@ class Export:
     path: str | None = None
 
 
-def _any_settings() -> DictConfig:
-    """A group whose settings are not known here but to its dataclass: Hydra takes any, `build_method` checks them."""
-    return DictConfig({}, flags={"struct": False})
-
-
 @dataclass
 class Svl:
     """The root."""
 
     model: Model = field(default_factory=Model)
     calibration: Calibration = field(default_factory=Calibration)
-    selector: Any = field(default_factory=_any_settings)
-    strategy: Any = field(default_factory=_any_settings)
-    compensation: Any = field(default_factory=_any_settings)
-    quantization: Any = field(default_factory=_any_settings)
-    visual_tokens: Any = field(default_factory=_any_settings)
+    selector: Any = field(default_factory=_open_mapping)
+    strategy: Any = field(default_factory=_open_mapping)
+    compensation: Any = field(default_factory=_open_mapping)
+    quantization: Any = field(default_factory=_open_mapping)
+    visual_tokens: Any = field(default_factory=_open_mapping)
     benchmark: Benchmark = field(default_factory=Benchmark)
     evaluator: Evaluator = field(default_factory=Evaluator)
     efficiency: Efficiency = field(default_factory=Efficiency)
-    tracker: Any = field(default_factory=_any_settings)
+    tracker: Any = field(default_factory=_open_mapping)
     paths: Paths = field(default_factory=Paths)
     export: Export = field(default_factory=Export)
     name: str | None = None
@@ -321,6 +324,7 @@ def validate_config(cfg: DictConfig) -> dict[str, Any]:
     for group in ("model", "calibration", "benchmark"):
         for key in OmegaConf.missing_keys(cfg[group]):
             raise SvlError(f"{group}.{key} is not set")
+    _check_mappings(cfg)
     _check_numbers(cfg)
     if cfg.efficiency.repeats and cfg.model.offload:
         raise SvlError("efficiency cannot be measured with model.offload, which leaves layers on disk")
@@ -328,6 +332,15 @@ def validate_config(cfg: DictConfig) -> dict[str, Any]:
     if cfg.benchmark.tasks:
         _check_evaluator(cfg.evaluator.name)
     return {group: build_method(cfg[group], group) for group in METHODS}
+
+
+def _check_mappings(cfg: DictConfig) -> None:
+    """Raise SvlError if what must be a mapping is none, or has a name that nothing reads."""
+    for name in ("model.image_processor", "calibration.images", "evaluator.options"):
+        if not OmegaConf.is_dict(value := OmegaConf.select(cfg, name)):
+            raise SvlError(f"{name} is '{value}', but must be a mapping such as {{name: value}}")
+    for name in cfg.calibration.images:
+        one_of("a name in calibration.images", name, ("name", "key"))
 
 
 def _check_numbers(cfg: DictConfig) -> None:

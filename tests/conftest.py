@@ -266,6 +266,25 @@ def checkpoint(tmp_path_factory, randomise):
 
 
 @pytest.fixture(scope="session")
+def mimic(tmp_path_factory):
+    """Folder of a tiny checkpoint whose files are like those that conf/model/<name>.yaml names on the hub."""
+    from helpers.hub_mimics import MIMICS
+    from transformers.models.smolvlm import processing_smolvlm
+
+    folders: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp("mimics") / name
+            MIMICS[name](folders[name])
+        return folders[name]
+
+    with pytest.MonkeyPatch.context() as patch:  # a package that SmolVLM asks for, and uses on videos only
+        patch.setattr(processing_smolvlm, "num2words", processing_smolvlm.num2words or str)
+        yield folder
+
+
+@pytest.fixture(scope="session")
 def llava(checkpoint):
     """LLaVA: 4 decoder layers of width 32, 16 visual tokens."""
     import svl

@@ -75,8 +75,7 @@ def encode_texts(lvlm: Lvlm, texts: list[str], batch: Sequence[Sample]) -> dict[
     if not lvlm.takes_images:
         return lvlm.encode(texts)
     images = [sample.pictures for sample in batch]
-    videos = [sample.video for sample in batch if sample.frames]
-    return lvlm.encode(texts, images if any(images) else None, videos)
+    return lvlm.encode(texts, images, [sample.video for sample in batch])
 
 
 def encode_answer(lvlm: Lvlm, sample: Sample) -> tuple[dict[str, Tensor], Tensor]:

@@ -13,9 +13,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,12 @@ class ExportRecord:
     Attributes:
         result: its result.json, for the model card.
         key: its key, for config.json.
+        image_processor: settings of the image processor that it used instead of the checkpoint's own.
     """
 
     result: dict[str, Any] | None = None
     key: str | None = None
+    image_processor: Mapping[str, Any] = field(default_factory=dict)
 
 
 def save(
@@ -83,7 +85,7 @@ def save(
     with held(path):
         new = new_checkpoint.plan_checkpoint(source, plan, patch or Patch(), options, record.key)
         check_disk_space(path, new.bytes)
-        new.write(path, limit, record.result or {})
+        new.write(path, limit, record)
     return path
 
 

@@ -20,7 +20,16 @@ DESCRIPTION = """A pruned checkpoint from a plan and a checkpoint on disk.
 
 No model is loaded: tensors that stay are copied as bytes under their new names. The source is only read.
 
-  svl-export plan=plan.json source=llava-hf/llava-1.5-7b-hf out=pruned"""
+  svl-export plan=plan.json source=llava-hf/llava-1.5-7b-hf out=pruned
+
+A checkpoint whose weights are pickles (pytorch_model.bin) has to be converted first:
+
+  svl-export convert source=Qwen/Qwen-VL-Chat out=converted"""
+CONVERT_DESCRIPTION = """A checkpoint whose weights are pickles (.bin) as one of safetensors files, tensor by tensor.
+
+No code in the pickles runs. The folder appears whole or not at all.
+
+  svl-export convert source=Qwen/Qwen-VL-Chat out=converted"""
 
 
 def command_parser() -> CommandLineParser:
@@ -45,6 +54,26 @@ def command_parser() -> CommandLineParser:
     return parser
 
 
+def convert_parser() -> CommandLineParser:
+    """The options of `svl-export convert`."""
+    parser = CommandLineParser("svl-export convert", description=CONVERT_DESCRIPTION)
+    parser.add_argument("--source", metavar="DIR|ID", required=True, help="checkpoint of pickles: a folder or a hub id")
+    parser.add_argument("--out", metavar="DIR", required=True, help="the folder to make")
+    parser.add_argument("--revision", metavar="NAME", help="hub branch, tag or commit of the source")
+    return parser
+
+
+def convert_checkpoint(args: Namespace) -> None:
+    """What `svl-export convert` does.
+
+    Raises:
+        SvlError: on bad input.
+    """
+    from svl.checkpoints.conversion import convert
+
+    print(f"converted to {convert(args.source, args.out, args.revision)}")
+
+
 def export_checkpoint(args: Namespace) -> None:
     """What `svl-export` does.
 
@@ -66,7 +95,8 @@ def export_checkpoint(args: Namespace) -> None:
         name=args.name,
         trust_remote_code=args.trust_remote_code,
     )
-    record = ExportRecord(result_beside_plan(file, plan))
+    result = result_beside_plan(file, plan)
+    record = ExportRecord(result, image_processor=image_settings(result))
     path = export.save(args.source, plan, args.out, patch, options, shard_size=args.shard_size, record=record)
     print(f"exported to {path}")
     if args.push_to_hub:
@@ -82,9 +112,19 @@ def result_beside_plan(file: Path, plan: Plan) -> dict[str, Any] | None:
         return None
 
 
+def image_settings(result: dict[str, Any] | None) -> dict[str, Any]:
+    """The settings of the image processor that a run of this result had."""
+    settings = ((result or {}).get("settings") or {}).get("model") or {}
+    return settings.get("image_processor") or {}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: mistakes in the input become one line and exit code 1; bugs keep their traceback."""
     words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if words[0] == "convert":
+        sys.exit(
+            run_command("svl-export", lambda: convert_checkpoint(convert_parser().parse_args(words[1:] or ["-h"])))
+        )
     sys.exit(run_command("svl-export", lambda: export_checkpoint(command_parser().parse_args(words))))
 
 

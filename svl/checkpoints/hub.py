@@ -6,14 +6,16 @@ import os
 from pathlib import Path
 
 from svl.core.errors import SvlError, explained
-from svl.models.weight_files import PICKLES
+from svl.models.weight_files import CONVERT, PICKLES, has_weight_files
 
 
-def local_checkpoint(source: str | Path, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: itself, or a hub id's files (safetensors only), downloaded if they are not yet here.
+def local_checkpoint(source: str | Path, revision: str | None = None, pickles: bool = False) -> Path:
+    """The folder of a checkpoint: itself, or a hub id's files, downloaded if they are not yet here.
+
+    Weights in safetensors files only; with `pickles`, those, too.
 
     Raises:
-        SvlError: if there is no such folder or id.
+        SvlError: if there is no such folder or id, or it has no safetensors files where only these are wanted.
     """
     path = os.path.expanduser(source)
     if os.path.isdir(path):
@@ -23,12 +25,18 @@ def local_checkpoint(source: str | Path, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    ignored = [f"*{suffix}" for suffix in (*PICKLES, ".gguf", ".onnx", ".h5", ".msgpack")]
+    others = (*(() if pickles else PICKLES), ".gguf", ".onnx", ".h5", ".msgpack")
+    ignored = [f"*{suffix}" for suffix in others]
     try:
-        return Path(snapshot_download(path, revision=revision, ignore_patterns=[*ignored, "*/*"]))
+        folder = Path(snapshot_download(path, revision=revision, ignore_patterns=[*ignored, "*/*"]))
     except (HFValidationError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         reason = type(error).__name__
         raise SvlError(f"source: '{source}' is no local folder, and the hub does not give it ({reason})") from error
+    if not pickles and not has_weight_files(folder):
+        raise SvlError(
+            f"'{source}' has no safetensors files on the hub; if its weights are pickles, {CONVERT.format(source)}"
+        )
+    return folder
 
 
 def check_hub_access(repo: str) -> None:

@@ -6,7 +6,7 @@ import logging
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
@@ -28,6 +28,7 @@ from svl.core.plan import Plan
 from svl.models.loading import read_model_config
 from svl.models.lvlm import Lvlm
 from svl.models.options import LoadOptions
+from svl.models.processors import write_image_settings
 from svl.models.transformers_internals import empty_model
 from svl.pruning.folding import check_foldable
 from svl.pruning.pruned_config import pruned_config
@@ -36,6 +37,8 @@ from svl.store.files import whole_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from svl.checkpoints.export import ExportRecord
 
 log = logging.getLogger(__name__)
 
@@ -67,10 +70,10 @@ class NewCheckpoint:
         """Size on disk, at most."""
         return sum(t.size for t in self.tensors) + sum(file.stat().st_size for file in self.files) + SPARE
 
-    def write(self, path: Path, limit: int, result: dict[str, Any]) -> None:
+    def write(self, path: Path, limit: int, run: ExportRecord) -> None:
         """Write it to the new folder `path`, in shards of at most `limit` bytes, with its card.
 
-        `result` is that of the run that made the plan (its result.json); empty if none did.
+        `run` is the one that made the plan; empty if none did.
 
         Raises:
             SvlError: if the folder exists, or cannot be written.
@@ -83,12 +86,14 @@ class NewCheckpoint:
             auto=self.dense.auto.__name__,
             needs_svl=type(self.pruned).__module__.startswith("svl."),
             source=self.dense.folder,
-            result=result,
+            result=run.result or {},
         )
         with whole_folder(path) as folder:
             write_weights(folder, self.tensors, limit)
             copy_auxiliary_files(self.dense.folder, self.files, folder)
             self.pruned.config.save_pretrained(folder)
+            if run.image_processor:
+                write_image_settings(folder, self.pruned.config, run.image_processor)
             write_model_card(folder, facts)
 
 

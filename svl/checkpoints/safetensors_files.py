@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from svl.core.errors import SvlError
-from svl.models.weight_files import check_header_length, find_weight_files, read_json
+from svl.models.weight_files import CONVERT, check_header_length, find_weight_files, read_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -89,8 +89,8 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
     weights = find_weight_files(folder)
     if weights.pickled:
         raise SvlError(
-            f"the weights in '{folder}' are pickles ({weights.files[0].name}), which may run code when they are read; "
-            "convert them to safetensors first"
+            f"the weights in '{folder}' are pickles ({weights.files[0].name}), which may run code when they are read: "
+            f"{CONVERT.format(folder)}"
         )
     found: dict[str, StoredTensor] = {}
     for file in weights.files:

@@ -197,8 +197,7 @@ class Answerer(Model):
         return self._every_model(losses)
 
     def _encode(self, conversations: list[Conversation], texts: list[str]) -> dict[str, torch.Tensor]:
-        images = [images_of(c) for c in conversations]
-        return self.lvlm.encode(texts, images if images[0] else None)
+        return self.lvlm.encode(texts, [images_of(c) for c in conversations])
 
     def _every_model(self, ask: Callable[[Lvlm], list[Any]]) -> list[Answers]:
         """What `ask` gives of every model (an item per conversation), item by item; all read the same batch."""

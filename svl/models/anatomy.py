@@ -82,6 +82,7 @@ class Anatomy:
         n_layers: its length.
         hidden_size: width d of the residual stream.
         image_token_id: id of the placeholder that visual features replace; None for text-only models.
+        video_token_id: the same of videos; None for models without, and for those that have one placeholder for both.
         writers: role ("attn", "mlp") -> the writer of every layer; roles that some layer lacks are missing.
         protected: layer that must stay -> why.
         waived: layers that others depend on, but whose protection `model.protect` has lifted: they may be removed, and
@@ -97,6 +98,11 @@ class Anatomy:
     protected: dict[int, str] = field(default_factory=dict)
     waived: tuple[int, ...] = ()
     video_token_id: int | None = None
+
+    @property
+    def visual_token_ids(self) -> tuple[int, ...]:
+        """Ids of the placeholders that visual features replace, of images and of videos."""
+        return tuple(token for token in (self.image_token_id, self.video_token_id) if token is not None)
 
     @property
     def removable(self) -> tuple[int, ...]:
@@ -160,7 +166,7 @@ def find_anatomy(
         writers=find_writers(lists[path], hidden),
         protected=protected,
         waived=tuple(i for i in tied if i not in protected),
-        video_token_id=video_token_id(model.config),
+        video_token_id=token_id(model.config, VIDEO_TOKEN_FIELDS),
     )
 
 
@@ -202,15 +208,11 @@ def find_decoder(model: PreTrainedModel, lists: dict[str, nn.ModuleList], hidden
 
 def image_token_id(config: PreTrainedConfig) -> int | None:
     """The image placeholder that a model's config, or its vision part, names."""
-    return _placeholder(config, IMAGE_TOKEN_FIELDS)
+    return token_id(config, IMAGE_TOKEN_FIELDS)
 
 
-def video_token_id(config: PreTrainedConfig) -> int | None:
-    """The video placeholder that a model's config, or its vision part, names."""
-    return _placeholder(config, VIDEO_TOKEN_FIELDS)
-
-
-def _placeholder(config: PreTrainedConfig, fields: tuple[str, ...]) -> int | None:
+def token_id(config: PreTrainedConfig, fields: Sequence[str]) -> int | None:
+    """The token that a model's config, or its vision part, names in the first of `fields` that it has."""
     parts = (config, getattr(config, "vision_config", None))
     values = (getattr(part, name, None) for part in parts for name in fields)
     return next((value for value in values if isinstance(value, int)), None)

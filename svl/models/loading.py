@@ -19,7 +19,7 @@ from svl.models.anatomy import Anatomy, find_anatomy, image_token_id
 from svl.models.devices import find_device
 from svl.models.lvlm import Lvlm
 from svl.models.options import LoadOptions
-from svl.models.weight_files import find_weight_files, has_weight_files
+from svl.models.weight_files import check_index, find_weight_files, has_weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # config fields that count layers
 PARAMETERS_PER_BYTE = 4  # at most, in any format
 MOST_LAYERS = 10_000  # that a config may ask for where the number of stored tensors is not known
+EXTRAS = {"num2words": "smolvlm"}  # packages that some models of transformers need -> the extra of svl that has them
 
 
 def load(path: str | Path, options: LoadOptions | None = None, **settings: Any) -> Lvlm:
@@ -60,6 +61,7 @@ def _load(path: str, options: LoadOptions) -> Lvlm:
     config, auto = read_model_config(path, options)
     if os.path.isdir(path):
         find_weight_files(Path(path))  # raises an error if there are none
+        check_index(Path(path))
         check_size(path, config, auto, options)
     processor, token = load_processor(path, config, options)
     with explained_loading(path):
@@ -96,6 +98,11 @@ def explained_loading(path: str | Path) -> Iterator[None]:
     except SvlError as error:
         if "trust_remote_code" in str(error.__cause__):
             raise SvlError(f"{error} To let it run, set model.trust_remote_code=true") from error.__cause__
+        if isinstance(error.__cause__, ImportError):
+            for package, extra in EXTRAS.items():
+                if package in str(error.__cause__):
+                    needs = f"'{path}' needs the package {package}, which is not installed: pip install 'svl[{extra}]'"
+                    raise SvlError(needs) from error.__cause__
         raise
 
 
@@ -119,7 +126,13 @@ def read_model_config(path: str | Path, options: LoadOptions | None = None) -> t
             path, revision=options.revision, trust_remote_code=options.trust_remote_code
         )
         check_not_quantised(path, config)
-        auto = model_class(config)
+        auto = model_class(config, options.trust_remote_code)
+    if auto is None and (custom := getattr(config, "auto_map", None)):
+        raise SvlError(
+            f"'{path}' is a {config.model_type} model of its own code, which offers {', '.join(sorted(custom))}, but "
+            "neither AutoModelForCausalLM nor AutoModelForImageTextToText, which alone can be pruned: look for a "
+            "version of it in transformers' own format"
+        )
     if auto is None:
         raise SvlError(f"'{path}' is a {config.model_type} model, which has no decoder layers to prune")
     return config, auto
@@ -226,18 +239,21 @@ def load_processor(
     Raises:
         SvlError: if the processor is missing, or the model takes images and no one knows where in their prompts.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+    from transformers import AutoModelForImageTextToText, AutoTokenizer
 
+    from svl.models.processors import read_processor
     from svl.models.transformers_internals import model_class
 
     options = options or LoadOptions()
-    takes_images = model_class(config) is AutoModelForImageTextToText or image_token_id(config) is not None
+    source: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    takes_images = (
+        model_class(config, options.trust_remote_code) is AutoModelForImageTextToText
+        or image_token_id(config) is not None
+    )
     with explained_loading(path):
-        processor = (AutoProcessor if takes_images else AutoTokenizer).from_pretrained(
-            path, revision=options.revision, trust_remote_code=options.trust_remote_code
-        )
-    if not takes_images:
-        return processor, None
+        if not takes_images:
+            return AutoTokenizer.from_pretrained(path, **source), None
+        processor = read_processor(path, config, **source)
     if (token := image_placeholder(config, processor, options.image_token)) is None:
         raise SvlError(  # going on would treat it as a text model
             f"{config.model_type} models take images, but where in their prompts is not known: name the placeholder "

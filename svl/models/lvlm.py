@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
+
+SECONDS_PER_FRAME = 0.5  # of a video that comes as frames: what Qwen's own tools take a list of frames to be
 
 
 @dataclass(frozen=True)
@@ -79,14 +82,6 @@ class Lvlm:
         """Whether the model's processor takes videos."""
         return self.takes_images and getattr(self.processor, "video_processor", None) is not None
 
-    def is_visual(self, ids: Tensor) -> Tensor:
-        """Which of the tokens `ids`, of any shape, stand for pictures or videos; boolean, of the same shape."""
-        visual = torch.zeros_like(ids, dtype=torch.bool)
-        for placeholder in (self.anatomy.image_token_id, self.anatomy.video_token_id):
-            if placeholder is not None:
-                visual |= ids == placeholder
-        return visual
-
     def render(self, conversation: list[dict[str, Any]]) -> str:
         """A conversation in the model's own chat template, or as plain text where it has none.
 
@@ -110,41 +105,51 @@ class Lvlm:
         with explained(f"the chat template of '{self.name}' fails"):
             return str(self.processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=asks))
 
-    def prompt(self, text: str, image: bool, answer: str | None = None) -> str:
-        """One user turn of text, after an image if there is one, and its answer, as `render` gives it.
+    def prompt(self, text: str, image: int, answer: str | None = None, video: bool = False) -> str:
+        """One user turn of text, after what it is about, and its answer, as `render` gives it.
+
+        Args:
+            text: of the turn.
+            image: how many images come before the text (False: none, True: one).
+            answer: the assistant's turn after it.
+            video: whether a video comes before the text, after the images.
 
         Raises:
-            SvlError: if the text holds the model's own mark of an image.
+            SvlError: if the text holds the model's own mark of an image or a video.
         """
         self.check_text(text)
-        parts = [{"type": "image"}] if image else []
+        parts = [{"type": "image"}] * int(image) + [{"type": "video"}] * video
         turns = [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
         if answer is not None:
             turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         return self.render(turns)
 
     def check_text(self, text: str) -> None:
-        """Raise SvlError if a text holds the model's own mark of an image, which only the template may write."""
-        placeholder = self.anatomy.image_token_id
-        if placeholder is None:
-            return
-        with explained(f"the tokenizer of '{self.name}' has no image placeholder {placeholder}"):
-            mark = self.tokenizer.convert_ids_to_tokens(placeholder)
-        if isinstance(mark, str) and mark in text:
-            raise SvlError(f"the prompt '{text[:60]}' contains {mark}; leave it out: the template places the image")
+        """Raise SvlError if a text holds the model's own mark of an image or a video: only the template writes it."""
+        for placeholder in self.anatomy.visual_token_ids:
+            with explained(f"the tokenizer of '{self.name}' has no image placeholder {placeholder}"):
+                mark = self.tokenizer.convert_ids_to_tokens(placeholder)
+            if isinstance(mark, str) and mark in text:
+                raise SvlError(f"the prompt '{text[:60]}' contains {mark}; leave it out: the template places the image")
 
     def encode(
-        self, texts: list[str], images: Sequence[Any] | None = None, videos: Sequence[Any] | None = None
+        self,
+        texts: list[str],
+        images: Sequence[Sequence[Any]] | None = None,
+        videos: Sequence[Sequence[Any] | None] | None = None,
     ) -> dict[str, Tensor]:
-        """Model inputs for prompts and their images, in the order in which the prompts have placeholders.
-
-        An image is an open picture, encoded bytes or a path; they may come in one list per prompt. A video is a list
-        of frames, which are images.
+        """Model inputs for prompts and what they show.
 
         Padded on the left, on the model's device; numbers that are no ids are in the model's dtype.
 
+        Args:
+            texts: prompts, as `render` or `prompt` gives them.
+            images: for every prompt, its images in the order of its placeholders; an empty list for none. Each is an
+                open picture, encoded bytes or a path.
+            videos: for every prompt, the frames of its video, taken to be SECONDS_PER_FRAME apart; None for none.
+
         Raises:
-            SvlError: if an image cannot be read.
+            SvlError: if there are not as many lists as prompts, an image cannot be read, or the model takes no videos.
         """
         tokenizer = self.tokenizer
         if tokenizer.pad_token is None:
@@ -157,11 +162,40 @@ class Lvlm:
             padding_side="left",
             return_tensors="pt",
             add_special_tokens=not template_wrote_bos,
-            **({"images": _opened(images)} if images else {}),
-            **({"videos": _opened(videos)} if videos else {}),
+            **self._image_arguments(texts, images or ()),
+            **self._video_arguments(texts, videos or ()),
         )
-        dtype = self.model.dtype
-        return {k: v.to(self.device, dtype if v.is_floating_point() else None) for k, v in inputs.items()}
+        dtype, known = self.model.dtype, _forward_arguments(type(self.model))
+        return {
+            name: value.to(self.device, dtype if value.is_floating_point() else None)
+            for name, value in inputs.items()
+            if known is None or name in known
+        }
+
+    def _image_arguments(self, texts: list[str], images: Sequence[Any]) -> dict[str, Any]:
+        """What the processor is given for images: a list per prompt, which every processor takes, or nothing."""
+        if images and (len(images) != len(texts) or not all(isinstance(given, list | tuple) for given in images)):
+            raise SvlError(f"images must come as one list for each of the {len(texts)} prompts, empty for none")
+        return {"images": [list(map(open_picture, given)) for given in images]} if any(images) else {}
+
+    def _video_arguments(self, texts: list[str], videos: Sequence[Any]) -> dict[str, Any]:
+        """What the processor is given for videos: their frames, all of them, and when they are, or nothing."""
+        if videos and len(videos) != len(texts):
+            raise SvlError(f"videos must come as one list of frames, or None, for each of the {len(texts)} prompts")
+        if not any(videos):
+            return {}
+        if getattr(self.processor, "video_processor", None) is None:
+            raise SvlError(f"'{self.name}' takes no videos: its processor has no part for them")
+        shown = [list(map(open_picture, frames)) for frames in videos if frames]
+        times = [
+            {"total_num_frames": len(frames), "fps": 1 / SECONDS_PER_FRAME, "frames_indices": list(range(len(frames)))}
+            for frames in shown
+        ]
+        return {"videos": shown, "video_metadata": times, "do_sample_frames": False}
+
+    def is_visual(self, input_ids: Tensor) -> Tensor:
+        """Which of the ids, of any shape, are placeholders that features of an image or a video replace."""
+        return torch.isin(input_ids, torch.tensor(self.anatomy.visual_token_ids, device=input_ids.device))
 
     def device_facts(self, batch_size: int) -> dict[str, Any]:
         """What a speed depends on besides the model: type and name of the device, and the batch size."""
@@ -180,5 +214,11 @@ def _joined_text(content: str | list[dict[str, Any]]) -> str:
     return content if isinstance(content, str) else "\n".join(p["text"] for p in content if p["type"] == "text")
 
 
-def _opened(images: Sequence[Any]) -> list[Any]:
-    return [_opened(image) if isinstance(image, list | tuple) else open_picture(image) for image in images]
+def _forward_arguments(model_class: Any) -> frozenset[str] | None:
+    """Names of what a model computes logits from, as its `forward` has them; None if it takes anything.
+
+    Processors return more: targets, counts that only they need.
+    """
+    named = inspect.signature(model_class.forward).parameters.values()
+    names = frozenset(p.name for p in named if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+    return names - {"labels"} if "input_ids" in names else None

@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from svl.core.errors import SvlError, did_you_mean, explained, one_of
+from svl.core.errors import one_of
 from svl.models.lvlm import Lvlm
+from svl.models.processors import with_settings
 
 TEMPLATES = Path(__file__).parent / "prompt_templates"
 STYLES = ("chat", "paligemma", "plain", "vicuna_v1")  # chat: the checkpoint's own
@@ -35,7 +36,8 @@ def with_prompt_style(lvlm: Lvlm, style: str, image_processor: Mapping[str, Any]
     Args:
         lvlm: the model; it is left as it is.
         style: one of STYLES.
-        image_processor: settings of the checkpoint's image processor, such as its `size`, to use instead of its own.
+        image_processor: settings of the checkpoint's image processor, such as its `size`, to use instead of its own;
+            `image_processor_type` is another class of transformers.
 
     Raises:
         SvlError: if there is no such style, or the image processor has no such setting, or refuses its value.
@@ -46,10 +48,5 @@ def with_prompt_style(lvlm: Lvlm, style: str, image_processor: Mapping[str, Any]
         processor.chat_template = style_template(style, getattr(processor, "image_token", None) or "<image>")
     if image_processor:
         images: Any = getattr(processor, "image_processor", None)
-        known = images.to_dict() if images is not None else {}
-        for name in image_processor:
-            if name not in known:
-                raise SvlError(f"model.image_processor has no setting '{name}'{did_you_mean(name, known)}")
-        with explained(f"model.image_processor: {type(images).__name__} does not take {dict(image_processor)}"):
-            processor.image_processor = type(images).from_dict({**known, **image_processor})
+        processor.image_processor = with_settings(images, image_processor)
     return dataclasses.replace(lvlm, processor=processor)

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
+DYNAMIC = "transformers_modules."  # the package of code that comes with checkpoints
+
+
 @dataclass(frozen=True)
 class Destination:
     """Where a tensor on disk belongs: a parameter (or buffer) of the model, and what it undergoes on the way there."""
@@ -37,11 +40,15 @@ class Destination:
     converter: WeightConverter | None = None  # None: it is taken as it is
 
 
-def model_class(config: PreTrainedConfig) -> Any:
+def model_class(config: PreTrainedConfig, trust_remote_code: bool = False) -> Any:
     """The class that makes a model of this config: AutoModelForImageTextToText or AutoModelForCausalLM.
 
-    None if it is neither, or a text model with an encoder.
+    With `trust_remote_code`, code that comes with the checkpoint counts, by what its config says that it offers. None
+    if it is neither, or a text model with an encoder.
     """
+    if trust_remote_code and type(config).__module__.startswith(DYNAMIC):
+        offered = getattr(config, "auto_map", None) or {}
+        return next((a for a in (AutoModelForImageTextToText, AutoModelForCausalLM) if a.__name__ in offered), None)
     if type(config) in AutoModelForImageTextToText._model_mapping:
         return AutoModelForImageTextToText
     if type(config) in AutoModelForCausalLM._model_mapping and not config.is_encoder_decoder:

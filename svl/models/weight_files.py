@@ -22,6 +22,7 @@ PICKLED_INDEX = "pytorch_model.bin.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 STANDARD_NAMES = [WEIGHTS, INDEX, PICKLED, PICKLED_INDEX]  # transformers takes the first that is there
 ADAPTER = "adapter_config.json"
+CONVERT = "convert them once, with 'svl-export convert source={} out=DIR', and use that folder"
 
 LONGEST_HEADER = 16 * 2**20  # bytes of a safetensors header: more than 100,000 tensors
 LONGEST_JSON = 64 * 2**20  # bytes
@@ -75,6 +76,13 @@ def _chosen_name(folder: Path) -> str | None:
     named = read_json(folder / "config.json").get("transformers_weights")
     names = [named] if isinstance(named, str) else STANDARD_NAMES
     return next((name for name in names if (folder / name).is_file()), None)
+
+
+def check_index(folder: Path) -> None:
+    """Raise SvlError if transformers cannot read the index of a checkpoint folder, because it has no `metadata`."""
+    name = _chosen_name(folder) or ""
+    if name.endswith(".index.json") and not isinstance(read_json(folder / name).get("metadata"), dict):
+        raise SvlError(f'\'{folder / name}\' has no "metadata", which transformers asks for: add "metadata": {{}}')
 
 
 def check_no_adapter(source: Path | str, names: Collection[str]) -> None:

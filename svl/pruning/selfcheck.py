@@ -76,9 +76,9 @@ def example_inputs(lvlm: Lvlm) -> dict[str, Tensor]:
     if lvlm.takes_images and not with_image:
         log.info("  surgery is checked on text: '%s' has no chat template that places a picture", lvlm.name)
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    images = [Image.fromarray(pixels).resize((224, 224))] if with_image else None
+    images = [Image.fromarray(pixels).resize((224, 224))] if with_image else []
     with explained(f"the processor of '{lvlm.name}' fails on an example"):
-        return lvlm.encode([lvlm.prompt("What is in the picture, and where?", image=with_image)], images)
+        return lvlm.encode([lvlm.prompt("What is in the picture, and where?", image=with_image)], [images])
 
 
 def check_surgery(lvlm: Lvlm, pruned: Lvlm, plan: Plan, inputs: dict[str, Tensor]) -> float:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svl.checkpoints import export
+from svl.checkpoints import export, new_checkpoint
 from svl.config import plain_values
 from svl.core.errors import out_of_memory
 from svl.processes import process_rank
@@ -27,9 +27,11 @@ def export_reserved(setup: RunSetup) -> Iterator[None]:
     """Within the block, which is the whole run, no other process can export to where this one will.
 
     Raises:
-        SvlError: if the path is taken, or for whatever else the export will be refused for as far as that is known.
+        SvlError: if the path is taken, or for whatever else an export will be refused for as far as that is known.
     """
     path = setup.cfg.export.path
+    if process_rank() == 0 and setup.uses_vllm and setup.tasks:  # which reads exports
+        new_checkpoint.check_source(setup.checkpoint, setup.options, 0, setup.compensates)
     if not path or process_rank() > 0:
         yield
         return
@@ -52,25 +54,28 @@ def export_run(setup: RunSetup, variant: ModelVariant, run: Entry) -> None:
         return
     if export.exporting_run(path) != run.key:
         with out_of_memory("the export", "choose a compensation that changes less at once, or free some memory"):
-            write_checkpoint(variant, path, export.ExportRecord(run.output, run.key))
+            write_checkpoint(variant, path, run)
     log.info("  exported to %s", path)
 
 
-def write_checkpoint(variant: ModelVariant, path: Path | str, record: export.ExportRecord | None = None) -> Path:
-    """Save what is left of the checkpoint as the new folder `path`."""
+def write_checkpoint(variant: ModelVariant, path: Path | str, run: Entry | None = None) -> Path:
+    """Save what is left of the checkpoint as the new folder `path`, with what is known of its `run`."""
     setup = variant.setup
+    record = export.ExportRecord(
+        run.output if run else None, run.key if run else None, image_processor=setup.image_processor
+    )
     return export.save(setup.checkpoint, variant.plan, path, variant.read_patch(), setup.options, record=record)
 
 
 def load_in_vllm(variant: ModelVariant) -> Any:
-    """The model in vLLM, which reads checkpoints: the dense one's own, or a temporary export."""
+    """The model in vLLM, which reads checkpoints: the dense one's own if nothing is changed, or a temporary export."""
     from svl.evaluation.vllm import vllm_answerer
     from svl.models.prompts import style_template
 
     setup = variant.setup
     options, template = plain_values(setup.cfg.evaluator.options), style_template(setup.prompt_style)
     batch_size = setup.cfg.benchmark.batch_size
-    if not variant.plan.removed:
+    if not variant.plan.removed and not setup.image_processor:
         return vllm_answerer(setup.checkpoint, batch_size, options, template)
     with setup.store.scratch("vllm") as folder:
         try:

@@ -110,7 +110,7 @@ def test_an_unused_token_stands_for_the_image(tmp_path, language, source):
     assert find_anatomy(lvlm.model).n_layers == 2
     from PIL import Image
 
-    inputs = lvlm.encode([lvlm.prompt("red circle", image=True)], [Image.new("RGB", (8, 8))])
+    inputs = lvlm.encode([lvlm.prompt("red circle", image=True)], [[Image.new("RGB", (8, 8))]])
     assert inputs["input_ids"].tolist() == [[4, 4, 4, 4, 5, 6]]
     assert lvlm.model(**inputs).logits.shape == (1, 6, 9)
     assert AutoProcessor.from_pretrained(folder).chat_template == (source / "chat_template.jinja").read_text()
@@ -191,7 +191,7 @@ def test_smol_lvlm_answers(tmp_path):
         scene = smol.draw(rng, "validation")
         question = smol.plain_question(scene, rng, "cell")
         assert question is not None
-        inputs = lvlm.encode([lvlm.prompt(question.prompt, image=True)], [Image.fromarray(scenes.render(scene))])
+        inputs = lvlm.encode([lvlm.prompt(question.prompt, image=True)], [[Image.fromarray(scenes.render(scene))]])
         out = lvlm.model.generate(**inputs, max_new_tokens=8, do_sample=False)
         said = lvlm.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         right += said.strip() == question.answer

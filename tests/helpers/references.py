@@ -37,6 +37,26 @@ def skipped(lvlm: Lvlm, removed):
 
 
 @contextmanager
+def eager_maps(lvlm: Lvlm, maps: dict[int, Tensor]):
+    """Eager attention in the decoder; its maps [H, T, T] of the only sample go to `maps`, by layer."""
+    model = copy.deepcopy(lvlm.model)
+    shared = model.config.get_text_config(decoder=True) is model.config
+    model.set_attn_implementation({"" if shared else "text_config": "eager"})
+
+    def keep(layer):
+        def hook(_, __, out):
+            if isinstance(out, tuple) and len(out) > 1 and isinstance(out[1], Tensor) and out[1].ndim == 4:
+                maps[layer] = out[1][0].float()
+
+        return hook
+
+    for i, layer in enumerate(model.get_submodule(lvlm.anatomy.layers)):
+        attention = next(module for name, module in layer.named_children() if name.endswith("attn"))
+        attention.register_forward_hook(keep(i))
+    yield model
+
+
+@contextmanager
 def written_times(lvlm: Lvlm, layer: int, role: str, factor: Tensor):
     """What a layer writes in one role is multiplied by `factor` [d, d] on its way."""
 
@@ -56,7 +76,8 @@ def compensated(lvlm: Lvlm, plan: Plan, patch: Patch):
     for layer, terms in patch.blends.items():
         with torch.no_grad():
             for name, parameter in whole.layers[layer].named_parameters():
-                if parameter.ndim > 1 or not name.rpartition(".")[0].endswith("norm"):
+                module = whole.layers[layer].get_submodule(name.rpartition(".")[0])
+                if parameter.ndim > 1 or "Norm" not in type(module).__name__:
                     old = {source: lvlm.layers[source].get_parameter(name) for source in terms}
                     parameter.copy_(sum(coefficient * old[source] for source, coefficient in terms.items()))
     for (layer, role), change in patch.updates.items():

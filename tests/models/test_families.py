@@ -5,10 +5,8 @@ Results of tests marked `column` make the support table of docs/families.md (see
 
 from __future__ import annotations
 
-import copy
 import json
 import re
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +14,7 @@ import pytest
 import torch
 from helpers.families import FAMILIES, MAPLESS, POST_NORM, REFUSED, SUPPORTED, every, generate, lvlm_of, plans
 from helpers.paths import ROOT
-from helpers.references import close, logits, skipped, update, written_times
+from helpers.references import close, eager_maps, logits, skipped, update, written_times
 from safetensors import safe_open
 from torch import Tensor
 
@@ -179,25 +177,6 @@ def test_plans_that_no_config_can_express_are_refused():
 
 
 # --------------------------------------------------------------------------------------------------- attention
-
-
-@contextmanager
-def eager_maps(lvlm: Lvlm, maps: dict[int, Tensor]):
-    """Eager attention in the decoder; its maps [H, T, T] of the only sample go to `maps`, by layer."""
-    model = copy.deepcopy(lvlm.model)
-    shared = model.config.get_text_config(decoder=True) is model.config
-    model.set_attn_implementation({"" if shared else "text_config": "eager"})
-
-    def keep(layer):
-        def hook(_, __, out):
-            if isinstance(out, tuple) and len(out) > 1 and isinstance(out[1], Tensor) and out[1].ndim == 4:
-                maps[layer] = out[1][0].float()
-
-        return hook
-
-    for i, layer in enumerate(model.get_submodule(lvlm.anatomy.layers)):
-        layer.self_attn.register_forward_hook(keep(i))
-    yield model
 
 
 @every

@@ -129,7 +129,7 @@ def lvlm(source) -> Lvlm:
 
 @pytest.fixture(scope="module")
 def inputs(lvlm) -> dict[str, torch.Tensor]:
-    return lvlm.encode([lvlm.prompt("What is in the picture?", image=True)], [golden.picture(0)])
+    return lvlm.encode([lvlm.prompt("What is in the picture?", image=True)], [[golden.picture(0)]])
 
 
 # ------------------------------------------------------------------------------------------------- the original
@@ -289,7 +289,7 @@ def test_a_processor_saved_and_read_back_is_the_same(mode, tmp_path):
 def test_images_and_placeholders_must_be_as_many(lvlm, inputs):
     text = lvlm.prompt("Well?", image=True)
     with pytest.raises(ValueError, match=r"1 <\|image\|> tokens and 2 images"):
-        lvlm.encode([text], [golden.picture(0)] * 2)
+        lvlm.encode([text], [[golden.picture(0)] * 2])
     with pytest.raises(ValueError, match=r"2 images need 14 tokens <\|image\|> \(id 700\).*which have 7"):
         lvlm.model(**{**inputs, "pixel_values": inputs["pixel_values"].repeat(2, 1, 1, 1)})
     with pytest.raises(ValueError, match=r"0 images need 0 tokens <\|image\|>.*which have 7"):
@@ -419,7 +419,7 @@ def test_visual_parts_keep_their_attention(source, inputs, attn):
 
 def test_answers_do_not_depend_on_padding(lvlm):
     prompts = [lvlm.prompt(text, image=True) for text in ("Hm?", "What is in this rather noisy picture, and where?")]
-    pictures = [golden.picture(i) for i in range(2)]
+    pictures = [[golden.picture(i)] for i in range(2)]
     together = generate(lvlm.model, lvlm.encode(prompts, pictures))[1]
     for i, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
         close(generate(lvlm.model, lvlm.encode([prompt], [picture]))[1], together[:, i : i + 1])

@@ -128,7 +128,7 @@ def lvlm(source) -> Lvlm:
 
 @pytest.fixture(scope="module")
 def inputs(lvlm) -> dict[str, torch.Tensor]:
-    return lvlm.encode([lvlm.prompt("What is in the picture?", image=True)], [golden.picture(0)])
+    return lvlm.encode([lvlm.prompt("What is in the picture?", image=True)], [[golden.picture(0)]])
 
 
 # ------------------------------------------------------------------------------------------------- the original
@@ -275,8 +275,8 @@ def test_other_files_are_no_vocabulary(content, tmp_path):
 def test_images_and_placeholders_must_be_as_many(lvlm):
     text = lvlm.prompt("Well?", image=True)
     with pytest.raises(ValueError, match="1 <imgpad> tokens and 2 images"):
-        lvlm.encode([text], [golden.picture(0)] * 2)
-    inputs = lvlm.encode([text], [golden.picture(0)])
+        lvlm.encode([text], [[golden.picture(0)] * 2])
+    inputs = lvlm.encode([text], [[golden.picture(0)]])
     with pytest.raises(ValueError, match=r"2 images need 32 tokens <imgpad>.*which have 16"):
         lvlm.model(**{**inputs, "pixel_values": inputs["pixel_values"].repeat(2, 1, 1, 1)})
     with pytest.raises(SvlError, match="contains <imgpad>"):
@@ -284,7 +284,7 @@ def test_images_and_placeholders_must_be_as_many(lvlm):
 
 
 def test_bare_placeholders_get_their_marks(lvlm):
-    bare, marked = (lvlm.encode([t], [golden.picture(0)]) for t in ("<imgpad>\nhm", "<img><imgpad></img>\nhm"))
+    bare, marked = (lvlm.encode([t], [[golden.picture(0)]]) for t in ("<imgpad>\nhm", "<img><imgpad></img>\nhm"))
     assert torch.equal(bare["input_ids"], marked["input_ids"])
     assert bare["input_ids"].tolist()[0].count(lvlm.anatomy.image_token_id) == golden.TOWER["n_queries"]
 
@@ -393,7 +393,7 @@ def test_the_pruned_model_generates_like_the_full_one_that_skips(lvlm, inputs):
 
 def test_answers_do_not_depend_on_padding(lvlm):
     prompts = [lvlm.prompt(text, image=True) for text in ("Hm?", "What is in this rather noisy picture, and where?")]
-    pictures = [golden.picture(i) for i in range(2)]
+    pictures = [[golden.picture(i)] for i in range(2)]
     together = generate(lvlm.model, lvlm.encode(prompts, pictures))[1]
     for i, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
         close(generate(lvlm.model, lvlm.encode([prompt], [picture]))[1], together[:, i : i + 1])

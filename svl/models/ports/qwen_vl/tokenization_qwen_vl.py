@@ -67,7 +67,8 @@ class QWenTokenizer(PreTrainedTokenizer):
         }
         kwargs.pop("added_tokens_decoder", None)  # of a saved tokenizer; they are known
         kwargs.pop("auto_map", None)  # code that comes with original checkpoints
-        kwargs = {"pad_token": END, "eos_token": END, "clean_up_tokenization_spaces": False, **kwargs}
+        # files that others saved ask for spaces to be cleaned up; the original code never does that
+        kwargs = {"pad_token": END, "eos_token": END, **kwargs, "clean_up_tokenization_spaces": False}
         super().__init__(errors=errors, **kwargs)
         self._update_trie()
 

@@ -1,0 +1,155 @@
+"""What checkpoints' processors lack or get wrong, and other settings of their image processors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoProcessor, MllamaProcessor, PaliGemmaProcessor, ProcessorMixin
+from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+
+from svl.core.errors import SvlError, did_you_mean, explained, reason_of
+from svl.models.weight_files import read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+KIND = "image_processor_type"  # the setting that names another class
+CLASS_TOKEN = ("clip_vision_model",)  # towers that put a token of their own before those of the patches
+
+
+def read_processor(
+    path: str | Path, config: PreTrainedConfig, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """The processor of a checkpoint of this config, completed; raises whatever transformers raises."""
+    processor: Any = corrected(
+        AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    )
+    if hasattr(processor, "vision_feature_select_strategy"):
+        stated, _ = ProcessorMixin.get_processor_dict(path, revision=revision)
+        complete_visual_tokens(processor, config, stated)
+    return processor
+
+
+def corrected(processor: Any) -> Any:
+    """A processor that also takes batches in which some prompts, or all, have no image; most do as they are."""
+    if isinstance(processor, PaliGemmaProcessor):
+        parts = processor.image_processor, processor.tokenizer
+        return PaliGemmaPrompts(*parts, chat_template=processor.chat_template)
+    if isinstance(processor, MllamaProcessor):  # its usual one takes no batch whose first prompt has none
+        settings = processor.image_processor.to_dict()
+        processor.image_processor = MllamaImageProcessorPil.from_dict(settings)
+    return processor
+
+
+def complete_visual_tokens(processor: Any, config: PreTrainedConfig, stated: Collection[str]) -> None:
+    """Let a processor of LLaVA's kind know what the count of visual tokens follows from, where its files do not say.
+
+    They did not for years, and do not in checkpoints derived from those; the model's config always does.
+
+    Args:
+        processor: is changed.
+        config: of the model.
+        stated: settings that the processor's files have.
+    """
+    tower = config.vision_config
+    if processor.vision_feature_select_strategy is None:
+        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+    if hasattr(processor, "num_image_tokens") and processor.num_image_tokens is None:
+        processor.num_image_tokens = (tower.image_size // tower.patch_size) ** 2
+    if hasattr(processor, "patch_size") and processor.patch_size is None:
+        processor.patch_size = tower.patch_size
+    if "num_additional_image_tokens" not in stated and hasattr(processor, "num_additional_image_tokens"):
+        processor.num_additional_image_tokens = int(tower.model_type in CLASS_TOKEN)
+
+
+class PaliGemmaPrompts(PaliGemmaProcessor):
+    """PaliGemma's processor, which reads prompts without an image, too: `<bos>`, the text, and a line's end.
+
+    The original refuses a batch of such prompts, and writes `<bos>` into the middle of the text of one among others.
+    """
+
+    def prepare_inputs_layout(  # type: ignore[override]
+        self, images: Any = None, text: Any = None, **kwargs: Any
+    ) -> Any:
+        """As the parent's for prompts with an image."""
+        texts = [text] if isinstance(text, str) else list(text or [])
+        where = [i for i, prompt in enumerate(texts) if self.image_token in prompt]
+        written = [f"{self.tokenizer.bos_token}{prompt}\n" for prompt in texts]
+        if where:
+            images, given, *_ = super().prepare_inputs_layout(images, [texts[i] for i in where], **kwargs)
+            for i, prompt in zip(where, given, strict=True):
+                written[i] = prompt
+        return images, written, None, None
+
+    def validate_inputs(  # type: ignore[override]
+        self, images: Any = None, text: Any = None, **kwargs: Any
+    ) -> None:
+        """As the parent's, where there are images."""
+        if images is None:
+            ProcessorMixin.validate_inputs(self, images=images, text=text, **kwargs)
+        else:
+            super().validate_inputs(images=images, text=text, **kwargs)
+
+
+def with_settings(image_processor: Any, settings: Mapping[str, Any]) -> Any:
+    """The same image processor with other settings; `image_processor_type` among them makes it one of another class.
+
+    Raises:
+        SvlError: if there is no image processor, no such class, no such setting, or it refuses the value.
+    """
+    if image_processor is None:
+        raise SvlError("model.image_processor: this model has no image processor")
+    kind, known = type(image_processor), image_processor.to_dict()
+    if KIND in settings:
+        kind = image_processor_class(str(settings[KIND]))
+        known = {**kind().to_dict(), **known}
+    changed = {name: value for name, value in settings.items() if name != KIND}
+    for name in changed:
+        if name not in known:
+            raise SvlError(f"model.image_processor has no setting '{name}'{did_you_mean(name, known)}")
+    with explained(f"model.image_processor: {kind.__name__} does not take {changed}"):
+        return kind.from_dict({**known, **changed, KIND: kind.__name__})
+
+
+def write_image_settings(folder: Path, config: PreTrainedConfig, settings: Mapping[str, Any]) -> None:
+    """Let the processor of the checkpoint `folder`, of this config, have other settings of its image processor.
+
+    Raises:
+        SvlError: as `with_settings`, or if its files have no place for them.
+    """
+    with explained(f"cannot read the processor of '{folder}'"):
+        images = with_settings(getattr(read_processor(folder, config), "image_processor", None), settings)
+    wanted = json.loads(images.to_json_string())
+    file, content = folder / "processor_config.json", {}
+    if file.is_file():
+        content = read_json(file)
+    if "image_processor" in content:
+        content["image_processor"] = wanted
+    else:
+        file = folder / "preprocessor_config.json"
+        kept = read_json(file) if file.is_file() else {}
+        content = {**wanted, **{name: kept[name] for name in ("processor_class",) if name in kept}}
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    again = read_processor(folder, config).image_processor
+    if json.loads(again.to_json_string()) != wanted:
+        raise SvlError(f"model.image_processor cannot be exported: {type(again).__name__} is not read from {file.name}")
+
+
+def image_processor_class(name: str) -> Any:
+    """The image processor of transformers of this name.
+
+    Raises:
+        SvlError: if there is none.
+    """
+    import transformers
+
+    known = [each for each in dir(transformers) if each.endswith("ImageProcessor")]
+    if name not in known:
+        raise SvlError(f"model.image_processor.{KIND} '{name}' is no class of transformers{did_you_mean(name, known)}")
+    try:
+        return getattr(transformers, name)
+    except ImportError as error:
+        raise SvlError(f"model.image_processor.{KIND}: {reason_of(error)}") from error
