@@ -84,7 +84,7 @@ class Calibration:
     name: str | None = None  # configuration of the data set
     split: str = "train"
     revision: str | None = None
-    # {name: configuration with the images, key: column}
+    # {name: configuration with the images, column: the one that names an image}
     image_table: dict[str, str] = field(default_factory=_open_mapping)
     images: str | None = None  # folder that paths of pictures and videos are relative to; null: the file's own
     # {prompt: question}: the rows' names of columns
@@ -336,11 +336,11 @@ def validate_config(cfg: DictConfig) -> dict[str, Any]:
 
 def _check_mappings(cfg: DictConfig) -> None:
     """Raise SvlError if what must be a mapping is none, or has a name that nothing reads."""
-    for name in ("model.image_processor", "calibration.images", "evaluator.options"):
+    for name in ("model.image_processor", "calibration.image_table", "calibration.columns", "evaluator.options"):
         if not OmegaConf.is_dict(value := OmegaConf.select(cfg, name)):
             raise SvlError(f"{name} is '{value}', but must be a mapping such as {{name: value}}")
-    for name in cfg.calibration.images:
-        one_of("a name in calibration.images", name, ("name", "key"))
+    for name in cfg.calibration.image_table:
+        one_of("a name in calibration.image_table", name, ("name", "column"))
 
 
 def _check_numbers(cfg: DictConfig) -> None:

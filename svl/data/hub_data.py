@@ -34,7 +34,7 @@ class HubSource:
         name: configuration of the data set.
         split: its part.
         revision: hub branch, tag or commit.
-        image_table: {"name": .., "key": ..}: the configuration that holds the images by `id`, if they are not in the
+        image_table: {"name": .., "column": ..}: the configuration that holds the images by `id`, if they are not in the
             rows, and the column that names them. The first `n` images are drawn, and the first question on each.
         options: how rows become samples; needs a format.
 
@@ -72,7 +72,7 @@ def draw_samples(source: HubSource) -> Samples:
             contents = _passages(source, n)
         elif source.image_table:
             images, questions = _stream(source, source.image_table["name"]), _stream(source, source.name, False)
-            contents = _contents(source, _joined(images, questions, n, source.image_table["key"]))
+            contents = _contents(source, _joined(images, questions, n, source.image_table["column"]))
         else:
             contents = _contents(source, _stream(source, source.name))
         found = list(islice(contents, n))

@@ -14,7 +14,7 @@ HIDDEN = "***"
 
 _SECRET_WORDS = {"password", "passwd", "passphrase", "pwd", "secret", "secrets", "credential", "credentials", "apikey"}
 _LAST_WORDS = {"token", "key", "auth"}  # of a name: hf_token, api_key; not token_count
-_HARMLESS = {"image_token", "images.key", "svl.key"}  # settings of svl that are named like secrets
+_HARMLESS = {"image_token", "svl.key"}  # settings of svl that are named like secrets
 
 _USER_IN_ADDRESS = re.compile(r"(?<=://)[^\s/?#@'\"]+@")
 _NAMED = re.compile(

@@ -30,7 +30,8 @@ from svl.calibration.encoding import encode_samples
 from svl.checkpoints.conversion import convert
 from svl.config import build_method
 from svl.core import Plan, Stats, SvlError
-from svl.data.samples import Samples, read_samples
+from svl.data.sample_files import read_samples
+from svl.data.samples import Samples
 from svl.models.lvlm import Lvlm
 from svl.models.prompts import with_prompt_style
 from svl.pruning import folding

@@ -18,7 +18,7 @@ def test_names_of_secrets(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["max_new_tokens", "model.image_token", "calibration.images.key", "keys", "monkey", "benchmark.tasks",
+    ["max_new_tokens", "model.image_token", "calibration.image_table.column", "keys", "monkey", "benchmark.tasks",
      "visual_tokens", "token_type", "samples", ""],
 )  # fmt: skip
 def test_names_of_other_settings(name):
