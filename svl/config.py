@@ -67,6 +67,7 @@ class Model:
     image_token: Any = None  # the image placeholder or its id, where config and processor do not tell
     protect: Any = "auto"  # layers that must stay: auto (those that others depend on) | none | a list
     trust_remote_code: bool = False
+    full_hash: bool = False  # read all of the checkpoint in every run: for storage whose times cannot be relied on
 
 
 @dataclass
