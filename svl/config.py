@@ -48,6 +48,7 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
+HYDRA = "hydra"  # the key of Hydra's own settings, where a configuration has them
 RATIO_DIGITS = 6  # of a ratio: 0.1 + 0.2 is 0.3 in every key, name and table
 
 
@@ -209,6 +210,8 @@ def build_method(node: DictConfig, group: str) -> Any:
         SvlError: on a target that does not exist, is not allowed or is no method of this group, an unknown key, or a
             value of wrong type or range.
     """
+    if not OmegaConf.is_config(node):
+        raise SvlError(f"{group} is {node!r}, but must be a group of settings")
     values = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     if not isinstance(values, dict) or "_target_" not in values:
         raise SvlError(f"{group} has no _target_: name the dataclass that implements it")
@@ -311,7 +314,12 @@ def validate_config(cfg: DictConfig) -> dict[str, Any]:
 
     Raises:
         SvlError: the first mistake, as one line.
+        OmegaConfBaseException: if a value refers to something that is not there.
     """
+    check_known(cfg)
+    for name in cfg:
+        if name != HYDRA:
+            resolved_setting(cfg, name)  # what refers to nothing is found now, not when it is first used
     layers_to_remove(cfg.ratio, 1)
     if cfg.n_remove is not None and cfg.n_remove < 0:
         raise SvlError(f"n_remove is {cfg.n_remove}, but must be at least 0")
@@ -325,6 +333,26 @@ def validate_config(cfg: DictConfig) -> dict[str, Any]:
     if cfg.benchmark.tasks:
         _check_evaluator(cfg.evaluator.name)
     return {group: build_method(cfg[group], group) for group in METHODS}
+
+
+def resolved_setting(cfg: DictConfig, name: Any) -> Any:
+    """A setting, or all of a group."""
+    value = cfg[name]
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def check_known(cfg: DictConfig, kind: type = Svl, where: str = "") -> None:
+    """Raise SvlError on a setting that there is not: Hydra adds it, where it is written with a plus."""
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    for key in map(str, cfg):
+        if key == HYDRA and not where:
+            continue
+        if key not in fields:
+            known = [where + name for name in fields]
+            hint = did_you_mean(where + key, known)
+            raise SvlError(f"there is no setting '{where}{key}'{hint}; known here: {', '.join(known)}")
+        if dataclasses.is_dataclass(inner := typing.get_type_hints(kind)[key]):
+            check_known(cfg[key], typing.cast(type, inner), f"{where}{key}.")
 
 
 def _check_numbers(cfg: DictConfig) -> None:

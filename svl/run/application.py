@@ -18,7 +18,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from svl import config
@@ -72,7 +72,8 @@ def announce_job(cfg: DictConfig, info: Any, sweeping: bool) -> None:
     swept = info.sweeper.get("params")
     if swept and not sweeping:
         log.warning("this experiment is a sweep over %s; add -m to run all of it", ", ".join(swept))
-    changed = " ".join(word for word in info.overrides.task if not word.startswith("experiment="))
+    words: Any = OmegaConf.to_container(info.overrides.task, resolve=False)  # they may refer to nothing
+    changed = " ".join(word for word in words if not word.startswith("experiment="))
     progress = sweep_progress(int(info.job.num)) if sweeping else ""
     log.info("%s%s", progress, changed or f"strategy={info.runtime.choices['strategy']} ratio={cfg.ratio:g}")
 
