@@ -48,6 +48,7 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
+HYDRA = "hydra"  # the key of Hydra's own settings, where a configuration has them
 RATIO_DIGITS = 6  # of a ratio: 0.1 + 0.2 is 0.3 in every key, name and table
 
 
@@ -73,6 +74,7 @@ class Model:
     image_token: Any = None  # the image placeholder or its id, where config and processor do not tell
     protect: Any = "auto"  # layers that must stay: auto (those that others depend on) | none | a list
     trust_remote_code: bool = False
+    full_hash: bool = False  # read all of the checkpoint in every run: for storage whose times cannot be relied on
 
 
 @dataclass
@@ -215,6 +217,8 @@ def build_method(node: DictConfig, group: str) -> Any:
         SvlError: on a target that does not exist, is not allowed or is no method of this group, an unknown key, or a
             value of wrong type or range.
     """
+    if not OmegaConf.is_config(node):
+        raise SvlError(f"{group} is {node!r}, but must be a group of settings")
     values = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     if not isinstance(values, dict) or "_target_" not in values:
         raise SvlError(f"{group} has no _target_: name the dataclass that implements it")
@@ -317,7 +321,12 @@ def validate_config(cfg: DictConfig) -> dict[str, Any]:
 
     Raises:
         SvlError: the first mistake, as one line.
+        OmegaConfBaseException: if a value refers to something that is not there.
     """
+    check_known(cfg)
+    for name in cfg:
+        if name != HYDRA:
+            resolved_setting(cfg, name)  # what refers to nothing is found now, not when it is first used
     layers_to_remove(cfg.ratio, 1)
     if cfg.n_remove is not None and cfg.n_remove < 0:
         raise SvlError(f"n_remove is {cfg.n_remove}, but must be at least 0")
@@ -341,6 +350,26 @@ def _check_mappings(cfg: DictConfig) -> None:
             raise SvlError(f"{name} is '{value}', but must be a mapping such as {{name: value}}")
     for name in cfg.calibration.image_table:
         one_of("a name in calibration.image_table", name, ("name", "column"))
+
+
+def resolved_setting(cfg: DictConfig, name: Any) -> Any:
+    """A setting, or all of a group."""
+    value = cfg[name]
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def check_known(cfg: DictConfig, kind: type = Svl, where: str = "") -> None:
+    """Raise SvlError on a setting that there is not: Hydra adds it, where it is written with a plus."""
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    for key in map(str, cfg):
+        if key == HYDRA and not where:
+            continue
+        if key not in fields:
+            known = [where + name for name in fields]
+            hint = did_you_mean(where + key, known)
+            raise SvlError(f"there is no setting '{where}{key}'{hint}; known here: {', '.join(known)}")
+        if dataclasses.is_dataclass(inner := typing.get_type_hints(kind)[key]):
+            check_known(cfg[key], typing.cast(type, inner), f"{where}{key}.")
 
 
 def _check_numbers(cfg: DictConfig) -> None:

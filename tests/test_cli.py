@@ -52,6 +52,11 @@ def inputs(tmp_path_factory):
         "conf/benchmark/mine.yaml": "name: x\ninclude_path: ${svl:demo}/tasks\ntasks: {svl_demo_opne: {metric: x}}",
         "conf/model/mine.yaml": "pth: somewhere",
         "conf/strategy/mine.yaml": "_target_: svl.strategies.random.Random\nsed: 3",
+        "conf/strategy/three.yaml": "# @package _global_\nstrategy: 3",
+        "conf/experiment/plain.yaml": "ratio: 0.5",
+        "conf/experiment/torn.yaml": "# @package _global_\nratio: [0.5\nseed: 1",
+        "conf/experiment/twice.yaml": "# @package _global_\nratio: 0.5\nratio: 0.4",
+        "conf/experiment/list.yaml": "# @package _global_\ndefaults: 3",
     }  # fmt: skip
     for name, content in contents.items():  # lists are JSON lines
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -91,6 +96,14 @@ MISTAKES = {
     "--config-dir conf benchmark=mine": ["no benchmark task 'svl_demo_opne'", "did you mean 'svl_demo_open'?"],
     "--config-dir conf strategy=mnie": ["no strategy 'mnie'", "did you mean 'mine'?"],
     "--config-dir conf strategy=mine": ["strategy has no setting 'sed'", "did you mean 'seed'?"],
+    "--config-dir conf strategy=three": ["strategy is 3, but must be a group of settings"],
+    "--config-dir conf experiment=plain": ["conf/experiment must begin with the line '# @package _global_'"],
+    "--config-dir conf experiment=torn": ["the configuration is no YAML in", "torn.yaml', line 3", "expected"],
+    "--config-dir conf experiment=twice": ["the configuration is no YAML in", "twice.yaml', line 3", "duplicate key"],
+    "--config-dir conf experiment=list": ["the configuration cannot be composed", "defaults must be a list"],
+    "+rato=0.5": ["no setting 'rato'", "did you mean 'ratio'?", "n_remove"],
+    "+calibration.sampels=3": ["no setting 'calibration.sampels'", "did you mean 'calibration.samples'?"],
+    "seed=${nowhere}": ["seed", "'nowhere' not found"],
     "--config-dir conf model=mine": ["no setting 'model.pth'", "did you mean 'model.path'?"],
 }  # fmt: skip
 

@@ -1,9 +1,9 @@
 """What identifies a checkpoint: the content of its folder, or a commit on the hub.
 
-Hashing a folder reads all of it once: about 2 s per GB. Hashes of files of 64 MB and more are remembered by path, size,
-inode and times, so that the next run does not read them again. Whoever changes bytes in place and puts all of these
-back (or has a file system without inodes and change times) sets SVL_FULL_HASH=1: then every byte is read again in
-every process.
+Hashing a folder reads all of it once: about 2 s per GB and core. Hashes of files of 64 MB and more are
+remembered by path, size, inode and times, so that the next run does not read them again. Whoever changes bytes in place
+and puts all of these back (or has a file system without inodes and change times) sets model.full_hash=true (for
+everything that a process does: SVL_FULL_HASH=1): then every byte is read again in every process.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from svl.core.errors import SvlError
+from svl.models.hub_snapshot import find_hub_snapshot
 from svl.models.weight_files import check_no_adapter, find_weight_files
 from svl.store.files import digest, file_digest, write_text_whole
 
@@ -29,7 +30,7 @@ def checkpoint_fingerprint(path: str, revision: str | None, cache: Path, full_ha
         path: folder or hub id.
         revision: hub branch, tag or commit.
         cache: folder that remembers hashes of large files.
-        full_hash: hash large files again, too (as SVL_FULL_HASH=1).
+        full_hash: hash large files again, too (as with SVL_FULL_HASH=1).
 
     Raises:
         SvlError: if the folder has no config.json, its weights are not all its own (see weight_files), or the hub (or
@@ -39,7 +40,8 @@ def checkpoint_fingerprint(path: str, revision: str | None, cache: Path, full_ha
     if not folder.is_dir():
         if path.startswith((".", "/", "~")) or path.count("/") != 1:
             raise SvlError(f"model.path: '{path}' is neither a folder nor a hub id (owner/name)")
-        return hub_commit(path, revision)
+        return f"{path}@{find_hub_snapshot(path, revision).commit}"
+    check_no_adapter(folder, os.listdir(folder))
     if not (folder / "config.json").is_file():
         raise SvlError(f"model.path: '{path}' has no config.json, so it is no checkpoint")
     find_weight_files(folder)
@@ -74,24 +76,3 @@ def _file_hash(file: Path, cache: Path | None) -> str:
             cache.mkdir(parents=True, exist_ok=True)
             write_text_whole(note, known)
     return known
-
-
-def hub_commit(repo: str, revision: str | None) -> str:
-    """The commit that a hub id stands for, as `owner/name@commit`; without a network, that of the local cache."""
-    from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
-
-    try:
-        info = HfApi().model_info(repo, revision=revision)
-    except HFValidationError as error:
-        raise SvlError(f"model.path: {error}") from error
-    except (HTTPError, OfflineModeIsEnabled, OSError) as error:
-        cached = try_to_load_from_cache(repo, "config.json", revision=revision)
-        if isinstance(cached, str):
-            check_no_adapter(repo, os.listdir(Path(cached).parent))
-            return f"{repo}@{Path(cached).parent.name}"
-        raise SvlError(
-            f"model.path: '{repo}' is no local folder, and the hub does not answer for it ({type(error).__name__})"
-        ) from error
-    check_no_adapter(repo, [file.rfilename for file in info.siblings or ()])
-    return f"{repo}@{info.sha}"

@@ -21,9 +21,9 @@ from svl.core.errors import SvlError
 from svl.models.anatomy import Anatomy, find_anatomy
 from svl.models.loading import read_model_config
 from svl.models.options import LoadOptions
+from svl.models.size_checks import described_model
 from svl.models.transformers_internals import (
     Destination,
-    empty_model,
     fill_model,
     match_names,
     missing_parameters,
@@ -100,7 +100,7 @@ def read_skeleton(
     stored = read_tensors(folder)
     config, auto = read_model_config(folder, options)
     dtype = _dtype(config, stored, options)
-    model = empty_model(auto, config, dtype, options.trust_remote_code, shapes_only)
+    model = described_model(auto, config, folder, dtype, options, shapes_only=shapes_only)
     places = match_names(model, stored)
     found = find_anatomy(model, options.layers, image_token=image_token, protect=options.protect)
     if missing := missing_parameters(model, places):

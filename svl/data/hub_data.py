@@ -98,10 +98,8 @@ def _stream(source: HubSource, name: str | None, shuffled: bool = True) -> Any:
     else:
         rows = datasets.load_dataset(source.path, name, split=source.split, revision=source.revision, streaming=True)
     for column, feature in (rows.features or {}).items():
-        if isinstance(feature, datasets.Image):
-            rows = rows.cast_column(column, datasets.Image(decode=False))
-        elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
-            rows = rows.cast_column(column, datasets.List(datasets.Image(decode=False)))
+        if (encoded := left_encoded(feature)) != feature:
+            rows = rows.cast_column(column, encoded)
     return rows.shuffle(seed=source.seed, buffer_size=BUFFER) if shuffled else rows
 
 
@@ -114,6 +112,22 @@ def _contents(source: HubSource, rows: Iterable[Row]) -> Iterator[RowContent]:
             content = read_row(row, str(source.options.format), source.options)
         if content is not None:
             yield content
+
+
+def left_encoded(feature: Any) -> Any:
+    """A feature of `datasets` that leaves pictures, wherever they are in it, as they are stored.
+
+    `datasets` would open any format, and what is left of a cut picture.
+    """
+    import datasets
+
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return type(feature)(left_encoded(feature.feature))
+    if isinstance(feature, dict):
+        return {name: left_encoded(inner) for name, inner in feature.items()}
+    return feature
 
 
 def _passages(source: HubSource, n: int) -> list[RowContent]:

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,19 +40,21 @@ Takes the settings of a run. Reads configs, headers, cards and calibration files
 folders and on the hub's cache. Exit code 1 if something cannot work."""
 
 
-def run_doctor(words: Sequence[str]) -> int:
-    """Examine the configuration that these overrides describe, and print the page; the exit code.
+def run_doctor() -> None:
+    """Examine the configuration that the command line describes, and print the page; exit code 1 if it cannot work.
 
     Raises:
         SvlError: if it cannot be composed.
     """
+    words = sys.argv[2:]
     if set(words) & {"--help", "-h"}:
         print(USAGE)
-        return 0
+        return
     import_plugins()
     sections = examine(compose(words))
     print(page(sections))
-    return 0 if can_work(sections) else 1
+    if not can_work(sections):
+        sys.exit(1)
 
 
 def compose(words: Sequence[str]) -> DictConfig:

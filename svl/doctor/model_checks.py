@@ -10,20 +10,22 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from svl.checkpoints.fingerprint import hub_commit
 from svl.config import load_options
 from svl.core import layers_to_remove
-from svl.core.errors import SvlError, explained, reason_of
+from svl.core.errors import SvlError, explained
 from svl.demo import bundled
 from svl.doctor.findings import Section
 from svl.doctor.memory import ModelShape, in_words
 from svl.models.anatomy import Anatomy, find_anatomy
+from svl.models.hub_snapshot import HubSnapshot, find_hub_snapshot
 from svl.models.loading import load_processor, read_model_config
 from svl.models.lvlm import Lvlm
 from svl.models.transformers_internals import empty_model
-from svl.models.weight_files import find_weight_files
+from svl.models.weight_files import PICKLES, find_weight_files
 from svl.pruning.folding import check_foldable
 from svl.store.artifacts import Store
+
+PICKLED = "its weights are pickles: for export and vLLM, convert them once (svl-export convert)"
 
 
 @dataclass(frozen=True)
@@ -63,34 +65,30 @@ def _examine_source(checkpoint: str, revision: str | None, section: Section) -> 
         size = sum(file.stat().st_size for file in files.files)
         section.ok(f"folder '{folder}': {len(files.files)} files with weights, {in_words(size)}")
         if files.pickled:
-            section.note("its weights are pickles: no export and no vLLM until they are converted to safetensors")
+            section.note(PICKLED)
         _note_licence(_card_of_folder(folder), section)
         return None
-    commit = hub_commit(checkpoint, revision).partition("@")[2]
-    section.ok(f"hub id '{checkpoint}', commit {commit[:12]}")
-    _examine_hub(checkpoint, commit, section)
-    return commit
+    found = find_hub_snapshot(checkpoint, revision)
+    section.ok(f"hub id '{checkpoint}', commit {found.commit[:12]}")
+    _examine_hub(found, section)
+    return found.commit
 
 
-def _examine_hub(repo: str, commit: str, section: Section) -> None:
-    """What the hub says of a repository; without a network, what is in the cache."""
-    from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
-
-    try:
-        info = HfApi().model_info(repo, revision=commit, files_metadata=True)
-    except (HTTPError, OfflineModeIsEnabled, OSError) as error:
-        section.note(f"the hub was not asked for files and licence ({reason_of(error)})")
-        cached = isinstance(try_to_load_from_cache(repo, "config.json", revision=commit), str)
-        section.note("its config is in the cache" if cached else "it is not in the cache")
-        return
-    weights = [file for file in info.siblings or () if file.rfilename.endswith((".safetensors", ".bin"))]
-    section.ok(f"to download: {len(weights)} files with weights, {in_words(sum(file.size or 0 for file in weights))}")
-    if weights and not any(file.rfilename.endswith(".safetensors") for file in weights):
-        section.note("its weights are pickles: no export and no vLLM until they are converted to safetensors")
-    if info.gated:
+def _examine_hub(found: HubSnapshot, section: Section) -> None:
+    """The files, licence and conditions of a repository."""
+    if found.cached:
+        section.note("the hub does not answer: this is what its cache has")
+    weights = [name for name in found.files if name.endswith((".safetensors", *PICKLES))]
+    size = "of unknown size" if found.weight_bytes is None else in_words(found.weight_bytes)
+    if not weights:
+        section.fails("its weights are not in the cache" if found.cached else "it has no weights")
+    else:
+        section.ok(f"{len(weights)} files with weights, {size}{'' if found.cached else ' to download'}")
+    if weights and not any(name.endswith(".safetensors") for name in weights):
+        section.note(PICKLED)
+    if found.gated:
         section.note("it is gated: accept its licence on its page, and log in (hf auth login) or set HF_TOKEN")
-    _note_licence(info.card_data.to_dict() if info.card_data else {}, section)
+    _note_licence(found.card, section)
 
 
 def _card_of_folder(folder: Path) -> dict[str, Any]:

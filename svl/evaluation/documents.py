@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
+import fsspec
 from PIL import Image
 
 from svl.core import SvlError
-from svl.data.pictures import open_picture
+from svl.core.errors import explained
+from svl.data.hub_data import left_encoded
+from svl.data.pictures import LIMIT, open_picture
 
 Document = Mapping[str, Any]
 
@@ -31,11 +35,13 @@ def rows_of_limit(
 
 
 def with_pictures(data: datasets.Dataset) -> datasets.Dataset:
-    """A data set whose pictures are read by `open_picture` when a row is, be they image or struct columns."""
-    for name, feature in data.features.items():
-        # encoded: datasets would open any format, as it is. (In lists, this would write all of the data anew.)
-        if isinstance(feature, datasets.Image):
-            data = data.cast_column(name, datasets.Image(decode=False))
+    """A data set whose pictures are read by `open_picture` when a row is, wherever in its columns they are.
+
+    `datasets` leaves them encoded: it would open any format, and what is left of a cut picture.
+    """
+    data = copy.deepcopy(data)
+    for name, feature in data.features.items():  # only what rows are read as changes: casting would write lists anew
+        data.info.features[name] = left_encoded(feature)
     return data.with_transform(_read_batch)
 
 
@@ -62,7 +68,8 @@ def read_pictures(value: Any) -> Any:
     if value["path"] is None:
         return None
     if "://" in value["path"]:  # inside an archive or on the hub
-        return open_picture(datasets.Image().decode_example(value))
+        with explained(f"cannot read the picture '{value['path']}'"), fsspec.open(value["path"], "rb") as file:
+            return open_picture(file.read(LIMIT + 1))
     return open_picture(Path(value["path"]))
 
 

@@ -10,8 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import safe_open
 from torch import nn
 
 from svl.core.errors import SvlError, did_you_mean, explained
@@ -19,16 +17,15 @@ from svl.models.anatomy import Anatomy, find_anatomy, image_token_id
 from svl.models.devices import find_device
 from svl.models.lvlm import Lvlm
 from svl.models.options import LoadOptions
-from svl.models.weight_files import check_index, find_weight_files, has_weight_files
+from svl.models.size_checks import check_counts, check_size
+from svl.models.weight_files import check_index, stored_names
+from svl.text.escaping import for_terminal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 log = logging.getLogger(__name__)
 
-DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # config fields that count layers
-PARAMETERS_PER_BYTE = 4  # at most, in any format
-MOST_LAYERS = 10_000  # that a config may ask for where the number of stored tensors is not known
 EXTRAS = {"num2words": "smolvlm"}  # packages that some models of transformers need -> the extra of svl that has them
 
 
@@ -57,20 +54,22 @@ _last_model: dict[tuple[str, LoadOptions], Lvlm] = {}
 
 
 def _load(path: str, options: LoadOptions) -> Lvlm:
+    from svl.models.transformers_internals import without_report
+
     device = find_device(options.device)
     config, auto = read_model_config(path, options)
     if os.path.isdir(path):
-        find_weight_files(Path(path))  # raises an error if there are none
         check_index(Path(path))
-        check_size(path, config, auto, options)
+    check_size(path, config, auto, options)
     processor, token = load_processor(path, config, options)
-    with explained_loading(path):
+    with explained_loading(path), without_report():
         model, info = auto.from_pretrained(
             path,
             dtype=options.torch_dtype,
             revision=options.revision,
             trust_remote_code=options.trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # `check_complete` names them
         )
     anatomy = find_anatomy(model, options.layers, image_token=token, protect=options.protect)
     check_complete(path, info, model, anatomy)
@@ -121,7 +120,7 @@ def read_model_config(path: str | Path, options: LoadOptions | None = None) -> t
     options = options or LoadOptions()
     with explained_loading(path):
         fields, _ = PreTrainedConfig.get_config_dict(path, revision=options.revision)
-        check_depth(fields, len(stored_names(path)), path)  # before transformers makes lists as long as that
+        check_counts(fields, path)
         config = AutoConfig.from_pretrained(
             path, revision=options.revision, trust_remote_code=options.trust_remote_code
         )
@@ -136,51 +135,6 @@ def read_model_config(path: str | Path, options: LoadOptions | None = None) -> t
     if auto is None:
         raise SvlError(f"'{path}' is a {config.model_type} model, which has no decoder layers to prune")
     return config, auto
-
-
-def check_depth(fields: dict[str, Any], n_stored: int, path: str | Path) -> None:
-    """Raise SvlError if a config asks for more layers, in any of its parts, than `n_stored` tensors (0: not known)."""
-    for name, value in fields.items():
-        if isinstance(value, dict):
-            check_depth(value, n_stored, path)
-        elif name in DEPTH and isinstance(value, int) and value > (n_stored or MOST_LAYERS):
-            have = f"the checkpoint has {n_stored} tensors" if n_stored else f"no model has more than {MOST_LAYERS}"
-            raise SvlError(f"cannot load a model from '{path}': its config says {name}={value}, but {have}")
-
-
-def stored_names(path: str | Path) -> set[str]:
-    """Names of the tensors in the safetensors files of a folder; empty for a hub id, without weights, and for pickles.
-
-    Raises:
-        SvlError: if the folder takes its weights from elsewhere.
-    """
-    found = find_weight_files(Path(path)) if os.path.isdir(path) and has_weight_files(Path(path)) else None
-    if found is None or found.pickled:
-        return set()
-    if found.names is not None:
-        return set(found.names)
-    with safe_open(found.files[0], "pt") as tensors:
-        return set(tensors.keys())
-
-
-def check_size(path: str | Path, config: PreTrainedConfig, auto: Any, options: LoadOptions) -> None:
-    """Raise SvlError if a config describes a model far larger than the folder's weights, which would only fill memory.
-
-    Custom code is not tried: it may not work without values.
-    """
-    from svl.models.transformers_internals import empty_model
-
-    if options.trust_remote_code:
-        return
-    stored = sum(file.stat().st_size for file in find_weight_files(Path(path)).files)
-    with explained_loading(path):
-        model = empty_model(auto, config, torch.bfloat16, shapes_only=True)
-    n_parameters = sum(p.numel() for p in model.parameters())
-    if n_parameters > PARAMETERS_PER_BYTE * stored:
-        raise SvlError(
-            f"cannot load a model from '{path}': its config describes {n_parameters:,} parameters, but its weights "
-            f"have {stored:,} bytes"
-        )
 
 
 def check_not_quantised(path: str | Path, config: PreTrainedConfig) -> None:
@@ -199,12 +153,20 @@ def check_not_quantised(path: str | Path, config: PreTrainedConfig) -> None:
 
 def check_complete(path: str, info: dict[str, Any], model: PreTrainedModel, anatomy: Anatomy) -> None:
     """Raise SvlError if weights were missing, or decoder layers stored that the config does not count."""
-    if missing := info["missing_keys"]:  # transformers would go on with random numbers in their place
+    if misfits := info["mismatched_keys"]:  # transformers would go on with random numbers in their place
+        name, stored, asked = min(misfits)
+        raise SvlError(
+            f"cannot load a model from '{path}': {name} is stored in the shape {tuple(stored)}, but its config "
+            f"describes {tuple(asked)}"
+        )
+    if missing := info["missing_keys"]:  # and in theirs
         raise SvlError(f"the checkpoint '{path}' lacks {len(missing)} weights, {min(missing)} for one")
     left_out = {i for name in stored_names(path) if (i := anatomy.layer_number(name)) is not None}
+    unused: list[str] = []
     for name in info["unexpected_keys"]:
         number = anatomy.layer_number(name)
         if number is None or number < anatomy.n_layers:
+            unused.append(name)
             continue
         if not is_prediction_layer(model, anatomy, name):
             raise SvlError(
@@ -212,6 +174,12 @@ def check_complete(path: str, info: dict[str, Any], model: PreTrainedModel, anat
                 "layers behind them would be left out"
             )
         left_out.add(number)
+    if unused:
+        log.warning(
+            "  left out: %d stored weights that the model has no place for, %s for one",
+            len(unused),
+            for_terminal(min(unused)),
+        )
     if left_out := {i for i in left_out if i >= anatomy.n_layers}:
         log.info("  left out: prediction layer %s, stored behind the decoder", ", ".join(map(str, sorted(left_out))))
 

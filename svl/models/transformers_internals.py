@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from logging import Filter, LogRecord
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,11 +26,26 @@ from transformers.initialization import meta_device_safe_creation_ops, no_init_w
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
+from svl.text.escaping import for_terminal
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
 DYNAMIC = "transformers_modules."  # the package of code that comes with checkpoints
+
+
+class EscapedMessages(Filter):
+    """Names and values from a checkpoint's files, which transformers repeats in its warnings, as plain text."""
+
+    def filter(self, record: LogRecord) -> bool:
+        """Let every record through, rewritten."""
+        record.msg, record.args = for_terminal(record.getMessage()), ()
+        return True
+
+
+for _handler in logging.get_logger().handlers:
+    _handler.addFilter(EscapedMessages())
 
 
 @dataclass(frozen=True)
@@ -91,6 +107,17 @@ def tie_as_loaded(model: PreTrainedModel, present: Collection[str]) -> None:
     model.tie_weights(missing_keys=missing, recompute_mapping=False)
 
 
+@contextmanager
+def without_report() -> Iterator[None]:
+    """Within the block, transformers does not print its table of weights that do not fit: svl says what matters."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
 def keep_stored_layout(source: PreTrainedModel, target: PreTrainedModel) -> None:
     """Let `target` be saved in the layout on disk that `source` was loaded from."""
     if (conversions := getattr(source, "_weight_conversions", None)) is not None:
@@ -98,15 +125,26 @@ def keep_stored_layout(source: PreTrainedModel, target: PreTrainedModel) -> None
 
 
 def empty_model(
-    auto: Any, config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False, shapes_only: bool = False
+    auto: Any,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    shapes_only: bool = False,
+    most: int | None = None,
 ) -> PreTrainedModel:
     """The model that a config describes, in evaluation mode, its parameters on the meta device.
 
     Its buffers (such as rotary tables) are computed; with `shapes_only` they are on the meta device, too, which takes
     a fraction of the time.
+
+    Raises:
+        ValueError: if it has more than `most` parameters (tensors, not their elements), which is told before all of
+            them are made.
     """
     trust = {"trust_remote_code": True} if trust_remote_code else {}
     with ExitStack() as stack:
+        if most is not None:
+            stack.enter_context(_at_most(most))
         if shapes_only:
             stack.enter_context(torch.device("meta"))
             stack.enter_context(meta_device_safe_creation_ops())
@@ -117,6 +155,25 @@ def empty_model(
     if shapes_only:
         model.tie_weights()  # left out without initialisation
     return model.requires_grad_(False).eval()
+
+
+@contextmanager
+def _at_most(most: int) -> Iterator[None]:
+    """Within the block, modules get no more parameters than that: a ValueError says so."""
+    register, made = nn.Module.register_parameter, 0
+
+    def count(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        nonlocal made
+        made += param is not None
+        if made > most:
+            raise ValueError(f"its config describes more than {most:,} weights, far more than it has")
+        register(module, name, param)
+
+    nn.Module.register_parameter = count  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 @contextmanager

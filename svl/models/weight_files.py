@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from svl.core.errors import SvlError
+from svl.core.errors import SvlError, explained
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -69,6 +69,26 @@ def find_weight_files(folder: Path) -> WeightFiles:
 def has_weight_files(folder: Path) -> bool:
     """Whether a checkpoint folder has weights at all, be they sound or not."""
     return _chosen_name(folder) is not None
+
+
+def stored_names(path: Path | str) -> set[str]:
+    """Names of the tensors in the safetensors files of a folder; empty for a hub id, without weights, and for pickles.
+
+    Raises:
+        SvlError: if the folder takes its weights from elsewhere or has an adapter, or its file cannot be read.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        check_no_adapter(folder, os.listdir(folder))  # before anything that an adapter's folder lacks
+    found = find_weight_files(folder) if folder.is_dir() and has_weight_files(folder) else None
+    if found is None or found.pickled:
+        return set()
+    if found.names is not None:
+        return set(found.names)
+    from safetensors import safe_open
+
+    with explained(f"cannot load a model from '{path}'"), safe_open(found.files[0], "pt") as tensors:
+        return set(tensors.keys())
 
 
 def _chosen_name(folder: Path) -> str | None:

@@ -7,4 +7,18 @@
 * Every file is written whole or not at all.
 """
 
-from svl.report.command import main as main
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `svl-report`, see svl.report.command; Ctrl-C ends in one line from the first import on."""
+    try:
+        from svl.report import command
+
+        return command.main(argv)
+    except KeyboardInterrupt:
+        print("svl-report: interrupted", file=sys.stderr)
+        return 130

@@ -31,8 +31,11 @@ def flips_page(tasks: Mapping[str, tuple[Entry, Entry]], names: tuple[str, str],
             f"{'#' * (level + 1)} {for_markdown(task)}",
             f"{len(scored_samples(one))} questions, "
             f"{100 * change['agreement']:.1f} % equal answers; right only in "
-            f"{first}: {change['gained']}, only in {second}: {change['lost']} (McNemar p = {change['p']:.2g})",
+            f"{first}: {change['gained']}, only in {second}: {change['lost']} (McNemar p = {change['p']:.2g}, by unit: "
+            f"{change['units_gained']} better, {change['units_lost']} worse)",
         ]
+        if change["note"]:
+            page.append(f"Caution: {for_markdown(change['note'])}; rounding alone may change answers.")
         limit = one.output.get("limit")
         if limit is not None:
             page.append(f"Caution: limit={limit:g}, so only a part of the benchmark was used.")

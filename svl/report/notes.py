@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 from svl.report.published import published_notes
 from svl.report.rows import Section, answer_speed, benchmark_speed
 
@@ -23,7 +25,22 @@ def table_notes(section: Section) -> list[str]:
         notes.append("Caution: the dense average differs between runs (versions? device?); the newest is shown.")
     if (versions := len({run.versions for run in section.runs})) > 1:
         notes.append(f"Caution: the runs were made with {versions} different sets of versions.")
-    return [*notes, *_seed_notes(section), *published_notes(section)]
+    return [*notes, *_pair_notes(section), *_seed_notes(section), *published_notes(section)]
+
+
+def _pair_notes(section: Section) -> list[str]:
+    """What besides pruning may have changed answers."""
+    notes: dict[str, set[str]] = defaultdict(set)
+    for row in section.rows:
+        for run in row.runs:
+            for score in run.result["scores"].values():
+                if note := (score.get("change") or {}).get("note"):
+                    notes[note].add(row.label)
+    return [
+        f"Caution: for {', '.join(sorted(labels))}, the pruned and the dense model {note}; rounding alone may change "
+        "answers."
+        for note, labels in sorted(notes.items())
+    ]
 
 
 def _speed_notes(section: Section) -> list[str]:

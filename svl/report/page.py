@@ -146,6 +146,7 @@ def _numbers(section: Section, row: Row, task: str | None) -> list[str]:
         "–" if interval is None else f"{interval[0]:.{places}f} to {interval[1]:.{places}f}",
         "–" if dense is None else f"{scale * dense:.{places}f}",
         f"{change['p']:.2g}" if isinstance(change.get("p"), float) else "–",
+        "–" if change.get("units_gained") is None else f"{change['units_gained']} / {change.get('units_lost')}",
     ]
 
 

@@ -112,7 +112,9 @@ def _problem_of_score(score: Any) -> str | None:
         if not isinstance(estimate, Mapping) or not _is_estimate(estimate):
             return f"have no number for '{name}'"
     change = score.get("change") or {}
-    if not isinstance(change, Mapping) or not isinstance(change.get("p"), Real | None):
+    if not isinstance(change, Mapping) or not isinstance(change.get("note"), str | None):
+        return "do not tell what changed"
+    if not all(isinstance(change.get(name), Real | None) for name in ("p", "units_gained", "units_lost")):
         return "have no numbers of what changed"
     return None
 

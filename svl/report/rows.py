@@ -155,8 +155,8 @@ class Row:
 
     Attributes:
         label: name of the method.
-        runs: ascending by seed. Where all of them made the same model, one run and not a sample over seeds: the first
-            stands for all.
+        runs: ascending by seed. Where all of them made the same model, or none depends on its seed and all have equal
+            scores, one run and not a sample over seeds: the first stands for all.
         seeds: with how many seeds it was run.
     """
 
@@ -168,7 +168,10 @@ class Row:
     def of(cls, label: str, runs: Iterable[Run]) -> Row:
         """The row of runs with different seeds."""
         ordered = tuple(sorted(runs, key=lambda run: run.result["seed"]))
-        is_same = len({run.weights for run in ordered}) == 1
+        is_same = len({run.weights for run in ordered}) == 1 or (
+            not any(run.result.get("depends_on_seed", True) for run in ordered)
+            and all(run.result["scores"] == ordered[0].result["scores"] for run in ordered)
+        )
         return cls(label, ordered[:1] if is_same else ordered, len(ordered))
 
     @property

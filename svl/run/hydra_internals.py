@@ -7,11 +7,13 @@ running it, or to read `--config-dir`.
 from __future__ import annotations
 
 import copy
+import traceback
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hydra._internal import config_loader_impl, defaults_list
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args
 from hydra.core.global_hydra import GlobalHydra
@@ -20,6 +22,12 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 MOST_COMPOSED = 1000  # jobs whose configuration is kept, of 0.15 MB each
+
+
+def is_of_composing(error: BaseException) -> bool:
+    """Whether an exception was raised while Hydra read and composed configuration files."""
+    modules = [frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(module in (config_loader_impl.__name__, defaults_list.__name__) for module in modules)
 
 
 def command_line_config_folder() -> Path | None:

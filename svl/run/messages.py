@@ -12,9 +12,10 @@ import hydra
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import MarkedYAMLError
 
 from svl import config, plugins
-from svl.core.errors import SvlError, did_you_mean, is_out_of_memory
+from svl.core.errors import SvlError, did_you_mean, is_out_of_memory, reason_of
 from svl.run import hydra_internals
 from svl.store.files import cannot_write
 from svl.text.escaping import for_terminal
@@ -52,6 +53,11 @@ def one_line(error: BaseException) -> str | None:
             "lower calibration.batch_size and benchmark.batch_size, or set model.dtype=bfloat16 or model.device=cpu"
         )
         return f"out of memory: {smaller}"
+    if isinstance(error, MarkedYAMLError):
+        place = f" in '{mark.name}', line {mark.line + 1}" if (mark := error.problem_mark) else ""
+        return f"the configuration is no YAML{place}: {error.problem}"
+    if hydra_internals.is_of_composing(error):
+        return f"the configuration cannot be composed: {reason_of(error)}"
     return cannot_write(error)
 
 
@@ -67,6 +73,8 @@ def explain_composition(error: BaseException, outer: BaseException) -> str:
     path = re.search(r"full_key: (\S+)", text)
     if found := re.search(r"Key '([^']+)' (?:is )?not in |Could not override '([^']+)'", text):
         key = path.group(1) if path else found.group(1) or found.group(2)
+        if key == "experiment":
+            return "a file of conf/experiment must begin with the line '# @package _global_', and hold settings"
         known = neighbouring_settings(key)
         listing = f"; known here: {', '.join(known)}" if known else ""
         return f"there is no setting '{key}'{did_you_mean(key, known)}{listing}"

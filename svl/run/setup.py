@@ -24,6 +24,7 @@ from svl.run.inputs import calibration_source, task_options
 from svl.run.keys import method_identity, method_settings, read_code, stage_code, versions
 from svl.store.artifacts import Store
 from svl.store.files import digest
+from svl.store.layout import FINGERPRINTS
 from svl.text.redaction import redact_text
 
 if TYPE_CHECKING:
@@ -84,7 +85,8 @@ class RunSetup:
     def _find_model(self) -> None:
         model = self.cfg.model
         self.checkpoint = bundled.resolve_bundled(model.path, self.store)
-        self.fingerprint = checkpoint_fingerprint(self.checkpoint, model.revision, self.store.root / "fingerprint")
+        remembered = self.store.root / FINGERPRINTS
+        self.fingerprint = checkpoint_fingerprint(self.checkpoint, model.revision, remembered, model.full_hash)
         commit = self.fingerprint.partition("@")[2] or None  # the very one that keys are made of
         self.options = load_options(model, commit)
         self.prompt_style = model.prompt

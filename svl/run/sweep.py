@@ -22,7 +22,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from svl.config import METHODS, build_method
+from svl.config import METHODS, build_method, check_known
 from svl.core import SvlError
 from svl.run import hydra_internals
 from svl.run.job_records import clear_records
@@ -80,6 +80,7 @@ def check_jobs(config: DictConfig, jobs: Sequence[Sequence[str]]) -> None:
     for overrides in jobs:
         job = hydra_internals.compose_job(config, overrides)
         check_no_sweep_within(config, job)
+        check_known(job)
         for group in METHODS:
             settings = json.dumps([group, OmegaConf.to_container(job[group], resolve=False)])
             if settings in checked:

@@ -1,8 +1,8 @@
 """Locks between processes: one holder at a time, and whoever finds a lock taken learns by whom.
 
 The kernel releases a lock when its holder dies. A file system without such locks gets a marker file instead, which the
-holder renews; after STALE seconds without renewal it counts as left behind. All processes that share a lock must see
-the file system in the same way.
+holder renews; one that waits for it takes it after STALE seconds without renewal, and one that does not wait takes it
+if it was not renewed for ABANDONED seconds. All processes that share a lock must see the file system in the same way.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from svl.core.errors import SvlError
 
 NO_KERNEL_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
 STALE = 60.0  # seconds without renewal, as another process counts them, after which a marker file's holder is gone
+ABANDONED = 10 * STALE  # seconds without renewal, by the clock of the file system
 
 UNIQUE = r"[A-Za-z0-9-]*-[0-9]+-[0-9a-f]{16}"  # what `unique_name` gives
 
@@ -75,6 +77,7 @@ class Lock:
             if error.errno not in NO_KERNEL_LOCKS or isinstance(self._lock, SoftFileLease):
                 raise
             marker = self.file.with_name(f"{self.file.name}.marker")
+            _remove_abandoned(marker)
             self._lock = SoftFileLease(marker, lease_duration=STALE, thread_local=False)
             return self._attempt(timeout)
         return True
@@ -96,6 +99,21 @@ class Lock:
             else:
                 self.file.write_text("")
         self._lock.release()
+
+
+def _remove_abandoned(marker: Path) -> None:
+    """Remove a marker file whose holder, on whichever host, must be gone."""
+    with suppress(OSError):  # there is none, or somebody else was faster
+        seen = marker.stat()
+        with tempfile.TemporaryFile(dir=marker.parent) as file:
+            now = os.fstat(file.fileno()).st_mtime  # hosts' own clocks may differ
+        if now - seen.st_mtime > ABANDONED:
+            away = marker.with_name(f".{marker.name}.{unique_name()}")
+            marker.rename(away)
+            if away.stat().st_mtime == seen.st_mtime:
+                away.unlink()
+            else:  # renewed, or another one's by now
+                away.rename(marker)
 
 
 @contextmanager

@@ -165,8 +165,11 @@ def test_links_out_of_the_folder_are_refused_but_those_of_the_hub_cache(checkpoi
         checkpoint_fingerprint(str(checkpoint_folder), None, tmp_path / "cache")
 
 
-def test_adapters_are_refused(checkpoint_folder, tmp_path):
+@pytest.mark.parametrize("lacks", [None, "config.json", "model.safetensors"])
+def test_adapters_are_refused(lacks, checkpoint_folder, tmp_path):
     (checkpoint_folder / "adapter_config.json").write_text("{}")
+    if lacks:  # as a folder of nothing but an adapter does
+        (checkpoint_folder / lacks).unlink()
     with pytest.raises(SvlError, match="has a PEFT adapter"):
         checkpoint_fingerprint(str(checkpoint_folder), None, tmp_path / "cache")
 
@@ -189,9 +192,9 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
     def answer(result, *files):
-        siblings = [SimpleNamespace(rfilename=name) for name in files] or None
+        siblings = [SimpleNamespace(rfilename=name, size=9) for name in files] or None
 
-        def model_info(self, repo, revision=None):
+        def model_info(self, repo, revision=None, files_metadata=False):
             if isinstance(result, Exception):
                 raise result
             return SimpleNamespace(sha=f"{result}-of-{revision or 'main'}", siblings=siblings)

@@ -8,8 +8,10 @@ import shutil
 import time
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+from helpers.exports import as_hub_cache
 from helpers.families import randomise
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -154,6 +156,76 @@ def test_a_config_of_a_far_larger_model_fills_no_memory(part, checkpoint, tmp_pa
     (folder / "config.json").write_text(json.dumps(content))
     with pytest.raises(SvlError, match=r"its config describes [\d,]+ parameters, but its weights"):
         svl.load(folder, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        ("qwen", {"vision_config": {}}, r"describes [\d,]+ parameters, but its weights"),
+        ("qwen", {"text_config": {}}, r"describes more than 840 weights, far more than it has"),
+        ("qwen", {"vision_config__depth": 10**9}, r"says depth=1000000000, but the checkpoint has 105 tensors"),
+        ("qwen", {"vision_config__depth": 100}, r"describes more than 840 weights, far more than it has"),
+        ("llava", {"vision_config": {"model_type": "swin", "depths": [2, 10**9]}}, r"says depths=1000000000, but no"),
+        ("llava", {"vision_config": {"model_type": "swin", "depths": [60] * 4}}, r"describes more than 912 weights"),
+        ("llava", {"text_config__vocab_size": 10**12}, r"describes [\d,]+ parameters, but its weights"),
+        ("llama", {"hidden_size": 10**9}, r"describes [\d,]+ parameters, but its weights"),
+        ("llama", {"num_labels": 10**9}, r"says num_labels=1000000000, but no"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("where", ["folder", "hub"])
+def test_sizes_of_no_model_are_refused_before_anything_is_made(where, kind, fields, message, copy_of, hub_id):
+    folder = copy_of(kind)
+    edit(folder / "config.json", **fields)
+    path = folder if where == "folder" else hub_id(folder)
+    if where == "hub":  # where the number of tensors is not known
+        message = r"its config (describes|says) |lacks \d+ weights"
+    with pytest.raises(SvlError, match=message) as error:
+        svl.load(path, device="cpu")
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def hub_id(tmp_path, monkeypatch):
+    """Puts a folder into a cache of the hub, as the only place where its id can be found."""
+
+    def cached(folder: Path) -> str:
+        as_hub_cache(folder, tmp_path / "hub")
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        return "owner/name"
+
+    return cached
+
+
+def test_a_hub_id_is_loaded_with_its_weights_alone(checkpoint, copy_of, hub_id):
+    assert svl.load(hub_id(copy_of("llava")), device="cpu").anatomy.n_layers == 4
+
+
+def test_a_hub_id_with_an_adapter_is_refused(copy_of, hub_id):
+    folder = copy_of("llava")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "owner/name"}')
+    with pytest.raises(SvlError, match="'owner/name' has a PEFT adapter"):
+        svl.load(hub_id(folder), device="cpu", name="adapted")
+
+
+def test_weights_of_another_shape_are_named(copy_of, capfd):
+    folder = copy_of("llava")
+    edit(folder / "config.json", vision_config__patch_size=8)
+    with pytest.raises(
+        SvlError, match=r"\S+patch_embedding.weight is stored in the shape \(32, 3, 4, 4\), but its config"
+    ):
+        svl.load(folder, device="cpu")
+    assert "LOAD REPORT" not in capfd.readouterr().err  # transformers' table of many lines
+
+
+def test_weights_without_a_place_are_left_out_with_a_word_that_no_terminal_obeys(copy_of, caplog, capfd):
+    folder = copy_of("llama")
+    extra = {"\x1b[31mscore.weight": torch.ones(2, 2)}
+    save_file(load_file(folder / "model.safetensors") | extra, folder / "model.safetensors", {"format": "pt"})
+    edit(folder / "config.json", rope_parameters__rope_theta=1e4, **{"rope_parameters__\x1b[32mq": 1})
+    svl.load(folder, device="cpu", name="odd")
+    assert "left out: 1 stored weights that the model has no place for, \\x1b[31mscore.weight for one" in caplog.text
+    assert "\x1b" not in caplog.text + capfd.readouterr().err
 
 
 VALUES = st.sampled_from([None, True, -1, 0, 3, 1e9, float("nan"), "", "x", "../x", "\x1b[31m", [], [1], {}, {"a": 1}])

@@ -7,6 +7,7 @@ from helpers.results import result
 
 from svl.report.experiment_report import Report
 from svl.report.notes import table_notes
+from svl.report.page import render_page
 from svl.report.rows import Estimate, pool_estimates
 
 
@@ -169,3 +170,34 @@ def test_measured_answers_go_before_answering_the_benchmarks(store):
     store.add(result("c"))
     (section,) = Report.read(store, "demo").sections
     assert [section.speed(row) for row in section.rows] == [1.25] * 3  # not all of them were measured
+
+
+def test_seeds_that_change_nothing_are_one_run(store):
+    """Also where no score is stored that would show it."""
+    store.add(*(result("tail", level=0.5, seed=seed, depends_on_seed=False) for seed in (0, 1, 2)))
+    store.add(*(result("random", level=0.5, seed=seed, depends_on_seed=True) for seed in (0, 1, 2)))
+    store.add(*(result("sleb", level=0.5 + seed / 10, seed=seed, depends_on_seed=False) for seed in (0, 1)))
+    (section,) = Report.read(store, "demo").sections
+    rows = {row.label: row for row in section.rows}
+    assert {label: len(row.runs) for label, row in rows.items()} == {"random": 3, "sleb": 2, "tail": 1}
+    assert rows["tail"].score(None).error == 0.03  # of its samples
+    assert any("The seed changes nothing for tail: one run" in note for note in table_notes(section))
+
+
+def test_what_else_may_have_changed_answers_is_said(store):
+    note = "answered under different conditions: cuda (H100), batches of 8; cpu (vm), batches of 2"
+    plain, noted = result("tail"), result("sleb")
+    noted["scores"]["demo_yes"]["change"] = {"p": 0.5, "units_gained": 1, "units_lost": 2, "note": note}
+    store.add(plain, noted)
+    (section,) = Report.read(store, "demo").sections
+    (said,) = [text for text in table_notes(section) if "rounding" in text]
+    assert said == f"Caution: for sleb, the pruned and the dense model {note}; rounding alone may change answers."
+
+
+def test_the_page_counts_units(store):
+    both = result()
+    both["scores"]["demo_yes"]["change"] = {"p": 0.06, "units_gained": 5, "units_lost": 0, "gained": 9, "lost": 4}
+    store.add(both)
+    report = Report.read(store, "demo")
+    page = render_page("demo", report.sections, report.tables, [[]], store)
+    assert "<td>0.06</td><td>5 / 0</td>" in page

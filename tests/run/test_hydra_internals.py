@@ -11,11 +11,14 @@ from svl.run.hydra_internals import ComposeOnce, expand_sweep
 
 
 def test_each_private_name_can_be_imported():
+    from hydra._internal import config_loader_impl, defaults_list
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra._internal.utils import get_args
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
+    assert callable(config_loader_impl.ConfigLoaderImpl)
+    assert callable(defaults_list.create_defaults_list)
     assert callable(BasicSweeper.split_arguments)
     assert get_args(["--config-dir", "x"]).config_dir == "x"
     assert callable(GlobalHydra.instance)

@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 
 from svl import config
 from svl.calibration import calibrate
-from svl.checkpoints import export
+from svl.checkpoints import export, fingerprint
 from svl.config import CONF
 from svl.core import SvlError
 from svl.pruning import folding
@@ -61,6 +61,25 @@ def test_a_compensation_that_is_refused_costs_no_calibration(tmp_path, monkeypat
         run = pipeline.Run(compose("config", overrides=words), tmp_path)
     with pytest.raises(SvlError, match="normalises after"):
         run.calibrate()
+
+
+def test_the_whole_checkpoint_is_read_again_if_a_run_says_so(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(fingerprint, "LARGE", 1000)
+    monkeypatch.setattr(fingerprint, "file_digest", lambda path: (read.append(path.name), "0" * 64)[1])
+    config.register_with_hydra()
+
+    def weights_read(*words: str) -> tuple[int, str]:
+        read.clear()
+        always = ["benchmark=none", "tracker=none", f"paths.store={tmp_path}", f"paths.outputs={tmp_path}"]
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            setup = RunSetup(compose("config", overrides=[*always, *words]))
+        return sum(name.endswith(".safetensors") for name in read), setup.model["fingerprint"]
+
+    first = weights_read()
+    assert first[0] > 0
+    assert weights_read() == (0, first[1])
+    assert weights_read("model.full_hash=true") == first
 
 
 # ------------------------------------------------------------------------------------------------- out of memory

@@ -103,6 +103,26 @@ def test_markers_of_hosts_that_are_gone_become_free(tmp_path, monkeypatch):
     second.release()
 
 
+def test_markers_that_were_abandoned_long_ago_are_free_at_once(tmp_path, monkeypatch):
+    """As cleaning asks, which does not wait: of a dead process of another host, whose number may be alive on this."""
+
+    def missing(_: int) -> bool:
+        raise OSError(errno.ENOLCK, "")
+
+    monkeypatch.setattr("filelock._unix.lock_fd_nonblocking", missing)
+    first = Lock(tmp_path / "lock")
+    assert first.acquire()
+    marker = tmp_path / "lock.marker"
+    text = marker.read_text().replace(socket.gethostname(), "another-host")
+    first.release()
+    for age, free in ((locks.ABANDONED / 2, False), (locks.ABANDONED + 60, True)):
+        marker.write_text(text)
+        then = marker.stat().st_mtime - age
+        os.utime(marker, (then, then))
+        assert locks.is_free(tmp_path / "lock") == free
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
 def test_renewed_markers_stay(tmp_path, monkeypatch):
     monkeypatch.setattr(locks, "STALE", 0.6)
 

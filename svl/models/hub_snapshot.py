@@ -1,0 +1,74 @@
+"""What the hub has of a model before anything of it is downloaded: its commit, and its files with their sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from svl.core.errors import SvlError
+from svl.models.weight_files import PICKLES, check_no_adapter
+
+
+@dataclass(frozen=True)
+class HubSnapshot:
+    """One commit of a repository.
+
+    Attributes:
+        repo: its hub id.
+        commit: 40 hex digits.
+        files: sizes in bytes by name; None where the hub does not tell.
+        cached: whether it is what the local cache has, because the hub did not answer.
+        gated: whether the hub asks for an agreement first.
+        card: the metadata of its model card.
+    """
+
+    repo: str
+    commit: str
+    files: dict[str, int | None]
+    cached: bool = False
+    gated: bool = False
+    card: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def weight_bytes(self) -> int | None:
+        """Size of all files that its weights may be read from, at most; None where it is not known."""
+        for suffixes in ((".safetensors",), PICKLES):
+            sizes = [size for name, size in self.files.items() if name.endswith(suffixes)]
+            if sizes:
+                known = [size for size in sizes if size is not None]
+                return sum(known) if len(known) == len(sizes) else None
+        return None
+
+
+def find_hub_snapshot(repo: str, revision: str | None) -> HubSnapshot:
+    """What a hub id stands for; without a network, what the local cache has of it.
+
+    Raises:
+        SvlError: if neither knows it, or its weights come with an adapter.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
+
+    try:
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
+        found = HubSnapshot(
+            repo,
+            str(info.sha),
+            {file.rfilename: file.size for file in info.siblings or ()},
+            gated=bool(info.gated),
+            card=info.card_data.to_dict() if info.card_data else {},
+        )
+    except HFValidationError as error:
+        raise SvlError(f"model.path: {error}") from error
+    except (HTTPError, OfflineModeIsEnabled, OSError) as error:
+        cached = try_to_load_from_cache(repo, "config.json", revision=revision)
+        if not isinstance(cached, str):
+            raise SvlError(
+                f"model.path: '{repo}' is no local folder, and the hub does not answer for it ({type(error).__name__})"
+            ) from error
+        folder = Path(cached).parent
+        files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+        found = HubSnapshot(repo, folder.name, {name: path.stat().st_size for name, path in files.items()}, cached=True)
+    check_no_adapter(repo, found.files)
+    return found
