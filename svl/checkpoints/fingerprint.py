@@ -38,8 +38,6 @@ def checkpoint_fingerprint(path: str, revision: str | None, cache: Path, full_ha
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        if path.startswith((".", "/", "~")) or path.count("/") != 1:
-            raise SvlError(f"model.path: '{path}' is neither a folder nor a hub id (owner/name)")
         return f"{path}@{find_hub_snapshot(path, revision).commit}"
     check_no_adapter(folder, os.listdir(folder))
     if not (folder / "config.json").is_file():

@@ -45,11 +45,13 @@ def find_hub_snapshot(repo: str, revision: str | None) -> HubSnapshot:
     """What a hub id stands for; without a network, what the local cache has of it.
 
     Raises:
-        SvlError: if neither knows it, or its weights come with an adapter.
+        SvlError: if it is no hub id, neither knows it, or its weights come with an adapter.
     """
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
 
+    if repo.startswith((".", "/", "~")) or repo.count("/") != 1:
+        raise SvlError(f"model.path: '{repo}' is neither a folder nor a hub id (owner/name)")
     try:
         info = HfApi().model_info(repo, revision=revision, files_metadata=True)
         found = HubSnapshot(

@@ -1,0 +1,145 @@
+"""`svl doctor`: what it says of folders, and that a run agrees with it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from helpers.commands import run_svl
+from safetensors.torch import load_file
+
+import svl
+from svl.doctor.memory import Load, ModelShape, stage_needs
+from svl.doctor.model_checks import model_shape
+
+QUIET = ("benchmark=none", "tracker=none", "paths.store=store")
+
+
+@pytest.fixture
+def doctor(tmp_path):
+    """The page for these settings; `code` is the exit status that is expected."""
+
+    def asked(*words, code=0):
+        return run_svl("doctor", *QUIET, *words, cwd=tmp_path, code=code).stdout
+
+    return asked
+
+
+def section(page: str, title: str) -> str:
+    """One part of a page."""
+    return next(part for part in page.split("\n\n") if part.startswith(title))
+
+
+def test_a_folder_that_will_do(doctor, checkpoint):
+    page = doctor("model=local", f"model.path={checkpoint('llava')}", "ratio=0.5")
+    assert "nothing found that would end a run" in page
+    model = section(page, "model")
+    assert "4 decoder layers ('model.language_model.layers'), of width 32" in model
+    assert "ratio=0.5 removes 2 layers, of 4 that may go" in model
+    assert "every compensation applies" in model
+    assert "64 samples" in section(page, "calibration")
+    assert "FAILS" not in page
+
+
+def test_no_weight_is_read(doctor, checkpoint, tmp_path):
+    """Only headers: the page is the same for weights that are not numbers."""
+    folder = shutil.copytree(checkpoint("llava"), tmp_path / "copy")
+    before = doctor("model=local", f"model.path={folder}")
+    (file,) = folder.glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    begin = 8 + int.from_bytes(content[:8], "little")
+    content[begin:] = b"\xff" * (len(content) - begin)
+    file.write_bytes(content)
+    assert doctor("model=local", f"model.path={folder}") == before
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen", "llama"])
+def test_the_shape_without_weights_is_that_of_the_weights(kind, checkpoint):
+    folder = checkpoint(kind)
+    lvlm = svl.load(folder, device="cpu")
+    shape = model_shape(lvlm, torch.float32)
+    stored = {}
+    for file in folder.glob("*.safetensors"):
+        stored |= load_file(file)
+    assert shape.parameters == sum(tensor.numel() for tensor in stored.values())
+    config = lvlm.model.config.get_text_config()
+    assert (shape.layers, shape.hidden) == (config.num_hidden_layers, config.hidden_size)
+    assert shape.mlp_width == config.intermediate_size
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    assert shape.cache_width == 2 * config.num_key_value_heads * head
+
+
+def test_memory_by_hand():
+    """LLaVA-1.5-7B in half precision, 64 samples of 640 tokens."""
+    shape = ModelShape(7_063_427_072, 2, 32, 4096, 11008, 2 * 4096, 32064)
+    needs = {need.stage: need.bytes for need in stage_needs(shape, Load(64, 640, 8, 16, 32, windows=True), 8)}
+    assert needs["load"] == 14_126_854_144
+    states = 33 * 8 * 640 * 4096 * 2
+    cosines = 528 * 8 * 640 * 4
+    activations = 8 * 640 * (3 * 11008 + 4 * 4096) * 2
+    assert needs["calibrate"] == needs["load"] + states + cosines + activations
+    cache = 16 * (640 + 32) * 32 * 8192 * 2
+    assert needs["evaluate"] == needs["load"] + cache + 16 * 32064 * 4
+    assert needs["export"] == needs["load"] * 3 // 4
+
+
+@pytest.mark.parametrize(
+    ("words", "title", "line"),
+    [
+        (["model=local", "model.path=nowhere"], "model", "'nowhere' is neither a folder nor a hub id"),
+        (["model=local", "model.path=owner/name"], "model", "the hub does not answer for it"),
+        (["n_remove=99"], "model", "n_remove=99, but only 16 may go"),
+        (["strategy=shortgpt", "+strategy.alpha=3"], "settings", "strategy has no setting 'alpha'"),
+        (["calibration=local", "calibration.path=none.jsonl"], "calibration", "there is no file 'none.jsonl'"),
+        (
+            ["calibration=local", "calibration.path=bad.jsonl"],
+            "calibration",
+            "cannot read the picture 'x.png' of row 0",
+        ),
+        (["calibration.images=nowhere"], "calibration", "calibration.images: there is no folder 'nowhere'"),
+        (["benchmark=pope", "benchmark.data=."], "benchmark", "has no folder 'POPE'"),
+    ],
+)
+def test_what_ends_a_run_is_named_and_the_rest_goes_on(words, title, line, doctor, tmp_path):
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"image": "x.png", "prompt": "What?"}))
+    page = doctor(*words, code=1)
+    failing = [text for text in section(page, title).splitlines() if text.startswith("  FAILS")]
+    assert len(failing) == 1
+    assert line in failing[0]
+    assert "1 of these will end a run" in page
+    for other in ("libraries", "settings", "model", "calibration", "benchmark"):
+        assert section(page, other)
+
+
+def test_what_it_calls_impossible_fails_and_what_it_does_not_runs(doctor, checkpoint, tmp_path):
+    """A run of the same settings agrees."""
+    model = ("model=local", f"model.path={checkpoint('llama')}", "calibration.samples=4", "paths.outputs=out")
+    for words, code in [(("n_remove=2",), 0), (("n_remove=5",), 1)]:
+        doctor(*model, *words, code=code)
+        run_svl(*QUIET, *model, "strategy=shortgpt", *words, cwd=tmp_path, code=code)
+
+
+def test_protected_layers_are_listed_with_the_reason(doctor, mimic):
+    page = doctor("model=local", f"model.path={mimic('qwen3_vl_8b')}")
+    assert re.search(r"note  stay: 0-\d: visual features enter after it, by its position \(DeepStack\)", page)
+
+
+def test_pickles_are_said_to_need_conversion(doctor, mimic):
+    page = doctor("model=local", f"model.path={mimic('qwen_vl_chat')}")
+    assert "its weights are pickles: for export and vLLM, convert them once (svl-export convert)" in page
+
+
+def test_a_norm_behind_projections_fails_only_with_a_compensation(doctor, mimic):
+    path = f"model.path={mimic('gemma3_4b')}"
+    assert "note  'gemma3_4b' normalises after its projections" in doctor("model=local", path, "compensation=none")
+    assert "FAILS 'gemma3_4b' normalises" in doctor("model=local", path, "compensation=refit", code=1)
+
+
+def test_a_wrong_setting_is_one_line(tmp_path):
+    done = run_svl("doctor", "modell=x", cwd=tmp_path, code=1)
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert "svl doctor model=" in run_svl("doctor", "--help", cwd=tmp_path).stdout
