@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from svl.data.tables import LONGEST_RECORD, Row, RowList, Table, open_bytes
 
 LARGEST_DOCUMENT = 2**30  # bytes of a file that is one object, such as COCO's: read whole
 CHUNK = 2**20
+_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class JsonLines(Table):
@@ -105,34 +107,37 @@ def _array_items(file: IO[str]) -> Iterator[Any]:
         ValueError: if it is no array, or ends early.
     """
     decoder = json.JSONDecoder()
-    text, begun = "", False
+    text, at = "", 0  # what is in memory, and how far it has been read
+    expected = "["  # what comes before the next item
     while True:
-        text = text.lstrip()
-        head = text[:1]
-        if not head:
-            pass
-        elif not begun or head == ",":
-            if not begun and head != "[":
-                raise ValueError("it is no JSON array")
-            begun, text = True, text[1:]
-            continue
-        elif head == "]":
+        at = _after_space(text, at)
+        if text[at : at + 1] == "]" and expected != "[":
             return
-        else:
+        begin = _after_space(text, at + 1) if text[at : at + 1] == expected else -1
+        if 0 <= begin < len(text):
+            if text[begin] == "]" and expected == "[":
+                return
             try:
-                item, end = decoder.raw_decode(text)
+                item, end = decoder.raw_decode(text, begin)
             except json.JSONDecodeError:
-                if len(text) > LONGEST_RECORD:
+                if len(text) - begin > LONGEST_RECORD:
                     raise
             else:
-                if text[end:].lstrip()[:1] in (",", "]"):
+                if _after_space(text, end) < len(text):
                     yield item
-                    text = text[end:]
+                    at, expected = end, ","
                     continue
-        more = file.read(max(CHUNK, len(text)))
+        elif at < len(text) and text[at] != expected:
+            raise ValueError(f"'{expected}' is expected, but there is '{text[at]}'")
+        more = file.read(max(CHUNK, len(text) - at))
         if not more:
             raise ValueError("the array ends early, or an item is no JSON")
-        text += more
+        text, at = text[at:] + more, 0
+
+
+def _after_space(text: str, at: int) -> int:
+    found = _SPACE.match(text, at)
+    return found.end() if found else at
 
 
 def open_json(path: Path) -> Table:

@@ -71,7 +71,7 @@ def test_an_array_is_read_as_its_text_comes_in(tmp_path, monkeypatch):
     ("name", "content", "message"),
     [
         ("x.json", '[{"image": null, "prompt": "a"}, {"image"', "item 1: "),
-        ("x.json", '[{"image": null, "prompt": "a"} {"image": null}]', "item 0: "),
+        ("x.json", '[{"image": null, "prompt": "a"} {"image": null}]', "item 1: ',' is expected"),
         ("x.json", "[" * 10**5, "item 0: "),
         ("x.json", '{"images": [], "annotations": [{"image_id": 3, "caption": "x"}]}', "not as COCO's captions are"),
         ("x.json", '{"images": [', "line 1: "),
