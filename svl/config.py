@@ -123,6 +123,7 @@ class Benchmark:
     limit: float | None = None  # first samples of each task only (below 1: share); shown wherever such a result is
     batch_size: int = 16
     max_new_tokens: int | None = None  # cap per answer of all tasks; null: each task's
+    frames: int = 8  # of a video that are shown
 
 
 @dataclass
@@ -374,8 +375,8 @@ def check_known(cfg: DictConfig, kind: type = Svl, where: str = "") -> None:
 
 def _check_numbers(cfg: DictConfig) -> None:
     """Raise SvlError if a number is out of its range."""
-    least: dict[str, int] = dict.fromkeys(("calibration.batch_size", "calibration.samples"), 1)
-    least |= dict.fromkeys(("benchmark.batch_size", "benchmark.max_new_tokens"), 1)
+    least: dict[str, int] = dict.fromkeys(("calibration.batch_size", "calibration.samples", "calibration.frames"), 1)
+    least |= dict.fromkeys(("benchmark.batch_size", "benchmark.max_new_tokens", "benchmark.frames"), 1)
     least |= {f"benchmark.tasks.{task}.max_new_tokens": 1 for task in cfg.benchmark.tasks}
     least |= {"efficiency.batch_size": 1, "efficiency.new_tokens": 2, "efficiency.warmup": 0, "efficiency.repeats": 0}
     least |= {"together": 1}

@@ -10,11 +10,25 @@ import numpy as np
 
 from svl.core import SvlError
 from svl.core.errors import explained
+from svl.data.pictures import SUFFIXES as PICTURE_SUFFIXES
+from svl.data.pictures import open_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg")
+
+
+def read_frame_folder(folder: Path, n: int, name: str) -> list[Image]:
+    """As `read_frames`, of a folder with a picture for each frame, in the order of their names.
+
+    Raises:
+        SvlError: if there is none, or one of them cannot be read.
+    """
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
+    if not files:
+        raise SvlError(f"cannot read {name}: there is no picture in '{folder}'")
+    return [open_picture(files[i], f"{name}, '{files[i].name}'") for i in sorted(evenly_spaced(len(files), n))]
 
 
 def read_frames(source: Path | IO[bytes], n: int, name: str) -> list[Image]:
@@ -40,9 +54,14 @@ def read_frames(source: Path | IO[bytes], n: int, name: str) -> list[Image]:
         count = sum(1 for _ in _decoded(source))
         if not count:
             raise ValueError("it has no frames")
-        wanted = set(np.linspace(0, count - 1, min(n, count)).round().astype(int).tolist())
+        wanted = evenly_spaced(count, n)
         found += [frame.to_image() for i, frame in enumerate(_decoded(source)) if i in wanted]
     return found
+
+
+def evenly_spaced(count: int, n: int) -> set[int]:
+    """`n` of the numbers from 0 to `count` - 1, or all if there are fewer, from the first to the last."""
+    return set(np.linspace(0, count - 1, min(n, count)).round().astype(int).tolist())
 
 
 def _decoded(source: Path | IO[bytes]) -> Iterator[Any]:

@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from svl import processes
 from svl.core import SvlError
 from svl.core.errors import explained, is_out_of_memory, out_of_memory
 from svl.data.pictures import open_picture
+from svl.data.videos import read_frame_folder, read_frames
 from svl.evaluation.lmms_eval_internals import (
     Model,
     Request,
@@ -43,6 +45,7 @@ class Answerer(Model):
     Attributes:
         current: the number of the model whose answers are given.
         rows: of the documents, in the data.
+        frames: of a video, how many are shown.
         seconds: the time the last benchmark took: reading images, preparing inputs, generating.
         first_prompt: of the first document, as the model's tokenizer got it.
     """
@@ -58,6 +61,7 @@ class Answerer(Model):
         self.batch_size, self.description = batch_size, description
         self.current = 0
         self.rows: Sequence[int] = ()
+        self.frames = 8
         self.seconds, self.first_prompt = 0.0, ""
         self._answers: list[Answers] = []
         self._shared = SharedPrefill(models)
@@ -136,7 +140,7 @@ class Answerer(Model):
     def _answer_batch(self, requests: list[Request], max_new_tokens: int | None) -> list[Answers]:
         answers: list[Answers] = [()] * len(requests)
         conversations = [self.conversation(request) for request in requests]
-        for _, group in grouped(range(len(requests)), lambda i: len(images_of(conversations[i]))):
+        for _, group in grouped(range(len(requests)), lambda i: shown_in(conversations[i])):
             asked = [conversations[i] for i in group]
             if max_new_tokens is None:
                 given: list[Answers] = self.likelihood(asked, [self._continuation(requests[i]) for i in group])
@@ -162,7 +166,7 @@ class Answerer(Model):
         return explained(f"task '{requests[0].task_name}': no answer to {which}", WAY_OUT)
 
     def answer(self, conversations: list[Conversation], max_new_tokens: int) -> list[Answers]:
-        """Greedy answers, every model's, to conversations with equally many images each."""
+        """Greedy answers, every model's, to conversations with equally many images and videos each."""
         tokenizer: Any = self.lvlm.tokenizer
         inputs = self._encode(conversations, [self.lvlm.render(c) for c in conversations])
 
@@ -179,7 +183,7 @@ class Answerer(Model):
         return self._every_model(generate)
 
     def likelihood(self, conversations: list[Conversation], continuations: list[str]) -> list[Answers]:
-        """Of each continuation after its conversation (equally many images each), see `loglikelihood`."""
+        """Of each continuation after its conversation (equally many images and videos each), see `loglikelihood`."""
         prompts = [self.lvlm.render(c) for c in conversations]
         lengths = [self._tokens_of(p, c) for p, c in zip(prompts, continuations, strict=True)]
         inputs = self._encode(conversations, [p + c for p, c in zip(prompts, continuations, strict=True)])
@@ -197,7 +201,7 @@ class Answerer(Model):
         return self._every_model(losses)
 
     def _encode(self, conversations: list[Conversation], texts: list[str]) -> dict[str, torch.Tensor]:
-        return self.lvlm.encode(texts, [images_of(c) for c in conversations])
+        return self.lvlm.encode(texts, [images_of(c) for c in conversations], [video_of(c) for c in conversations])
 
     def _every_model(self, ask: Callable[[Lvlm], list[Any]]) -> list[Answers]:
         """What `ask` gives of every model (an item per conversation), item by item; all read the same batch."""
@@ -230,12 +234,13 @@ class Answerer(Model):
             content = message["content"]
             if isinstance(content, str):
                 content = [{"type": "text", "text": content}]
-            parts = [message_part(part, where) for part in content]
+            parts = [message_part(part, where, self.frames) for part in content]
             conversation.append({"role": message["role"], "content": parts})
+        about, model = f"task '{request.task_name}' asks about", f"model '{self.lvlm.name}'"
         if images_of(conversation) and not self.lvlm.takes_images:
-            raise SvlError(
-                f"task '{request.task_name}' asks about images, but model '{self.lvlm.name}' reads text only"
-            )
+            raise SvlError(f"{about} images, but {model} reads text only")
+        if video_of(conversation) and not self.lvlm.takes_videos:
+            raise SvlError(f"{about} videos, but {model} takes none")
         return conversation
 
     def _messages(self, request: Request) -> list[dict[str, Any]]:
@@ -259,18 +264,42 @@ class Answerer(Model):
         return self.task_dict[task][split][request.doc_id]
 
 
-def message_part(part: dict[str, Any], where: str) -> dict[str, Any]:
-    """One piece of an lmms-eval message as Hugging Face wants it, images in RGB; messages call its document `where`."""
+def message_part(part: dict[str, Any], where: str, frames: int) -> dict[str, Any]:
+    """One piece of an lmms-eval message as Hugging Face wants it, images in RGB; messages call its document `where`.
+
+    Of a video (a file, or a folder with a picture of each frame), so many frames.
+    """
     if part["type"] == "text":
         return part
-    if part["type"] != "image":
-        raise SvlError(f"{where} has {part['type']} in its question; only images and text are supported")
-    return {"type": "image", "image": open_picture(part["url"], f"an image of {where}")}
+    if part["type"] == "image":
+        return {"type": "image", "image": open_picture(part["url"], f"an image of {where}")}
+    if part["type"] == "video" and isinstance(part["url"], str):
+        file = Path(part["url"])
+        read = read_frame_folder if file.is_dir() else read_frames
+        return {"type": "video", "frames": read(file, frames, f"the video of {where}")}
+    raise SvlError(f"{where} has {part['type']} in its question; only images, videos and text are supported")
 
 
 def images_of(conversation: Conversation) -> list[Image]:
     """All images of a conversation, in order."""
     return [part["image"] for message in conversation for part in message["content"] if part["type"] == "image"]
+
+
+def video_of(conversation: Conversation) -> list[Image] | None:
+    """The frames of a conversation's video, None if it has none.
+
+    Raises:
+        SvlError: if it has several.
+    """
+    found = [part["frames"] for message in conversation for part in message["content"] if part["type"] == "video"]
+    if len(found) > 1:
+        raise SvlError(f"a question shows {len(found)} videos; one is supported")
+    return found[0] if found else None
+
+
+def shown_in(conversation: Conversation) -> tuple[int, int]:
+    """How many images and frames a conversation shows."""
+    return len(images_of(conversation)), len(video_of(conversation) or ())
 
 
 def cap_of(request: Request) -> int:

@@ -13,6 +13,7 @@ Files of one's own and those of `svl/evaluation/tasks` may say more than lmms-ev
                        standard errors, intervals and tests. Without it, those that are scored together.
     strata: COLUMN     the metric is a sum over the values of this column: for standard errors.
     images: {name: CONFIGURATION, key: COLUMN}  where the same data set keeps the images, by id.
+    videos: COLUMN     names the file of a document's video, wherever in a copy of the data (`benchmark.data`) it is.
     bootstrap: true    of a metric: its aggregation has no side effects, so it may be resampled for a standard error.
     parts: FUNCTION    of a metric that is no mean: items -> what each adds to it.
     share_of: FUNCTION of a metric that is a share of answers, but not their mean score: items -> of how many.

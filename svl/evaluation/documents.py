@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import datasets
@@ -16,6 +17,7 @@ from svl.core import SvlError
 from svl.core.errors import explained
 from svl.data.hub_data import left_encoded
 from svl.data.pictures import LIMIT, open_picture
+from svl.data.videos import SUFFIXES as VIDEO_SUFFIXES
 
 Document = Mapping[str, Any]
 
@@ -71,6 +73,34 @@ def read_pictures(value: Any) -> Any:
         with explained(f"cannot read the picture '{value['path']}'"), fsspec.open(value["path"], "rb") as file:
             return open_picture(file.read(LIMIT + 1))
     return open_picture(Path(value["path"]))
+
+
+def video_lookup(folder: Path, column: str) -> Callable[[Document], list[str]]:
+    """A `doc_to_visual` that finds a document's video in a folder: a file, or a folder of frames.
+
+    Args:
+        folder: where videos are, at any depth.
+        column: of the document that holds the video's name, with or without folders before it and an ending behind.
+
+    Raises:
+        SvlError: when a document is asked for whose video is not there, or whose name several videos have.
+    """
+    by_name: dict[str, list[Path]] = defaultdict(list)
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES:
+            for name in {path.name, path.stem}:
+                by_name[name].append(path)
+
+    def look_up(document: Document) -> list[str]:
+        name = PurePosixPath(document[column])
+        found = [path for path in by_name[name.name] if path.parts[-len(name.parts) : -1] == name.parts[:-1]]
+        if len(found) != 1:
+            listing = ", ".join(str(path.relative_to(folder)) for path in found)
+            problem = f"several files have that name: {listing}" if found else f"it is not in '{folder}'"
+            raise SvlError(f"its video '{name}': {problem}")
+        return [str(found[0])]
+
+    return look_up
 
 
 def image_lookup(config: Mapping[str, Any], name: str, key: str) -> Callable[[Document], list[Image.Image]]:

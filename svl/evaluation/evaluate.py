@@ -110,7 +110,7 @@ def _score(answerer: Any, task: str, options: TaskOptions, folder: Path) -> dict
     with quiet():
         benchmark = load_task(task, options)
         one_of(f"metric of task '{task}'", options.metric.partition(",")[0], list(benchmark.task.aggregation()))
-        answerer.rows = benchmark.rows
+        answerer.rows, answerer.frames = benchmark.rows, options.frames
         with explained(f"task '{task}' cannot be scored"):
             found = run_task(answerer, task, benchmark.task, folder, processes.process_count())
     seconds = max(processes.gather_values(answerer.seconds))

@@ -7,6 +7,7 @@ import numbers
 import statistics
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -15,7 +16,7 @@ from svl.core import one_of
 from svl.core.errors import explained
 from svl.data.pictures import open_picture
 from svl.evaluation import benchmarks
-from svl.evaluation.documents import Document, image_lookup, rows_of_limit, with_pictures
+from svl.evaluation.documents import Document, image_lookup, rows_of_limit, video_lookup, with_pictures
 from svl.evaluation.lmms_eval_internals import GenerationTask, LikelihoodTask, load_yaml_config
 from svl.evaluation.score_statistics import Part, bootstrap_error, share_interval, standard_error
 from svl.evaluation.settings import TaskOptions
@@ -182,11 +183,13 @@ def load_task(task: str, options: TaskOptions) -> ScoredTask:
     benchmarks.check_settings(task, options)
     config = read_task_config(task, options.include_path)
     kind = config.get("output_type", "generate_until")
-    own = {name: config.pop(name, None) for name in ("together", "unit", "strata", "images")}
+    own = {name: config.pop(name, None) for name in ("together", "unit", "strata", "images", "videos")}
     if kind == "generate_until":
         config["generation_kwargs"] = greedy_settings(config.get("generation_kwargs") or {}, options.max_new_tokens)
     config |= data_settings(config, options.data)
     with explained(f"cannot load task '{task}'", benchmarks.data_hint(config)):
+        if own["videos"] and options.data is not None:
+            config["doc_to_visual"] = video_lookup(Path(config["dataset_path"]), own["videos"])
         if own["images"]:
             config |= {"process_docs": None, "doc_to_visual": image_lookup(config, **own["images"])}
         loaded = TASKS[kind](config=config, model_name=options.style)

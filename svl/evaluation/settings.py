@@ -20,6 +20,7 @@ class TaskOptions:
         batch_size: questions answered at once; the answers do not depend on it, up to rounding.
         include_path: folder with the task's YAML; None for the tasks of svl and those that come with lmms-eval.
         data: folder with copies of data sets; None for the hub (or its cache).
+        frames: of a video, how many are shown.
         description: what the progress bar says; the task's name if empty.
     """
 
@@ -30,6 +31,7 @@ class TaskOptions:
     batch_size: int = 16
     include_path: str | None = None
     data: str | None = None
+    frames: int = 8
     description: str = ""
 
     def __post_init__(self) -> None:

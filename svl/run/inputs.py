@@ -86,6 +86,7 @@ def task_options(benchmark: DictConfig) -> dict[str, TaskOptions]:
             batch_size=benchmark.batch_size,
             include_path=benchmark.include_path,
             data=benchmark.data,
+            frames=benchmark.frames,
             description=f"  {task}",
         )
         for task, settings in benchmark.tasks.items()

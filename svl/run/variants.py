@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from svl.config import plain_values
 from svl.core import Patch, Plan
 from svl.evaluation import benchmarks
+from svl.evaluation.settings import TaskOptions
 from svl.run import exporting
 from svl.run.keys import stage_code
 from svl.text.redaction import redact_values
@@ -114,6 +115,8 @@ class ModelVariant:
         }
         if options.style != "default":
             inputs["style"] = options.style
+        if options.frames != TaskOptions.frames:
+            inputs["frames"] = options.frames
         if not self.answers(task):
             return {**inputs, "code": stage_code("perplexity")}
         if setup.uses_vllm:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
-from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers.sample_pictures import BASE64, COLORS, PICTURES, picture
+from helpers.video_standins import write_video
 from PIL import Image
 
 from svl.core import SvlError
@@ -88,20 +88,6 @@ def test_an_encoded_picture_is_never_shown(folder):
 
 
 # ------------------------------------------------------------------------------------------------------ videos
-
-
-def write_video(file: Path, n: int) -> Path:
-    """A video whose frame i has the grey 10 i."""
-    import av
-
-    with av.open(str(file), "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
-        stream.width = stream.height = 32
-        for i in range(n):
-            frame = av.VideoFrame.from_image(Image.new("RGB", (32, 32), (10 * i,) * 3))
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    return file
 
 
 def greys(frames):

@@ -145,6 +145,18 @@ def seedbench(doc: dict[str, Any], results: list[str]) -> dict[str, Item]:
     return _choice(results[0], lettered([doc[f"choice_{c}"] for c in "abcd"]), doc["answer"].strip().upper())
 
 
+def videomme(doc: dict[str, Any], results: list[str]) -> dict[str, Item]:
+    """Multiple choice of Video-MME, whose options are written with their letters."""
+    return _choice(results[0], dict.fromkeys("ABCD"), doc["answer"].strip().upper())
+
+
+def mvbench(doc: dict[str, Any], results: list[str]) -> dict[str, Item]:
+    """Multiple choice of MVBench, whose answer is one of the candidates."""
+    options = lettered(doc["candidates"])
+    target = next(letter for letter, text in options.items() if text == doc["answer"])
+    return _choice(results[0], options, target)
+
+
 def mmstar(doc: dict[str, Any], results: list[str]) -> dict[str, Item]:
     """Multiple choice of MMStar, whose options are part of the question's text."""
     return _choice(results[0], dict.fromkeys("ABCD"), doc["answer"].strip().upper())
