@@ -333,10 +333,10 @@ def test_a_picture_that_cannot_be_read_is_named(run, tmp_path, monkeypatch):
 def test_the_one_document_that_a_processor_refuses_is_named(run, lvlm, tmp_path, monkeypatch):
     encode = Lvlm.encode
 
-    def refuse(self, texts, images=None):
+    def refuse(self, texts, images=None, videos=None):
         if any("odd" in text for text in texts):
             raise ValueError("Image features and image tokens do not match: 4 and 5")
-        return encode(self, texts, images)
+        return encode(self, texts, images, videos)
 
     monkeypatch.setattr(Lvlm, "encode", refuse)
     documents = [{"prompt": f"What is {word}?", "answer": "1", "kind": "x"} for word in ("red", "odd", "blue")]
