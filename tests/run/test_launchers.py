@@ -105,11 +105,11 @@ def test_each_process_has_an_accelerator_of_its_own(tmp_path, monkeypatch):
 def test_search_finds_the_best_of_its_trials(tmp_path):
     pytest.importorskip("lmms_eval")
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-    run_svl("-m", "experiment=hparams_search", "hydra.sweeper.n_trials=3", "benchmark.limit=4", "calibration.samples=4",
+    run_svl("-m", "experiment=hparams_search", "hydra.sweeper.n_trials=2", "benchmark.limit=4", "calibration.samples=4",
         "tracker=none", "paths.store=store", "paths.outputs=out", cwd=tmp_path)  # fmt: skip
     (root,) = (tmp_path / "out" / "hparams_search").iterdir()
     tried = {file.parent.name: json.loads(file.read_text()) for file in root.glob("*/result.json")}
-    assert sorted(tried) == ["0", "1", "2"]
-    assert len({json.dumps(result["settings"]) for result in tried.values()}) == 3
+    assert sorted(tried) == ["0", "1"]
+    assert len({json.dumps(result["settings"]) for result in tried.values()}) == 2
     best = (root / "optimization_results.yaml").read_text()
     assert f"best_value: {max(result['average']['value'] for result in tried.values())}" in best

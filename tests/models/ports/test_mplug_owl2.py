@@ -376,7 +376,7 @@ def test_pickled_shards_load_and_run_nothing(lvlm, tmp_path):
 
 
 def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
-    """Some 300 MB, so that a second copy shows; scripts/bench_port_loading.py does it at full size."""
+    """Some 130 MB, so that a second copy shows; scripts/bench_port_loading.py does it at full size."""
     bench = script("bench_port_loading")
     parts = {
         "visual_model": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4},
@@ -386,8 +386,8 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
         "vocab_size": 4096, "hidden_size": 1024, "num_attention_heads": 8, "intermediate_size": 2752,
         "visual_config": parts,
     }  # fmt: skip
-    found = bench.measure("mplug_owl2", tmp_path / "source", 8, "bin", 1e8, sizes)
-    assert found["size"] == found["weights"] > 2.5e8
+    found = bench.measure("mplug_owl2", tmp_path / "source", 4, "bin", 5e7, sizes)
+    assert found["size"] == found["weights"] > 1e8
     assert found["above"] < 1.1 * found["size"] + 5e7  # libraries that are loaded on the way
 
 

@@ -349,15 +349,15 @@ def test_chats_end_at_the_end_of_a_turn(lvlm, inputs):
 
 
 def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
-    """Some 300 MB, so that a second copy shows; scripts/bench_port_loading.py does it at full size."""
+    """Some 130 MB, so that a second copy shows; scripts/bench_port_loading.py does it at full size."""
     bench = script("bench_port_loading")
     sizes = {
         "vocab_size": 4096, "hidden_size": 1024, "num_attention_heads": 8, "intermediate_size": 5504,
         "visual": {**golden.TOWER, "output_dim": 1024, "width": 384, "layers": 8, "image_start_id": 4000},
     }  # fmt: skip
     for kind in ("safetensors", "bin"):
-        found = bench.measure("qwen_vl", tmp_path / kind, 12, kind, 1e8, sizes)
-        assert found["size"] == found["weights"] > 2.5e8
+        found = bench.measure("qwen_vl", tmp_path / kind, 5, kind, 5e7, sizes)
+        assert found["size"] == found["weights"] > 1e8
         assert found["above"] < 1.1 * found["size"] + 5e7  # libraries that are loaded on the way
 
 
