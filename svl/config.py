@@ -243,9 +243,8 @@ def _find_class(target: str, group: str) -> type[Method]:
     Raises:
         SvlError: if it is not allowed or does not exist, or cannot be a method of this group.
     """
-    allowed = ["svl", *(plugin.name for plugin in plugins.find_plugins())]
-    if not any(target.startswith(f"{package}.") for package in allowed):
-        listing = ", ".join(allowed)
+    if not target.startswith("svl.") and not any(target.startswith(f"{p.name}.") for p in plugins.find_plugins()):
+        listing = ", ".join(["svl", *(plugin.name for plugin in plugins.find_plugins())])
         raise SvlError(f"{group}._target_ '{target}' is outside {listing}; allow its package in {plugins.VARIABLE}")
     module, _, name = target.rpartition(".")
     try:

@@ -393,3 +393,14 @@ def generate():
             )  # fmt: skip
 
     return run
+
+
+@pytest.fixture(scope="session")
+def fork_server(tmp_path_factory):
+    """Starts real processes that run `svl`."""
+    from helpers.fork_server import ForkServer
+
+    pytest.importorskip("lmms_eval")
+    server = ForkServer(tmp_path_factory.mktemp("fork_server"))
+    yield server
+    server.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -56,28 +57,36 @@ def test_every_file_is_looked_at():
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_every_choice_composes_and_binds(group, choice):
     cfg = compose(f"{group}={choice}")
-    for method in config.METHODS:
-        config.build_method(cfg[method], method)
     if group in config.METHODS:
         assert cfg[group]["_target_"].startswith("svl.")
+        for method in config.METHODS:  # a strategy brings others
+            config.build_method(cfg[method], method)
     assert OmegaConf.missing_keys(cfg) == ({f"{group}.path"} if choice == "local" else set())  # to be given by the user
+
+
+@cache
+def experiment(name: str) -> DictConfig:
+    """An experiment with its `hydra` part, to be read."""
+    return compose(f"experiment={name}", with_hydra=True)
+
+
+def swept_values(key: str, values: str) -> list[str]:
+    """The overrides that a sweep of a key makes; of an interval, its ends."""
+    (override,) = hydra_internals.parse_overrides([f"{key}={values}"])
+    if override.is_interval_sweep():
+        return [f"{key}={end}" for end in (override.value().start, override.value().end)]
+    return [word for (word,) in hydra_internals.expand_sweep([f"{key}={values}"])]
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_and_every_value_it_sweeps_over_is_valid(name):
-    cfg = compose(f"experiment={name}", with_hydra=True)
+    cfg = experiment(name)
     assert cfg.name != "run"  # or its runs would end up in the report of single runs
-    config.validate_config(cfg)
-    swept = cfg.hydra.sweeper.get("params") or {}
     assert cfg.hydra.mode is None  # run with -m; Hydra 1.4 refuses a mode in a file
-    for key, values in swept.items():
-        (override,) = hydra_internals.parse_overrides([f"{key}={values}"])
-        if override.is_interval_sweep():
-            words = [f"{key}={end}" for end in (override.value().start, override.value().end)]
-        else:
-            words = [word for (word,) in hydra_internals.expand_sweep([f"{key}={values}"])]
-        for word in words:
-            config.validate_config(compose(f"experiment={name}", word))
+    swept = [swept_values(key, values) for key, values in (cfg.hydra.sweeper.get("params") or {}).items()]
+    jobs = max(map(len, swept), default=1)
+    for job in range(jobs):  # every value in one of them
+        config.validate_config(compose(f"experiment={name}", *(words[job % len(words)] for words in swept)))
 
 
 PAGES = {page.parent.name: page.read_text() for page in (ROOT / "experiments").glob("*/README.md")}
@@ -98,10 +107,9 @@ def test_every_experiment_has_a_page_and_every_page_speaks_of_experiments_there_
 
 def test_experiments_on_the_hubs_models_have_twins_on_bundled_ones():
     def models(name: str) -> set[str]:
-        swept = (compose(f"experiment={name}", with_hydra=True).hydra.sweeper.get("params") or {}).get("model")
-        names = swept.split(",") if swept else [None]
-        chosen = [compose(f"experiment={name}", *([f"model={n}"] if n else [])) for n in names]
-        return {str(cfg.model.path) for cfg in chosen}
+        swept = (experiment(name).hydra.sweeper.get("params") or {}).get("model")
+        variants = [compose(f"experiment={name}", f"model={n}") for n in swept.split(",")] if swept else []
+        return {str(cfg.model.path) for cfg in variants or [experiment(name)]}
 
     for twin in TWINS:
         assert twin.removesuffix("_demo") in EXPERIMENTS

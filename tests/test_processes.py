@@ -15,7 +15,7 @@ SCRIPT = """
     import sys, time
     from svl import processes
 
-    processes.SILENCE = 6.0
+    processes.SILENCE = 4.0
     processes.join_processes()
     print(processes.gather_values(processes.process_rank() + 1), processes.broadcast_word("x"), flush=True)
     if sys.argv[1] == "wait":

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.checkpoints import digests, some_patch
-from helpers.commands import ENVIRONMENT
-from helpers.exports import as_hub_cache, svl_export, svl_export_process, write_plan
+from helpers.commands import ENVIRONMENT, run_command
+from helpers.exports import as_hub_cache, svl_export, write_plan
+from helpers.races import another_process
 from transformers import AutoModelForCausalLM
 
-from svl.checkpoints import export, export_command
+from svl.checkpoints import export, export_command, safetensors_writing
 from svl.checkpoints.model_card import read_card_metadata
 from svl.core import Plan
 from svl.pruning import patch_file, surgery
@@ -157,59 +160,58 @@ def test_mistakes_are_one_line(given, message, checkpoint, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"plan.json", "llama"}
 
 
-SLOW_EXPORT = """
-import sys, time
-from svl.checkpoints import export_command, safetensors_writing
-copied = safetensors_writing.copy_bytes
-def slow(*given):
-    copied(*given)
-    print("copied", flush=True)
-    time.sleep(600)
-safetensors_writing.copy_bytes = slow
-export_command.main(sys.argv[1:])
-"""
-
-
 @pytest.fixture
-def slow_export(checkpoint, tmp_path):
-    """A process that exports to `out`, halted after the first bytes."""
+def slow_export(checkpoint, tmp_path, monkeypatch):
+    """A process that exports to `out`, halted after the first bytes, and a pipe that tells how it was interrupted."""
     write_plan(tmp_path)
-    command = [sys.executable, "-c", SLOW_EXPORT, "plan=plan.json", f"source={checkpoint('llama')}", "out=out"]
-    with subprocess.Popen(
-        command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout.readline() == "copied\n"
-        yield process
-        process.kill()
+    copied = safetensors_writing.copy_bytes
+
+    def export_slowly(told: Connection) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever this process was started from
+
+        def copy_and_wait(*given):
+            copied(*given)
+            told.send("copied")
+            told.recv()
+
+        monkeypatch.setattr(safetensors_writing, "copy_bytes", copy_and_wait)
+        words = ("plan=plan.json", f"source={checkpoint('llama')}", "out=out")
+        told.send(run_command(export_command.main, *words, cwd=tmp_path, code=130))
+
+    with another_process(export_slowly) as (process, told):
+        assert told.recv() == "copied"
+        yield process, told
 
 
 def test_a_killed_export_leaves_no_checkpoint_and_can_be_run_again(slow_export, checkpoint, tmp_path):
-    slow_export.send_signal(signal.SIGKILL)
-    slow_export.wait()
+    process, _ = slow_export
+    process.kill()
+    process.join()
     assert not (tmp_path / "out").exists()
     svl_export("plan=plan.json", f"source={checkpoint('llama')}", "out=out", cwd=tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"plan.json", "out"}
 
 
 def test_an_interrupted_export_leaves_nothing_and_says_so(slow_export, tmp_path):
-    slow_export.send_signal(signal.SIGINT)
-    _, error = slow_export.communicate()
-    assert (slow_export.returncode, error) == (130, "svl-export: interrupted; nothing half-written is left\n")
+    process, told = slow_export
+    os.kill(process.pid, signal.SIGINT)
+    assert told.recv().stderr == "svl-export: interrupted; nothing half-written is left\n"
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
 
 
-def test_a_second_process_is_told_who_writes_before_any_work(slow_export, checkpoint, tmp_path):
+def test_a_second_process_is_told_who_writes_before_any_work(slow_export, tmp_path):
+    process, _ = slow_export
     nowhere = "source=nowhere"  # which it does not get to see
     (line,) = svl_export("plan=plan.json", nowhere, "out=out", cwd=tmp_path, code=1).splitlines()
-    assert re.search(rf"out' is being written by process {slow_export.pid} on \S+ since \d{{4}}-", line)
+    assert re.search(rf"out' is being written by process {process.pid} on \S+ since \d{{4}}-", line)
     assert not (tmp_path / "out").exists()
 
 
-def test_hub_ids_are_taken_from_the_local_cache(checkpoint, tmp_path):
+def test_hub_ids_are_taken_from_the_local_cache(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     as_hub_cache(checkpoint("llama"), tmp_path / "hub")
     write_plan(tmp_path)
-    arguments = ("plan=plan.json", "source=owner/name", "out=out")
-    svl_export_process(*arguments, cwd=tmp_path, HF_HUB_CACHE=str(tmp_path / "hub"))
+    svl_export("plan=plan.json", "source=owner/name", "out=out", cwd=tmp_path)
     out = tmp_path / "out"
     assert read_card_metadata(out / "README.md")["base_model"] == "owner/name"
     assert json.loads((out / "config.json").read_text())["layer_pruning"]["base_model"] == "owner/name"

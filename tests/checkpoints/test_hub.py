@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 from helpers.checkpoints import digests
-from helpers.exports import svl_export_process, write_plan
+from helpers.exports import svl_export, write_plan
+from huggingface_hub import constants
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -82,21 +83,22 @@ def hub():
     """A Hub on this machine: its address and what was uploaded to it."""
     handler = type("OneHub", (Hub,), {"repos": {}, "objects": {}})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}", handler.repos  # type: ignore[attr-defined]
     server.shutdown()
 
 
-def test_exports_are_pushed_to_the_hub(hub, checkpoint, tmp_path):
+def test_exports_are_pushed_to_the_hub(hub, checkpoint, tmp_path, monkeypatch):
     address, repos = hub
     write_plan(tmp_path)
-    access = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hf")}
+    for name, value in {"ENDPOINT": address, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
+        monkeypatch.setattr(constants, name, value)  # as of HF_ENDPOINT, ..., which are read at the first import
     arguments = ("plan=plan.json", f"source={checkpoint('llava')}", "out=out", "push_to_hub=me/pruned")
-    refused = svl_export_process(*arguments, cwd=tmp_path, code=1, **access, HF_TOKEN="hf_wrong")
+    refused = svl_export(*arguments, cwd=tmp_path, code=1, HF_TOKEN="hf_wrong")
     assert refused.startswith("svl-export: error: push_to_hub: the Hub refuses")
     assert not (tmp_path / "out").exists()  # found out before the work
     assert repos == {}
-    printed = svl_export_process(*arguments, cwd=tmp_path, **access, HF_TOKEN=Hub.token)
+    printed = svl_export(*arguments, cwd=tmp_path, HF_TOKEN=Hub.token)
     assert f"uploaded to {address}/me/pruned" in printed
     uploaded = {name: hashlib.sha256(data).hexdigest() for name, data in repos["me/pruned"].items()}
     assert uploaded == digests(tmp_path / "out")

@@ -35,6 +35,12 @@ def png(shade: int) -> bytes:
     return file.getvalue()
 
 
+@pytest.fixture(autouse=True)
+def _without_pauses(monkeypatch):
+    """The library waits after every stream for reads from the network that are still going on: here, there are none."""
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+
+
 @pytest.fixture(scope="module")
 def standins(tmp_path_factory):
     spec = importlib.util.spec_from_file_location("make_standins", ROOT / "scripts" / "make_standins.py")
@@ -176,7 +182,7 @@ def server():
             pass
 
     running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=running.serve_forever, daemon=True).start()
+    threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
     yield f"http://127.0.0.1:{running.server_port}", asked
     running.shutdown()
     running.server_close()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
+import runpy
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
 from helpers.paths import ROOT
+from helpers.races import in_another_process
 
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
@@ -44,14 +46,30 @@ def test_a_method_is_short(kind):
     assert len(lines) - 1 <= 25  # the first names the file
 
 
-@pytest.mark.slow
-def test_its_commands_run(folder):
+def run_script(folder: Path, script: str, environment: dict[str, str]) -> None:
+    """As `python SCRIPT` in a folder, in a process that is forked from this one."""
+
+    def run() -> None:
+        os.chdir(folder)
+        sys.path[:0] = [str(Path(script).parent), *environment.get("PYTHONPATH", "").split(os.pathsep)]
+        runpy.run_path(script, run_name="__main__")
+
+    assert in_another_process(run) is None
+
+
+def test_its_commands_run(folder, fork_server):
     """In their order, as in a shell: some read what others wrote."""
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    environment["SVL_STORE"] = str(folder / "store")
     for command in COMMANDS:
-        done = subprocess.run(
-            ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+        words = shlex.split(command)
+        given = [word for word in words if re.match(r"[A-Z_]+=", word)]
+        assert words[: len(given)] == given  # before the program
+        environment = dict(word.split("=", 1) for word in given)
+        program, *arguments = words[len(given) :]
+        if program == "python":
+            (script,) = arguments
+            run_script(folder, script, environment)
+            continue
+        assert program == "svl"
+        run = fork_server.start(*arguments, cwd=folder, **environment, SVL_STORE=str(folder / "store"))
+        assert fork_server.wait(run) == 0, f"{command}\n{fork_server.log(run)}"
     assert len((folder / "runs.jsonl").read_text().splitlines()) == 1

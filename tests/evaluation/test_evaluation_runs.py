@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import socket
 import subprocess
 import sys
 import textwrap
@@ -34,7 +35,7 @@ def demo():
 
 
 def predictions(lvlm, folder: Path, task: str = "svl_demo_open", **options: Any) -> list[Any]:
-    _, rows = score_task(lvlm, task, folder, **{"limit": 40, **options})
+    _, rows = score_task(lvlm, task, folder, **{"limit": 12, **options})
     return [row["prediction"] for row in rows]
 
 
@@ -104,14 +105,20 @@ def alone(tmp_path_factory) -> Path:
     return folder
 
 
-def test_two_processes_give_what_one_gives(alone, tmp_path):
+def test_two_processes_give_what_one_gives(alone, fork_server, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    both = [fork_server.start(*COMMON, cwd=tmp_path, **meeting, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
+    assert [fork_server.wait(run) for run in both] == [0, 0], "".join(map(fork_server.log, both))
+    assert stored(tmp_path) == stored(alone)
+    # By torchrun itself, when everything is stored: nothing to do together.
     start = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "svl")
-    for _ in range(2):  # the second time everything is stored: nothing to do together
-        done = subprocess.run(
-            [sys.executable, *start, *COMMON], env=ENVIRONMENT, capture_output=True, text=True, cwd=tmp_path
-        )
-        assert done.returncode == 0, done.stderr
-        assert stored(tmp_path) == stored(alone)
+    done = subprocess.run(
+        [sys.executable, *start, *COMMON], env=ENVIRONMENT, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert stored(tmp_path) == stored(alone)
     pages = [file.read_text() for file in (tmp_path / "out").rglob("flips.md")]
     assert len(pages) == 2  # of the first process only
     assert pages[0] == pages[1]
@@ -203,14 +210,12 @@ class LLM:
 '''
 
 
-def test_vllm_answers_for_dense_and_pruned_checkpoints(alone, tmp_path):
+def test_vllm_answers_for_dense_and_pruned_checkpoints(alone, fork_server, tmp_path):
     """With a stand-in for vLLM that answers with transformers: the same answers, and no export is left."""
-    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm").mkdir()  # found where the command is given
     (tmp_path / "vllm" / "__init__.py").write_text(textwrap.dedent(FAKE))
-    command = [sys.executable, "-m", "svl", *COMMON, "evaluator=vllm"]
-    environment = {**ENVIRONMENT, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    run = fork_server.start(*COMMON, "evaluator=vllm", cwd=tmp_path)
+    assert fork_server.wait(run) == 0, fork_server.log(run)
     ours, theirs = stored(alone), stored(tmp_path)
     assert {key: found[1] for key, found in theirs.items()} == {key: found[1] for key, found in ours.items()}
     assert not list((tmp_path / "store" / "tmp").iterdir())

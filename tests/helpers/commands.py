@@ -28,23 +28,8 @@ SMALL = ("calibration.samples=4", "calibration.batch_size=2")
 ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
-def start_svl(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
-    """Start `svl` in a process of its own: for tests of signals, of several processes, of a fresh interpreter."""
-    command = [sys.executable, "-m", "svl", *arguments]
-    return subprocess.Popen(
-        command, cwd=cwd, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def svl_process(*arguments: str, cwd: Path, code: int = 0) -> Finished:
-    """`svl` to its end, in a process of its own; `code` is the exit status that is expected."""
-    process = start_svl(*arguments, cwd=cwd)
-    out, err = process.communicate()
-    return checked(Finished(arguments, process.returncode, out, err), code)
-
-
 def run_svl(*arguments: str, cwd: Path, code: int = 0, **environment: str) -> Finished:
-    """`svl` to its end, in this process: as svl_process, without the seconds that imports take."""
+    """`svl` to its end, in this process: without the seconds that imports take."""
     try:
         with hydra_left_as_it_was():
             return run_command(svl.cli.main, *arguments, cwd=cwd, code=code, **environment)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from helpers.commands import ENVIRONMENT, run_command
+from helpers.commands import run_command
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -18,18 +16,10 @@ from svl.checkpoints import export_command
 from svl.models.weight_files import WEIGHTS
 
 
-def svl_export(*arguments: str, cwd: Path, code: int = 0) -> str:
+def svl_export(*arguments: str, cwd: Path, code: int = 0, **environment: str) -> str:
     """`svl-export` to its end, in this process; what it printed, on stdout, or on stderr if it is to fail."""
-    finished = run_command(export_command.main, *arguments, cwd=cwd, code=code)
+    finished = run_command(export_command.main, *arguments, cwd=cwd, code=code, **environment)
     return finished.stderr if code else finished.stdout
-
-
-def svl_export_process(*arguments: str, cwd: Path, code: int = 0, **environment: str) -> str:
-    """The same in a process of its own, for settings that libraries read when they are imported."""
-    command = [sys.executable, "-m", "svl.checkpoints.export_command", *arguments]
-    done = subprocess.run(command, cwd=cwd, env={**ENVIRONMENT, **environment}, capture_output=True, text=True)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stderr if code else done.stdout
 
 
 def write_plan(folder: Path, **fields: Any) -> None:

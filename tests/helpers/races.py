@@ -1,9 +1,12 @@
-"""Two processes that do the same thing at once, forked from this one: no imports to wait for."""
+"""Other processes, forked from this one: no imports to wait for."""
 
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 ROUNDS = 20
@@ -53,3 +56,26 @@ def in_another_process(work: Callable[[], Any]) -> Any:
     result = results.get(timeout=120)
     process.join()
     return result
+
+
+@contextmanager
+def another_process(work: Callable[[Connection], Any]) -> Iterator[tuple[BaseProcess, Connection]]:
+    """A process of its own that runs `work`, and a pipe to talk with it: `work` gets the other end. Killed afterwards.
+
+    When the process has ended, what is sent to it breaks the pipe, and what it is asked for is an EOFError.
+    """
+    here, there = FORK.Pipe()
+
+    def run() -> None:
+        here.close()
+        work(there)
+
+    process = FORK.Process(target=run)
+    process.start()
+    there.close()
+    try:
+        yield process, here
+    finally:
+        process.kill()
+        process.join()
+        here.close()

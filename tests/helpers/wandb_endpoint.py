@@ -27,7 +27,7 @@ class Endpoint(ThreadingHTTPServer):
         self.artifacts: list[dict[str, Any]] = []
         self.views: list[dict[str, Any]] = []
         self.unknown: list[str] = []
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     def summary(self, run: str) -> dict[str, Any]:
         """The summary that was streamed last."""

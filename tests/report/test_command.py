@@ -6,9 +6,11 @@ import os
 import re
 import subprocess
 import sys
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
+from helpers.races import another_process
 from helpers.results import demo, result
 from markdown_it import MarkdownIt
 from PIL import Image
@@ -16,6 +18,7 @@ from PIL import Image
 from svl.report import main
 from svl.report.experiment_report import Report
 from svl.report.figures import style
+from svl.store.files import whole_file
 
 
 def test_runs_without_benchmarks(store, capsys):
@@ -182,11 +185,15 @@ def test_folders_of_wandb_cannot_break_out_of_the_report(store, tmp_path, no_fig
 def test_killed_writer_leaves_the_old_file(tmp_path):
     target = tmp_path / "report.md"
     target.write_text("old")
-    code = (
-        "import os, sys, pathlib; from svl.store.files import whole_file\n"
-        "with whole_file(pathlib.Path(sys.argv[1])) as path:\n    path.write_text('half'); os._exit(9)"
-    )
-    assert subprocess.run([sys.executable, "-c", code, target], check=False).returncode == 9
+
+    def write(told: Connection) -> None:
+        with whole_file(target) as path:
+            path.write_text("half")
+            os._exit(9)
+
+    with another_process(write) as (process, _):
+        process.join()
+        assert process.exitcode == 9
     assert target.read_text() == "old"
 
 

@@ -52,7 +52,7 @@ def damaged(path, value):
     return body
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.sampled_from(list(paths(WHOLE))), st.one_of(VALUES, st.just(Ellipsis)))
 def test_a_result_is_reported_or_named(path, value):
     body = damaged(path, value)

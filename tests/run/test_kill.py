@@ -5,12 +5,10 @@ from __future__ import annotations
 import random
 import re
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from helpers.commands import QUIET, SMALL, manifests, numbers, read
-from helpers.fork_server import ForkServer
 
 from svl.store.artifacts import Store
 
@@ -22,15 +20,7 @@ SCORED = (
     *("tracker=none", *SMALL),
 )
 SWEEP = ("-m", "strategy=shortgpt,short_lvlm", *SCORED, "paths.store=store")
-KILLS = 15
-
-
-@pytest.fixture
-def server(tmp_path) -> Iterator[ForkServer]:
-    """Starts runs in the test's folder."""
-    started = ForkServer(tmp_path)
-    yield started
-    started.close()
+KILLS = 9
 
 
 def whole(root: Path) -> int:
@@ -47,13 +37,13 @@ def tables(folder: Path) -> tuple[list[dict], dict[str, str]]:
     return [numbers(read(last / n)[1]) for n in "01"], answers
 
 
-def test_sweeps_killed_at_any_moment_end_with_the_tables_of_one_left_alone(server, tmp_path):
+def test_sweeps_killed_at_any_moment_end_with_the_tables_of_one_left_alone(fork_server, tmp_path):
     """SIGKILLs at random events. In every third round two sweeps work on one store, and both are killed."""
 
     def undisturbed() -> int:
-        run = server.start(*SWEEP, "paths.outputs=out")
-        assert server.wait(run) == 0, server.log(run)
-        return server.events(run)
+        run = fork_server.start(*SWEEP, "paths.outputs=out", cwd=tmp_path)
+        assert fork_server.wait(run) == 0, fork_server.log(run)
+        return fork_server.events(run)
 
     chance, store = random.Random(0), tmp_path / "store"
     events = undisturbed()
@@ -63,11 +53,11 @@ def test_sweeps_killed_at_any_moment_end_with_the_tables_of_one_left_alone(serve
     while kills < KILLS:
         together = 2 if rounds % 3 == 2 else 1
         runs = [
-            server.start(*SWEEP, f"paths.outputs=killed-{k}", last_event=chance.randint(1, events))
+            fork_server.start(*SWEEP, f"paths.outputs=killed-{k}", cwd=tmp_path, last_event=chance.randint(1, events))
             for k in range(together)
         ]
-        ended = [server.wait(run) for run in runs]
-        assert set(ended) <= {0, -signal.SIGKILL}, "\n\n".join(map(server.log, runs))
+        ended = [fork_server.wait(run) for run in runs]
+        assert set(ended) <= {0, -signal.SIGKILL}, "\n\n".join(map(fork_server.log, runs))
         kills += ended.count(-signal.SIGKILL)
         rounds += 1
         halfway.add(whole(store))
@@ -80,25 +70,26 @@ def test_sweeps_killed_at_any_moment_end_with_the_tables_of_one_left_alone(serve
     assert not list((store / "tmp").iterdir())
 
 
-def test_a_killed_run_goes_on_with_its_finished_stages(server, tmp_path):
+def test_a_killed_run_goes_on_with_its_finished_stages(fork_server, tmp_path):
     """Killed again and again, each time later: what was finished is never touched, and the result is the same."""
     command = ("strategy=short_lvlm", *SCORED)
-    run = server.start(*command, "paths.store=left-alone", "paths.outputs=out")
-    assert server.wait(run) == 0, server.log(run)
-    events, store = server.events(run), tmp_path / "store"
+    run = fork_server.start(*command, "paths.store=left-alone", "paths.outputs=out", cwd=tmp_path)
+    assert fork_server.wait(run) == 0, fork_server.log(run)
+    events, store = fork_server.events(run), tmp_path / "store"
     finished: dict[str, int] = {}
     for quarter in (1, 2, 3):
-        run = server.start(*command, "paths.store=store", "paths.outputs=killed", last_event=events * quarter // 4)
-        ended = server.wait(run)  # with stages that are stored, a run has fewer events, and may get to its end
+        places = ("paths.store=store", "paths.outputs=killed")
+        run = fork_server.start(*command, *places, cwd=tmp_path, last_event=events * quarter // 4)
+        ended = fork_server.wait(run)  # with stages that are stored, a run has fewer events, and may get to its end
         assert ended == -signal.SIGKILL or (quarter > 1 and ended == 0)
         now = manifests(store)
         assert finished.items() <= now.items()
         finished = now
     assert {name.split("/")[0] for name in finished} >= {"stats", "plan"}
-    run = server.start(*command, "paths.store=store", "paths.outputs=resumed")
-    assert server.wait(run) == 0, server.log(run)
+    run = fork_server.start(*command, "paths.store=store", "paths.outputs=resumed", cwd=tmp_path)
+    assert fork_server.wait(run) == 0, fork_server.log(run)
     for stage in ("calibrate", "plan"):
-        assert re.search(rf"{stage} +stored", server.log(run))
+        assert re.search(rf"{stage} +stored", fork_server.log(run))
     assert finished.items() <= manifests(store).items()
     assert manifests(store).keys() == manifests(tmp_path / "left-alone").keys()
     alone, resumed = (
@@ -109,11 +100,11 @@ def test_a_killed_run_goes_on_with_its_finished_stages(server, tmp_path):
     assert alone[1]["scores"]["svl_demo_open"]["n"] == 2
 
 
-def test_two_processes_on_one_store_calibrate_once(server, tmp_path):
+def test_two_processes_on_one_store_calibrate_once(fork_server, tmp_path):
     command = ("strategy=shortgpt", *QUIET, "calibration.samples=16", "calibration.batch_size=2")
-    both = [server.start(*command) for _ in range(2)]
-    assert [server.wait(run) for run in both] == [0, 0]
+    both = [fork_server.start(*command, cwd=tmp_path) for _ in range(2)]
+    assert [fork_server.wait(run) for run in both] == [0, 0]
     assert len(list((tmp_path / "store" / "stats").glob("*/manifest.json"))) == 1
-    assert sorted(bool(re.search(r"calibrate +stored", server.log(run))) for run in both) == [False, True]
+    assert sorted(bool(re.search(r"calibrate +stored", fork_server.log(run))) for run in both) == [False, True]
     first, second = (read(p.parent) for p in (tmp_path / "out").rglob("result.json"))
     assert first[:2] == second[:2]

@@ -7,32 +7,41 @@ import json
 import re
 import shutil
 import subprocess
-import sys
-import textwrap
+import tempfile
 import time
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
 
 import pytest
-from helpers.commands import ENVIRONMENT, QUIET, SMALL, numbers, read, run_svl, svl_process
+from helpers.commands import QUIET, SMALL, numbers, read, run_svl
+from helpers.races import another_process
+
+from svl.run import parallel
 
 LAUNCHERS = {
-    "joblib": ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2"),
-    "gpus": ("hydra/launcher=gpus", "hydra.launcher.n_jobs=2"),
+    "gpus": ("hydra/launcher=gpus", "hydra.launcher.n_jobs=2"),  # joblib, each job with an accelerator
     "submitit": ("hydra/launcher=submitit_local", "hydra.launcher.cpus_per_task=1", "hydra.launcher.timeout_min=20"),
-    "ray": ("hydra/launcher=ray", "+hydra.launcher.ray.init.num_cpus=2",
+    "ray": ("hydra/launcher=ray", "+hydra.launcher.ray.init.num_cpus=1",
             "+hydra.launcher.ray.init.include_dashboard=false"),
     "slurm": ("hydra/launcher=slurm", "hydra.launcher.gpus_per_node=null", "hydra.launcher.cpus_per_task=1",
               "hydra.launcher.mem_gb=null", "hydra.launcher.timeout_min=20"),
 }  # fmt: skip
 PLUGINS = {"gpus": "joblib", "slurm": "submitit"}
-JOBS = ("-m", "strategy=shortgpt", "n_remove=2,3,17", *QUIET, *SMALL)
+JOBS = ("-m", "strategy=shortgpt", *QUIET, *SMALL)
+COUNTS = (2, 17, 3)  # the second job fails
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """What the jobs give one after the other."""
     folder = tmp_path_factory.mktemp("basic")
-    run_svl(*JOBS, cwd=folder, code=1)
+    run_svl(*JOBS, counts(COUNTS), cwd=folder, code=1)
     return results(folder)
+
+
+def counts(layers: Sequence[int]) -> str:
+    """The override that makes a job of every number of layers to remove."""
+    return "n_remove=" + ",".join(map(str, layers))
 
 
 def results(folder) -> dict[str, dict]:
@@ -40,7 +49,7 @@ def results(folder) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_jobs_in_parallel_give_what_they_give_alone(launcher, undisturbed, tmp_path, monkeypatch):
+def test_jobs_in_parallel_give_what_they_give_alone(launcher, undisturbed, fork_server, tmp_path):
     plugin = f"hydra_plugins.hydra_{PLUGINS.get(launcher, launcher)}_launcher"
     if importlib.util.find_spec("hydra_plugins") is None or importlib.util.find_spec(plugin) is None:
         pytest.skip(f"needs hydra-{PLUGINS.get(launcher, launcher)}-launcher")
@@ -48,52 +57,59 @@ def test_jobs_in_parallel_give_what_they_give_alone(launcher, undisturbed, tmp_p
         shutil.which("sinfo") is None or subprocess.run(["sinfo"], capture_output=True).returncode
     ):
         pytest.skip("needs a SLURM controller that answers")
-    for wait in ("raylet_start_wait_time_s", "worker_register_timeout_seconds"):  # of Ray, on a busy machine
-        monkeypatch.setitem(ENVIRONMENT, f"RAY_{wait}", "300")
-    done = svl_process(*JOBS, *LAUNCHERS[launcher], cwd=tmp_path, code=1)
-    assert results(tmp_path) == undisturbed, done.stdout + done.stderr
-    assert sorted(undisturbed) == ["0", "1"]
-    assert re.search(r"^error: 1 of 3 jobs failed .*:\n  \S+/2: ", done.stderr, re.MULTILINE), done.stderr
+    # Of Ray, on a busy machine.
+    waits = {f"RAY_{name}": "300" for name in ("raylet_start_wait_time_s", "worker_register_timeout_seconds")}
+    jobs = COUNTS if launcher == "gpus" else COUNTS[:2]  # others start an interpreter for every job
+    run = fork_server.start(*JOBS, counts(jobs), *LAUNCHERS[launcher], cwd=tmp_path, **waits)
+    assert fork_server.wait(run) == 1
+    assert sorted(undisturbed) == ["0", "2"]
+    expected = {number: undisturbed[number] for number in undisturbed if int(number) < len(jobs)}
+    assert results(tmp_path) == expected, fork_server.log(run)
+    errors = fork_server.errors(run)
+    assert re.search(rf"^error: 1 of {len(jobs)} jobs failed .*:\n  \S+/1: ", errors, re.MULTILINE), errors
     assert len(list((tmp_path / "store" / "stats").glob("*/manifest.json"))) == 1  # computed once for all processes
 
 
-LEASE = textwrap.dedent("""
-    import sys
-    from svl.run.parallel import lease_accelerator
-    print(lease_accelerator(2), flush=True)
-    assert lease_accelerator(2) == lease_accelerator(2)
-    sys.stdin.read()
-""")
+def test_each_process_has_an_accelerator_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(parallel, "_leased", {})
 
+    def hold(told: Connection) -> None:
+        told.send(number := parallel.lease_accelerator(2))
+        assert parallel.lease_accelerator(2) == number
+        told.recv()
 
-def test_each_process_has_an_accelerator_of_its_own(tmp_path):
-    def start() -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-c", LEASE], env={**ENVIRONMENT, "TMPDIR": str(tmp_path)}, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
+    def wait(told: Connection) -> None:
+        def pause(_: float) -> None:
+            told.send("waits")
+            told.recv()
 
-    holders = [start(), start()]
-    holding = {holder.stdout.readline(): holder for holder in holders}
-    assert sorted(holding) == ["0\n", "1\n"]
-    waiting = start()  # one that does not wait would take the first it tries, 0
-    time.sleep(0.5)
-    holding["1\n"].kill()  # its owner's death frees it
-    holding["1\n"].wait()
-    assert waiting.stdout.readline() == "1\n"
-    for process in (holding["0\n"], waiting):
-        process.communicate("")
-        assert process.returncode == 0
+        monkeypatch.setattr(time, "sleep", pause)
+        hold(told)
+
+    with another_process(hold) as first, another_process(hold) as second:
+        holders = {told.recv(): (process, told) for process, told in (first, second)}
+        assert holders.keys() == {0, 1}
+        with another_process(wait) as (waiting, told):
+            assert told.recv() == "waits"  # one that does not wait would take the first it tries, 0
+            holders[1][0].kill()  # its owner's death frees it
+            holders[1][0].join()
+            told.send("look again")
+            assert told.recv() == 1
+            for process, pipe in (holders[0], (waiting, told)):
+                pipe.send("enough")
+                process.join()
+                assert process.exitcode == 0
 
 
 def test_search_finds_the_best_of_its_trials(tmp_path):
     pytest.importorskip("lmms_eval")
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-    run_svl("-m", "experiment=hparams_search", "hydra.sweeper.n_trials=3", "benchmark.limit=4", "calibration.samples=4",
+    run_svl("-m", "experiment=hparams_search", "hydra.sweeper.n_trials=2", "benchmark.limit=4", "calibration.samples=4",
         "tracker=none", "paths.store=store", "paths.outputs=out", cwd=tmp_path)  # fmt: skip
     (root,) = (tmp_path / "out" / "hparams_search").iterdir()
     tried = {file.parent.name: json.loads(file.read_text()) for file in root.glob("*/result.json")}
-    assert sorted(tried) == ["0", "1", "2"]
-    assert len({json.dumps(result["settings"]) for result in tried.values()}) == 3
+    assert sorted(tried) == ["0", "1"]
+    assert len({json.dumps(result["settings"]) for result in tried.values()}) == 2
     best = (root / "optimization_results.yaml").read_text()
     assert f"best_value: {max(result['average']['value'] for result in tried.values())}" in best

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.pairwise import pairwise
 from hydra import compose, initialize_config_dir
 
 from svl import config
@@ -33,12 +33,11 @@ def test_one_pass_serves_strategies_selectors_and_ratios(tmp_path, monkeypatch):
     monkeypatch.setattr(calibrate, "measure_batch", counted)
     config.register_with_hydra()
     plans = set()
-    grid = itertools.product(
-        ("shortgpt", "angular", "streamline", "interlace", "spaced"), ("tis", "all"), (0.125, 0.25)
-    )
+    strategies = ("shortgpt", "angular", "streamline", "interlace", "spaced")
+    grid = pairwise({"strategy": strategies, "selector": ("tis", "all"), "ratio": (0.125, 0.25)})
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        for strategy, selector, ratio in grid:
-            words = [f"strategy={strategy}", f"selector={selector}", "compensation=none", f"ratio={ratio}"]
+        for chosen in grid:
+            words = [*(f"{name}={value}" for name, value in chosen.items()), "compensation=none"]
             words += ["benchmark=none", "tracker=none", "calibration.samples=6", "calibration.batch_size=4"]
             words += [f"paths.store={tmp_path}", f"paths.outputs={tmp_path}", "model.device=cpu"]
             run = pipeline.Run(compose("config", overrides=words), tmp_path)

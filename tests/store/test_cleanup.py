@@ -1,14 +1,14 @@
 """What `svl-report gc` removes, and what it never does."""
 
-import json
 import os
-import subprocess
-import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
+from helpers.races import another_process
 
 from svl.core import SvlError
 from svl.store import cleanup
@@ -16,6 +16,7 @@ from svl.store.artifacts import Store
 from svl.store.cleanup import clean_store, find_leftovers, remove_leftover
 from svl.store.contents import list_artifacts
 from svl.store.layout import MARKER
+from svl.store.locks import Lock
 
 LONG_AGO = time.time() - 200_000
 
@@ -130,44 +131,38 @@ def test_stores_of_an_unknown_format_are_not_touched(filled_store, mark):
 
 # ------------------------------------------------------------------------------------------- other processes
 
-HOLDER = """
-import sys
-from pathlib import Path
-from svl.store.locks import Lock
-locks = [Lock(Path(p)) for p in sys.argv[1:]]
-assert all(lock.acquire() for lock in locks)
-print("held", flush=True)
-sys.stdin.read()
-"""
-
 
 def test_what_another_process_holds_is_spared(filled_store, remains):
     half = remains[0]
     held = [filled_store.root / "lock" / name for name in (half.name, f"score-{filled_store.score}")]
-    command = [sys.executable, "-c", HOLDER, *map(str, held)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "held\n"
+
+    def hold(told: Connection) -> None:
+        locks = [Lock(file) for file in held]
+        told.send([lock.acquire() for lock in locks])
+        told.recv()
+
+    with another_process(hold) as (process, told):
+        assert told.recv() == [True, True]
         for remove in (False, True):
             assert "4 kept: another process is at work on them" in cleaned(filled_store, remove=remove)
             assert half.exists()
             assert (filled_store.root / "score" / filled_store.score).exists()
             assert {path.name for path in held} <= {path.name for path in (filled_store.root / "lock").iterdir()}
-        process.stdin.close()
+        told.send("end")
+        process.join()
     cleaned(filled_store)
     assert not half.exists()
 
 
-USER = """
-import json, sys
-from svl.store.artifacts import Store
-store = Store(sys.argv[1])
-def no_build(folder):
-    raise SystemExit("it was gone")
-for stage, inputs in json.loads(sys.argv[2]):
-    store.make(stage, inputs, no_build)
-print("used", flush=True)
-sys.stdin.read()
-"""
+def using(store: Store, artifacts: list[tuple[str, dict[str, Any]]]) -> Any:
+    """Another process that reads these artifacts of the store, and ends when it is told to."""
+
+    def use(told: Connection) -> None:
+        own = Store(store.root)
+        told.send([own.make(stage, inputs, lambda _: pytest.fail("it was gone")).reused for stage, inputs in artifacts])
+        told.recv()
+
+    return another_process(use)
 
 
 def test_what_a_running_process_uses_stays_however_old(filled_store):
@@ -177,12 +172,12 @@ def test_what_a_running_process_uses_stays_however_old(filled_store):
     everything = present(store)
     store.end_lease()
     used = [("patch", {"plan": store.lonely}), ("score", {"removed": [1]}), ("track", {"run": "gone"})]
-    command = [sys.executable, "-c", USER, str(store.root), json.dumps(used)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "used\n"
+    with using(store, used) as (process, told):
+        assert told.recv() == [True] * 3
         cleaned(store, unreferenced=True, days=0)
         assert present(store) == everything
-        process.stdin.close()
+        told.send("end")
+        process.join()
     cleaned(store, unreferenced=True, days=0)
     gone = {f"plan/{store.lonely}", f"score/{store.unused}", f"track/{store.orphan}", f"patch/{made.key}"}
     assert present(store) == everything - gone
@@ -191,46 +186,38 @@ def test_what_a_running_process_uses_stays_however_old(filled_store):
 
 @pytest.mark.parametrize("kill", [False, True])
 def test_leases_end_with_their_process(filled_store, kill):
-    command = [sys.executable, "-c", USER, str(filled_store.root), json.dumps([["score", {"removed": [1]}]])]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "used\n"
-        process.kill() if kill else process.stdin.close()
-        process.wait()
+    with using(filled_store, [("score", {"removed": [1]})]) as (process, told):
+        assert told.recv() == [True]
+        process.kill() if kill else told.send("end")
+        process.join()
     cleaned(filled_store, unreferenced=True, days=0)
     assert f"score/{filled_store.unused}" not in present(filled_store)
-
-
-RACE = """
-import sys
-from svl.store.artifacts import Store
-store = Store(sys.argv[1])
-def build(folder):
-    (folder / "data.bin").write_bytes(bytes(1500))
-    return {"removed": [1]}
-for line in sys.stdin:
-    store.end_lease()
-    print("started", flush=True)
-    for _ in range(10):
-        entry = store.make("plan", {"stats": "gone"}, build)
-        assert (entry.path / "data.bin").stat().st_size == 1500
-    print("whole", flush=True)
-"""
 
 
 def test_cleaning_and_reading_at_once_loses_nothing(filled_store):
     """In 20 rounds: an unreferenced artifact is gone before a process looks for it, or stays until it is released."""
     store = filled_store
-    command = [sys.executable, "-c", RACE, str(store.root)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+    def build(folder: Path) -> dict[str, Any]:
+        (folder / "data.bin").write_bytes(bytes(1500))
+        return {"removed": [1]}
+
+    def read_again_and_again(told: Connection) -> None:
+        own = Store(store.root)
+        while told.recv():
+            own.end_lease()
+            told.send("started")
+            sizes = [(own.make("plan", {"stats": "gone"}, build).path / "data.bin").stat().st_size for _ in range(10)]
+            told.send(set(sizes))
+
+    with another_process(read_again_and_again) as (_, told):
         for number in range(20):
-            process.stdin.write("go\n")
-            process.stdin.flush()
-            assert process.stdout.readline() == "started\n"
+            told.send(True)
+            assert told.recv() == "started"
             for _ in range(1 + number % 4):
                 cleaned(store, unreferenced=True, days=-1)
-            assert process.stdout.readline() == "whole\n"
+            assert told.recv() == {1500}
             assert f"plan/{store.lonely}" in present(store)
-        process.stdin.close()
 
 
 def test_a_removed_lock_excludes_nobody_twice(filled_store):

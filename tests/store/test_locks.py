@@ -4,39 +4,21 @@ import errno
 import os
 import re
 import socket
-import subprocess
-import sys
 import threading
+from multiprocessing.connection import Connection
 
 import pytest
+from helpers.races import another_process
 
 from svl.core import SvlError
 from svl.store import locks
 from svl.store.files import whole_folder
 from svl.store.locks import Lock, held
 
-WITHOUT_KERNEL_LOCKS = """
-import errno, os
-import filelock._unix
-def missing(fd):
-    raise OSError(errno.{code}, os.strerror(errno.{code}))
-filelock._unix.lock_fd_nonblocking = missing
-"""
-HOLDER = """
-import sys
-from pathlib import Path
-from svl.store.locks import Lock
-lock = Lock(Path(sys.argv[1]))
-assert lock.acquire()
-print("held", flush=True)
-sys.stdin.read()
-"""
-
 
 @pytest.fixture(params=["kernel", "ENOLCK", "EOPNOTSUPP", "ENOSYS"])
 def holder(request, tmp_path, monkeypatch):
-    """Another process that holds the lock `tmp_path/lock`, where the kernel has locks or says why not."""
-    code = HOLDER
+    """Another process that holds the lock `tmp_path/lock`, where the kernel has locks or says why not; ends if told."""
     if request.param != "kernel":
         number = getattr(errno, request.param)
 
@@ -44,19 +26,23 @@ def holder(request, tmp_path, monkeypatch):
             raise OSError(number, os.strerror(number))
 
         monkeypatch.setattr("filelock._unix.lock_fd_nonblocking", missing)
-        code = WITHOUT_KERNEL_LOCKS.format(code=request.param) + HOLDER
-    command = [sys.executable, "-c", code, str(tmp_path / "lock")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "held\n"
-        yield process
-        process.kill()
+
+    def hold(told: Connection) -> None:
+        lock = Lock(tmp_path / "lock")
+        told.send(lock.acquire())
+        told.recv()
+        lock.release()
+
+    with another_process(hold) as (process, told):
+        assert told.recv()
+        yield process, told
 
 
 def test_only_one_process_holds_a_lock(holder, tmp_path):
     lock = Lock(tmp_path / "lock")
     assert not lock.acquire()
     said = re.fullmatch(r"process (\d+) on (.+) since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d", lock.holder())
-    assert (int(said[1]), said[2]) == (holder.pid, socket.gethostname())
+    assert (int(said[1]), said[2]) == (holder[0].pid, socket.gethostname())
 
 
 def test_who_waits_is_told_for_whom_and_goes_on(holder, tmp_path):
@@ -64,19 +50,19 @@ def test_who_waits_is_told_for_whom_and_goes_on(holder, tmp_path):
 
     def tell(who: str) -> None:
         told.append(who)
-        holder.stdin.close()  # it ends
+        holder[1].send("end")
 
     lock = Lock(tmp_path / "lock")
     assert lock.acquire(on_wait=tell)
     assert len(told) == 1
-    assert f"process {holder.pid}" in told[0]
+    assert f"process {holder[0].pid}" in told[0]
     assert f"process {os.getpid()}" in lock.holder()
     lock.release()
 
 
 def test_locks_of_killed_processes_are_free(holder, tmp_path):
-    holder.kill()
-    holder.wait()
+    holder[0].kill()
+    holder[0].join()
     lock = Lock(tmp_path / "lock")
     assert lock.acquire(on_wait=lambda _: None)
     lock.release()

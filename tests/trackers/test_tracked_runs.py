@@ -17,7 +17,7 @@ from svl.trackers.record import Record, Tracker, flatten
 def test_sweep(tmp_path):
     """Of a sweep, what finished has the same columns whatever the strategy, and what failed is shown as failed."""
     jobs = ("strategy=tail,short_lvlm", "ratio=0.25,0.99", "name=columns", "calibration.samples=4")
-    benchmark = ("benchmark=demo", "benchmark.limit=3")
+    benchmark = ("benchmark=demo", "benchmark.limit=3", "~benchmark.tasks.svl_demo_choice")
     where = ("tracker=wandb", "paths.store=store", "paths.outputs=out")
     done = run_svl("-m", *jobs, *benchmark, *where, cwd=tmp_path, code=1)
     assert "2 of 4 jobs failed" in done.stderr

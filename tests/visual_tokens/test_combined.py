@@ -199,13 +199,14 @@ def test_runs_measure_each_alone_and_all_together(torchao, tmp_path):
         for words in ([], ["quantization=int8"], ["visual_tokens=fastv"], ["quantization=int8", "visual_tokens=fastv"]):
             settings = [f"strategy={strategy}", "n_remove=4", "tracker=none", "model.device=cpu", *words]
             settings += ["benchmark=demo", "benchmark.limit=2", "calibration.samples=2"]
+            settings += ["~benchmark.tasks.svl_demo_choice", "~benchmark.tasks.svl_demo_existence"]
             settings += ["efficiency=default", "efficiency.repeats=1", "efficiency.new_tokens=2"]
             settings += [f"paths.store={tmp_path}/store", f"paths.outputs={tmp_path}"]
             with initialize_config_dir(str(config.CONF), version_base="1.3"):
                 result = pipeline.run_configuration(compose("config", overrides=settings), tmp_path)
             used = tuple(word.partition("=")[2] for word in words)
             assert [*result["settings"].get("combined", {})] == [word.partition("=")[0] for word in words]
-            assert len(result["scores"]) == 3
+            assert len(result["scores"]) == 1
             if result["efficiency"] is None:
                 assert (strategy, used) == ("identity", ())
                 continue
@@ -220,5 +221,5 @@ def test_runs_measure_each_alone_and_all_together(torchao, tmp_path):
         assert fastv["cache_bytes"] == both["cache_bytes"] < plain["cache_bytes"] == int8["cache_bytes"]
         assert fastv["prefill_flops"] == both["prefill_flops"] < plain["prefill_flops"] == int8["prefill_flops"]
     scores = [json.loads(f.read_text())["inputs"] for f in (tmp_path / "store" / "score").glob("*/manifest.json")]
-    assert len(scores) == 3 * 8  # of three tasks: the dense model's once
-    assert sum(not inputs["removed"] and "combined" not in inputs for inputs in scores) == 3
+    assert len(scores) == 8
+    assert sum(not inputs["removed"] and "combined" not in inputs for inputs in scores) == 1  # the dense model's

@@ -10,8 +10,6 @@ import importlib.util
 import json
 import pickle
 import re
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -378,7 +376,7 @@ def test_pickled_shards_load_and_run_nothing(lvlm, tmp_path):
 
 
 def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
-    """Some 300 MB, so that a second copy shows; scripts/bench_port_loading.py does it at full size."""
+    """Some 130 MB, so that a second copy shows; scripts/bench_port_loading.py does it at full size."""
     bench = script("bench_port_loading")
     parts = {
         "visual_model": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4},
@@ -388,8 +386,8 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
         "vocab_size": 4096, "hidden_size": 1024, "num_attention_heads": 8, "intermediate_size": 2752,
         "visual_config": parts,
     }  # fmt: skip
-    found = bench.measure("mplug_owl2", tmp_path / "source", 8, "bin", 1e8, sizes)
-    assert found["size"] == found["weights"] > 2.5e8
+    found = bench.measure("mplug_owl2", tmp_path / "source", 4, "bin", 5e7, sizes)
+    assert found["size"] == found["weights"] > 1e8
     assert found["above"] < 1.1 * found["size"] + 5e7  # libraries that are loaded on the way
 
 
@@ -451,10 +449,12 @@ def test_exports_are_what_surgery_in_memory_gives_and_say_what_they_need(lvlm, i
     code += (
         "from PIL import Image\n"
         "inputs = processor(text=['hm <|image|>'], images=[Image.new('RGB', (8, 8))], return_tensors='pt')\n"
-        "print(len(model.model.layers), model(**inputs).logits.shape[-1])"
+        "found = [len(model.model.layers), model(**inputs).logits.shape[-1]]"
     )
-    out = subprocess.run([sys.executable, "-c", f"PATH = {str(ours)!r}\n{code}"], capture_output=True, text=True)
-    assert out.stdout.split() == [str(len(plan.kept)), str(IMAGE)], out.stderr
+    assert "import svl.models.ports" in code  # see test_auto_classes_know_ports_after_importing_them
+    names = {"PATH": str(ours)}
+    exec(code, names)
+    assert names["found"] == [len(plan.kept), IMAGE]
     want = logits(surgery.apply(lvlm, plan, patch).model, inputs)
     for folder in (ours, svl.save(source, plan, tmp_path / "spare", patch)):
         close(logits(svl.load(folder, device="cpu").model, inputs), want, 1e-5)

@@ -324,14 +324,18 @@ def test_pickled_shards_load_and_run_nothing(lvlm, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("first", ["import svl.models.ports", "import transformers, svl.models.ports"])
-def test_auto_classes_know_ports_after_importing_them(first, source):
-    code = f"{first}\nfrom transformers import AutoConfig\n"
-    code += f"print(type(AutoConfig.from_pretrained({str(source)!r})).__name__)"
+def test_auto_classes_know_ports_after_importing_them(source):
+    """In a fresh process. (In this one, transformers was imported before them.)"""
+    code = f"""
+import sys
+import svl
+assert not {{"torch", "transformers"}} & set(sys.modules)
+import svl.models.ports
+from transformers import AutoConfig
+print(type(AutoConfig.from_pretrained({str(source)!r})).__name__, type(AutoConfig.for_model("mplug_owl2")).__name__)
+"""
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert out.stdout.strip() == "QwenVLConfig", out.stderr
-    light = "import sys, svl; print({'torch', 'transformers'} & set(sys.modules))"
-    assert subprocess.check_output([sys.executable, "-c", light], text=True).strip() == "set()"
+    assert out.stdout == "QwenVLConfig MPLUGOwl2Config\n", out.stderr
 
 
 def test_chats_end_at_the_end_of_a_turn(lvlm, inputs):
@@ -345,15 +349,15 @@ def test_chats_end_at_the_end_of_a_turn(lvlm, inputs):
 
 
 def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
-    """Some 300 MB, so that a second copy shows; scripts/bench_port_loading.py does it at full size."""
+    """Some 130 MB, so that a second copy shows; scripts/bench_port_loading.py does it at full size."""
     bench = script("bench_port_loading")
     sizes = {
         "vocab_size": 4096, "hidden_size": 1024, "num_attention_heads": 8, "intermediate_size": 5504,
         "visual": {**golden.TOWER, "output_dim": 1024, "width": 384, "layers": 8, "image_start_id": 4000},
     }  # fmt: skip
     for kind in ("safetensors", "bin"):
-        found = bench.measure("qwen_vl", tmp_path / kind, 12, kind, 1e8, sizes)
-        assert found["size"] == found["weights"] > 2.5e8
+        found = bench.measure("qwen_vl", tmp_path / kind, 5, kind, 5e7, sizes)
+        assert found["size"] == found["weights"] > 1e8
         assert found["above"] < 1.1 * found["size"] + 5e7  # libraries that are loaded on the way
 
 
@@ -466,10 +470,12 @@ def test_exports_are_what_surgery_in_memory_gives_and_say_what_they_need(lvlm, i
     code += (
         "from PIL import Image\n"
         "inputs = processor(text=['hm <imgpad>'], images=[Image.new('RGB', (8, 8))], return_tensors='pt')\n"
-        "print(len(model.transformer.h), model(**inputs).logits.shape[-1])"
+        "found = [len(model.transformer.h), model(**inputs).logits.shape[-1]]"
     )
-    out = subprocess.run([sys.executable, "-c", f"PATH = {str(ours)!r}\n{code}"], capture_output=True, text=True)
-    assert out.stdout.split() == [str(len(plan.kept)), "1024"], out.stderr
+    assert "import svl.models.ports" in code  # see test_auto_classes_know_ports_after_importing_them
+    names = {"PATH": str(ours)}
+    exec(code, names)
+    assert names["found"] == [len(plan.kept), 1024]
     close(
         logits(svl.load(ours, device="cpu").model, inputs), logits(surgery.apply(lvlm, plan, patch).model, inputs), 1e-5
     )
