@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # models are tiny: threads would only wait for each other
 # Settings and caches of the machine's owner must not matter, nor the network: set before any library is imported.
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit all this
     for name in [name for name in os.environ if name.startswith(("SVL_", "HYDRA_", "WANDB_", "HF_"))]:
