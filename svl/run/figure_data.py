@@ -17,19 +17,22 @@ SPECTRUM = 128  # singular values of a compensation that are kept
 
 
 def write_example_picture(lvlm: Lvlm, samples: Samples, folder: Path) -> None:
-    """Write the first picture whose visual tokens form one grid (example.png) with its tokens (example.json)."""
+    """Write the first picture of the samples (example.png), if its visual tokens form one grid, and example.json."""
     from svl.calibration.encoding import encode_samples
 
-    sample = next((s for s in samples if s.images), None)
+    sample = next((s for s in samples if s.images and not s.frames), None)
     if sample is None or not lvlm.takes_images:
         return
     inputs, _, visual = encode_samples(lvlm, [sample])
-    n = int(visual.sum())
+    if not bool(visual.any()):
+        return
+    n, rest = divmod(int(visual.sum()), len(sample.images))  # of the first of its pictures, if all are alike
     grid = [math.isqrt(n)] * 2
     if (thw := inputs.get("image_grid_thw")) is not None:  # frames, rows, columns of patches, merged into tokens
-        merge = math.isqrt(int(thw[0].prod()) // n) if n else 1
+        merge = math.isqrt(int(thw.prod(-1).sum()) // int(visual.sum()))
         grid = [int(thw[0, 1]) // merge, int(thw[0, 2]) // merge]
-    if n == 0 or grid[0] * grid[1] != n:
+        n, rest = grid[0] * grid[1], 0
+    if rest or grid[0] * grid[1] != n:
         return  # tiles and thumbnails have no plain grid
     tokens = lvlm.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0][~visual[0]].tolist())
     record = {"row": sample.row, "prompt": sample.prompt, "grid": grid, "tokens": tokens}
@@ -50,8 +53,9 @@ def write_token_scores(stats: Stats, calibrated: Path, folder: Path) -> None:
     if scores.ndim == 2:
         scores = scores.mean(0)
     text = zip(example.pop("tokens"), scores[~trace.visual].tolist(), weights[~trace.visual].tolist(), strict=True)
-    example["visual"] = scores[trace.visual].tolist()
-    example["visual_selected"] = weights[trace.visual].tolist()
+    first = math.prod(example["grid"])
+    example["visual"] = scores[trace.visual][:first].tolist()
+    example["visual_selected"] = weights[trace.visual][:first].tolist()
     example["text"] = [list(row) for row in text]
     (folder / "example.json").write_text(json.dumps(example))
 
