@@ -10,14 +10,20 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from svl.core.errors import SvlError
 from svl.models.weight_files import check_no_adapter, find_weight_files
 from svl.store.files import digest, file_digest, write_text_whole
 
+if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo
+
 LARGE = 64 * 2**20  # bytes of a file whose hash is remembered
+BUSY, BUSY_TRIES, LONGEST_WAIT = 429, 5, 60  # status of a hub that is asked too much; tries; seconds before the next
 
 
 def checkpoint_fingerprint(path: str, revision: str | None, cache: Path, full_hash: bool = False) -> str:
@@ -78,11 +84,11 @@ def _file_hash(file: Path, cache: Path | None) -> str:
 
 def _hub_commit(repo: str, revision: str | None) -> str:
     """The commit that a hub id stands for, as `owner/name@commit`; without a network, that of the local cache."""
-    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
 
     try:
-        info = HfApi().model_info(repo, revision=revision)
+        info = _model_info(repo, revision)
     except HFValidationError as error:
         raise SvlError(f"model.path: {error}") from error
     except (HTTPError, OfflineModeIsEnabled, OSError) as error:
@@ -94,4 +100,39 @@ def _hub_commit(repo: str, revision: str | None) -> str:
             f"model.path: '{repo}' is no local folder, and the hub does not answer for it ({type(error).__name__})"
         ) from error
     check_no_adapter(repo, [file.rfilename for file in info.siblings or ()])
+    _remember_commit(repo, revision)
     return f"{repo}@{info.sha}"
+
+
+def _model_info(repo: str, revision: str | None) -> ModelInfo:
+    """What the hub says of a repository; a hub that is busy is asked again when it says."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for attempt in range(BUSY_TRIES):
+        try:
+            return HfApi().model_info(repo, revision=revision)
+        except HfHubHTTPError as error:
+            if error.response.status_code != BUSY or attempt + 1 == BUSY_TRIES:
+                raise
+            asked = error.response.headers.get("Retry-After", "")
+            time.sleep(min(LONGEST_WAIT, int(asked) if asked.isdigit() else 2**attempt))
+    raise AssertionError("the last try returns or raises")
+
+
+def _remember_commit(repo: str, revision: str | None) -> None:
+    """Let the local cache know which commit a branch or tag is, so that the run can be repeated without a network.
+
+    Raises:
+        SvlError: if the repository may not be read.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HTTPError, OfflineModeIsEnabled
+
+    with suppress(EntryNotFoundError, HTTPError, OfflineModeIsEnabled, OSError):  # loading says why
+        try:
+            hf_hub_download(repo, "config.json", revision=revision)
+        except GatedRepoError as error:
+            raise SvlError(
+                f"model.path: '{repo}' is gated: accept its licence on the hub, and log in ('hf auth login')"
+            ) from error

@@ -82,7 +82,7 @@ def check_index(folder: Path) -> None:
     """Raise SvlError if transformers cannot read the index of a checkpoint folder, because it has no `metadata`."""
     name = _chosen_name(folder) or ""
     if name.endswith(".index.json") and not isinstance(read_json(folder / name).get("metadata"), dict):
-        raise SvlError(f"'{folder / name}' has no \"metadata\", which transformers asks for: add \"metadata\": {{}}")
+        raise SvlError(f'\'{folder / name}\' has no "metadata", which transformers asks for: add "metadata": {{}}')
 
 
 def check_no_adapter(source: Path | str, names: Collection[str]) -> None:
