@@ -55,12 +55,14 @@ class RecordedHub:
         busy: so many requests are answered 429 before one succeeds.
         cut: so many downloads of a file end after half of its bytes.
         requests: method and path of everything that was asked.
+        ranges: files of which a part was asked.
     """
 
     repositories: dict[tuple[str, str], Repository] = field(default_factory=dict)
     busy: int = 0
     cut: int = 0
     requests: list[str] = field(default_factory=list)
+    ranges: list[str] = field(default_factory=list)
     address: str = ""
     _server: ThreadingHTTPServer | None = None
 
@@ -191,6 +193,7 @@ class _Handler(BaseHTTPRequestHandler):
         }
         start, status = 0, 200
         if found := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
+            self.serving.ranges.append(name)
             start, stop = int(found[1]), int(found[2] or len(data) - 1) + 1
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
             data, status = data[start:stop], 206
