@@ -1,7 +1,7 @@
 """Tiny stand-ins for the public data sets: same folders, configurations, splits, columns and types, invented content.
 
     python scripts/make_standins.py DIR
-    svl benchmark=paper6 benchmark.data=DIR calibration=scienceqa calibration.path=DIR/ScienceQA ...
+    svl benchmark=paper6 benchmark.data=DIR calibration=gqa calibration.path=DIR/GQA ...
 
 With them every benchmark and calibration set runs offline, through the code that reads the real ones. Columns are those
 of the hub's data cards as lmms-eval's task code (0.7.3) and svl use them; nothing of the real content is copied.
@@ -349,11 +349,12 @@ def wikitext() -> tuple[dict[str, Any], Rows]:
     return {"text": TEXT}, [{"text": line} for line in lines]
 
 
-# folder -> configuration ("" if the data set has one only) -> split -> content
+# folder (with its owner where there are two) -> configuration ("" if the data set has one only) -> split -> content
 DATA_SETS: dict[str, dict[str, dict[str, Any]]] = {
     "POPE": {"": {"test": pope}},
     "MME": {"": {"test": mme}},
-    "ScienceQA": {"ScienceQA-IMG": {"train": scienceqa, "test": scienceqa}},
+    "ScienceQA": {"ScienceQA-IMG": {"train": scienceqa, "validation": scienceqa, "test": scienceqa}},
+    "derek-thomas/ScienceQA": {"": {"train": scienceqa, "validation": scienceqa, "test": scienceqa}},
     "A-OKVQA": {"": {"train": aokvqa, "validation": aokvqa}},
     "MMBench": {"en": {"dev": mmbench}},
     "SEED-Bench": {"": {"test": seedbench}},
@@ -376,6 +377,9 @@ DATA_SETS: dict[str, dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+UNLISTED = {("ScienceQA", "train")}  # files that are there, but are commented out in the card
+
+
 def write(folder: Path, names: Iterable[str] = DATA_SETS) -> Path:
     """Write the data sets into `folder`, each as `hf download` leaves it: a card, and parquet by split."""
     disable_progress_bars()
@@ -389,7 +393,8 @@ def write(folder: Path, names: Iterable[str] = DATA_SETS) -> Path:
                 columns, rows = content()
                 file = place / f"{split}-00000-of-00001.parquet"
                 Dataset.from_list(rows, features=Features(columns)).to_parquet(file)
-                files.append({"split": split, "path": f"{place.name}/{split}-*"})
+                if (name, split) not in UNLISTED:
+                    files.append({"split": split, "path": f"{place.name}/{split}-*"})
             configurations.append({"config_name": configuration or "default", "data_files": files})
         card = yaml.safe_dump({"configs": configurations})
         (folder / name / "README.md").write_text(f"---\n{card}---\nA stand-in with invented content.\n")

@@ -326,3 +326,31 @@ def test_fields_that_the_yaml_does_not_list_need_no_plus():
 def test_ratios_are_rounded_where_they_are_read():
     assert config.round_ratio(compose("ratio=0.30000000000000004")).ratio == 0.3
     assert config.round_ratio(compose("ratio=0.33333333")).ratio == 0.333333
+
+
+# ------------------------------------------------------------------------------------------- settings of any name
+
+
+def test_mappings_are_given_whole_or_one_by_one():
+    whole = compose("model.image_processor={size: {shortest_edge: 4}, do_pad: true}")
+    single = compose("model.image_processor.size.shortest_edge=4", "model.image_processor.do_pad=true")
+    assert whole.model.image_processor == single.model.image_processor == {"size": {"shortest_edge": 4}, "do_pad": True}
+    added = compose("model=qwen2_vl_7b", "model.image_processor={size: {longest_edge: 8}}").model.image_processor
+    assert added == {"size": {"shortest_edge": 3136, "longest_edge": 8}}
+    assert compose("model.image_processor={do_pad: true}").model.image_processor == {"do_pad": True}
+    assert compose("calibration.images={name: a, key: b}").calibration.images == {"name": "a", "key": "b"}
+    assert compose("evaluator.options={a: {b: 1}}").evaluator.options == {"a": {"b": 1}}
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.image_processor=7", r"model\.image_processor is '7', but must be a mapping"),
+        ("model.image_processor=null", r"model\.image_processor is 'None', but must be a mapping"),
+        ("evaluator.options=x", r"evaluator\.options is 'x', but must be a mapping"),
+        ("calibration.images={nam: x}", r"a name in calibration\.images is 'nam'.*did you mean 'name'"),
+    ],
+)
+def test_mappings_that_are_none_are_named(override, said):
+    with pytest.raises(SvlError, match=said):
+        config.validate_config(compose(override))

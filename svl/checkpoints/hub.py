@@ -26,7 +26,7 @@ def local_checkpoint(source: str | Path, revision: str | None = None, pickles: b
     from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     others = (*(() if pickles else PICKLES), ".gguf", ".onnx", ".h5", ".msgpack")
-    ignored = [f"*{suffix}" for suffix in others]
+    ignored = [f"*{suffix}{end}" for suffix in others for end in ("", ".index.json")]
     try:
         folder = Path(snapshot_download(path, revision=revision, ignore_patterns=[*ignored, "*/*"]))
     except (HFValidationError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:

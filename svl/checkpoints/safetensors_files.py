@@ -90,7 +90,7 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
     if weights.pickled:
         raise SvlError(
             f"the weights in '{folder}' are pickles ({weights.files[0].name}), which may run code when they are read: "
-            f"{CONVERT.format(folder)}"
+            + CONVERT.format(folder)
         )
     found: dict[str, StoredTensor] = {}
     for file in weights.files:

@@ -195,7 +195,8 @@ class Lvlm:
 
     def is_visual(self, input_ids: Tensor) -> Tensor:
         """Which of the ids, of any shape, are placeholders that features of an image or a video replace."""
-        return torch.isin(input_ids, torch.tensor(self.anatomy.visual_token_ids, device=input_ids.device))
+        placeholders = torch.tensor(self.anatomy.visual_token_ids, dtype=input_ids.dtype, device=input_ids.device)
+        return torch.isin(input_ids, placeholders)
 
     def device_facts(self, batch_size: int) -> dict[str, Any]:
         """What a speed depends on besides the model: type and name of the device, and the batch size."""

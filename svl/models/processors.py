@@ -54,7 +54,9 @@ def complete_visual_tokens(processor: Any, config: PreTrainedConfig, stated: Col
         config: of the model.
         stated: settings that the processor's files have.
     """
-    tower = config.vision_config
+    tower = getattr(config, "vision_config", None)
+    if tower is None:
+        return
     if processor.vision_feature_select_strategy is None:
         processor.vision_feature_select_strategy = config.vision_feature_select_strategy
     if hasattr(processor, "num_image_tokens") and processor.num_image_tokens is None:

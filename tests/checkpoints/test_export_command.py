@@ -18,7 +18,7 @@ from helpers.checkpoints import digests, some_patch
 from helpers.commands import ENVIRONMENT, run_command
 from helpers.exports import as_hub_cache, svl_export, write_plan
 from helpers.races import another_process
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoProcessor
 
 from svl.checkpoints import export, export_command, safetensors_writing
 from svl.checkpoints.model_card import read_card_metadata
@@ -227,3 +227,23 @@ def test_results_beside_a_plan_are_those_of_its_run(tmp_path):
     assert export_command.result_beside_plan(tmp_path / "plan.json", Plan(4, (1,)))["name"] == "x"
     assert export_command.result_beside_plan(tmp_path / "plan.json", Plan(4, (2,))) is None
     assert export_command.result_beside_plan(tmp_path / "other.json", Plan(4, (1,))) is None
+
+
+@pytest.mark.parametrize("place", ["preprocessor_config.json", "processor_config.json"])
+def test_the_exported_processor_has_the_settings_of_the_run(mimic, tmp_path, place):
+    """As the run's result beside the plan says; from either file that transformers keeps an image processor in."""
+    source = shutil.copytree(mimic("llava_15_13b"), tmp_path / "source")
+    if place == "processor_config.json":
+        AutoProcessor.from_pretrained(source).save_pretrained(tmp_path / "saved")
+        (source / "preprocessor_config.json").unlink()
+        shutil.copy(tmp_path / "saved" / place, source / place)
+    settings = {"image_processor_type": "LlavaImageProcessor", "do_pad": True, "image_mean": [0.25, 0.5, 0.75]}
+    plan = {"n_layers": 8, "removed": [3]}
+    result = {"plan": plan, "settings": {"model": {"image_processor": settings}}, "scores": {}, "seed": 0}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    svl_export("plan=plan.json", "source=source", "out=out", cwd=tmp_path)
+    images = AutoProcessor.from_pretrained(tmp_path / "out").image_processor
+    assert type(images).__name__ == "LlavaImageProcessor"
+    assert (images.do_pad, list(images.image_mean)) == (True, [0.25, 0.5, 0.75])
+    assert images.size == AutoProcessor.from_pretrained(source).image_processor.size

@@ -245,7 +245,7 @@ def test_hub_id_without_network_is_what_the_cache_has(hub, tmp_path, error):
 
 
 def test_unknown_hub_id(hub, tmp_path):
-    response = SimpleNamespace(headers={}, request=None)
+    response = SimpleNamespace(status_code=404, headers={}, request=None)
     hub(RepositoryNotFoundError("404 Client Error", response=response))
     with pytest.raises(SvlError, match=r"'owner/nmae' .*RepositoryNotFoundError"):
         checkpoint_fingerprint("owner/nmae", None, tmp_path)

@@ -16,6 +16,7 @@ import pytest
 import yaml
 from helpers.paths import ROOT
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from PIL import Image
 
 from svl import config
@@ -47,6 +48,7 @@ def standins(tmp_path_factory):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     names = ["llava-instruct-mix-vsft", "coco_captions", "GQA", "ScienceQA", "A-OKVQA", "FineVision", "wikitext"]
+    names.append("derek-thomas/ScienceQA")
     return module.write(tmp_path_factory.mktemp("standins"), names)
 
 
@@ -56,7 +58,8 @@ def chosen(choice, standins, **changes):
         c = compose("config", overrides=[f"calibration={choice}"]).calibration
     rows = RowOptions(changes.pop("format", c.format), c.prompt or DESCRIBE, turns=c.turns)
     source = {"n": 5, "seed": 0, "name": c.name, "split": c.split, "image_table": dict(c.image_table) or None}
-    return draw_samples(HubSource(str(standins / c.path.split("/")[1]), **(source | changes), options=rows))
+    copy = standins / c.path if (standins / c.path).is_dir() else standins / c.path.split("/")[1]
+    return draw_samples(HubSource(str(copy), **(source | changes), options=rows))
 
 
 WANTED = {  # part of the first turn, part of its answer
@@ -114,7 +117,21 @@ def test_mistakes_with_data_sets_are_named(standins):
     with pytest.raises(SvlError, match=r"calibration\.path: cannot read .*tran"):
         chosen("scienceqa", standins, split="tran")
     with pytest.raises(SvlError, match=r"calibration\.name is 'ScienceQA-IMGS'.*did you mean 'ScienceQA-IMG'"):
-        chosen("scienceqa", standins, name="ScienceQA-IMGS")
+        draw_samples(HubSource(str(standins / "ScienceQA"), "choices", 5, name="ScienceQA-IMGS"))
+
+
+def test_a_split_that_is_commented_out_in_the_card_is_named(standins):
+    """Its files are there: the card of lmms-lab/ScienceQA leaves out the training questions."""
+    assert list((standins / "ScienceQA" / "ScienceQA-IMG").glob("train-*.parquet"))
+    said = r"^calibration\.path: cannot read '.*': Bad split: train\. Available splits: \['validation', 'test'\]$"
+    with pytest.raises(SvlError, match=said):
+        draw_samples(HubSource(str(standins / "ScienceQA"), "choices", 5, name="ScienceQA-IMG"))
+
+
+def test_data_sets_are_named_by_owners_that_keep_them():
+    """lmms-lab's have moved, and redirects of old names go away."""
+    for file in (config.CONF / "calibration").glob("*.yaml"):
+        assert not str(OmegaConf.to_container(OmegaConf.load(file))["path"]).startswith("lmms-lab/"), file
 
 
 # --------------------------------------------------------------------------------------------- folders

@@ -19,10 +19,12 @@ from helpers.commands import ENVIRONMENT, run_svl
 from helpers.paths import ROOT
 from helpers.tasks import score_task
 from hydra import compose, initialize_config_dir
+from transformers import AutoProcessor
 
 import svl
 from svl import config
 from svl.core import Plan, SvlError
+from svl.evaluation.answerer import Answerer
 from svl.evaluation.vllm import vllm_answerer
 
 pytest.importorskip("lmms_eval")
@@ -228,3 +230,27 @@ def test_vllm_that_is_not_installed_is_named():
         config.validate_config(cfg)
     with pytest.raises(SvlError, match="evaluator=vllm needs vLLM"):
         vllm_answerer("x", 1, {})
+
+
+def test_vllm_is_given_the_pictures_that_other_evaluators_are(checkpoint, tmp_path, monkeypatch):
+    """It reads checkpoints: with other settings of the image processor, the dense one is exported, too."""
+    seen = []
+
+    def stand_in(path, batch_size, options, template=None):
+        seen.append(AutoProcessor.from_pretrained(path).image_processor.to_dict())
+        answerer = Answerer([svl.load(path, device="cpu", name=str(path))], batch_size, "")
+        answerer.close = lambda: None  # as vLLM's has it
+        return answerer
+
+    (tmp_path / "lib" / "vllm").mkdir(parents=True)
+    (tmp_path / "lib" / "vllm" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path / "lib"))
+    monkeypatch.setattr("svl.evaluation.vllm.vllm_answerer", stand_in)
+    settings = "model.image_processor={image_processor_type: LlavaImageProcessor, do_pad: true}"
+    run_svl(
+        f"model.path={checkpoint('llava')}", settings, "calibration=demo", "calibration.samples=2", "n_remove=1",
+        "benchmark=smoke", "benchmark.limit=1", "tracker=none", "evaluator=vllm", "paths.store=store",
+        "paths.outputs=out", cwd=tmp_path,
+    )  # fmt: skip
+    assert len(seen) >= 2
+    assert {(each["image_processor_type"], each["do_pad"]) for each in seen} == {("LlavaImageProcessor", True)}

@@ -16,6 +16,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import pytest
+import transformers.utils.hub
+from huggingface_hub import constants, hf_api
+
 API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info|refs)(?:/([^/]+))?(?:/(.*))?)?$")
 FILE = re.compile(r"/(?:(datasets)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)$")
 
@@ -51,12 +55,14 @@ class RecordedHub:
         busy: so many requests are answered 429 before one succeeds.
         cut: so many downloads of a file end after half of its bytes.
         requests: method and path of everything that was asked.
+        ranges: files of which a part was asked.
     """
 
     repositories: dict[tuple[str, str], Repository] = field(default_factory=dict)
     busy: int = 0
     cut: int = 0
     requests: list[str] = field(default_factory=list)
+    ranges: list[str] = field(default_factory=list)
     address: str = ""
     _server: ThreadingHTTPServer | None = None
 
@@ -80,6 +86,18 @@ class RecordedHub:
         assert self._server is not None
         self._server.shutdown()
         self._server.server_close()
+
+    def use_in_this_process(self, patch: pytest.MonkeyPatch, cache: Path) -> None:
+        """Let huggingface_hub ask this hub and no other, with a cache of its own, until `patch` is undone."""
+        patch.setattr(constants, "ENDPOINT", self.address)
+        patch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", self.address + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        for api in (hf_api.api, transformers.utils.hub.hf_api()):  # made once, for all functions
+            patch.setattr(api, "endpoint", self.address)
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
 
     def environment(self, cache: Path) -> dict[str, str]:
         """What a process needs in order to use this hub and no other, with a cache of its own."""
@@ -175,6 +193,7 @@ class _Handler(BaseHTTPRequestHandler):
         }
         start, status = 0, 200
         if found := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
+            self.serving.ranges.append(name)
             start, stop = int(found[1]), int(found[2] or len(data) - 1) + 1
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
             data, status = data[start:stop], 206

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import svl
 from svl.checkpoints import export, safetensors_files
 from svl.core import Plan, SvlError
 from svl.models.weight_files import INDEX, WEIGHTS, WeightFiles, find_weight_files
@@ -38,6 +39,20 @@ def add_index(folder: Path, value: float, name: str = INDEX) -> None:
         save_file({key: tensors[key] for key in keys}, folder / file, {"format": "pt"})
     weight_map = {key: file for file, keys in shards.items() for key in keys}
     (folder / name).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("metadata", ["absent", None, []])
+def test_an_index_that_transformers_cannot_read_is_named(metadata, llama):
+    add_index(llama, 2.0)
+    (llama / WEIGHTS).unlink()
+    index = json.loads((llama / INDEX).read_text()) | {"metadata": metadata}
+    if metadata == "absent":
+        del index["metadata"]
+    (llama / INDEX).write_text(json.dumps(index))
+    with pytest.raises((KeyError, TypeError)):
+        AutoModelForCausalLM.from_pretrained(llama)
+    with pytest.raises(SvlError, match=r'index\.json\' has no "metadata", which transformers asks for: add'):
+        svl.load(llama, device="cpu")
 
 
 @pytest.mark.parametrize("present", ["single", "single and index", "index", "named file", "named index", "all"])
