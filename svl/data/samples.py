@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from svl.core import SvlError, did_you_mean
 from svl.core.errors import explained, out_of_memory
 from svl.data import pictures
+from svl.data.data_folder import check_no_archives
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -137,6 +138,7 @@ def _pictures(folder: Path) -> list[Path]:
             f"calibration.path: {len(foreign)} pictures in '{folder}' are in a format that is not read, "
             f"'{foreign[0]}' for one; convert them to PNG or JPEG, or move them away"
         )
+    check_no_archives(files, folder, "calibration.path")
     if not (found := [file for file in files if file.suffix.lower() in pictures.SUFFIXES]):
         raise SvlError(f"calibration.path: there is no image and no metadata.jsonl in the folder '{folder}'")
     return found

@@ -349,3 +349,11 @@ def test_any_json_lines_are_samples_or_one_line(rows, tmp_path):
     assert str(file) in refused if refused else len(found) == len(rows)
     assert all(isinstance(s.prompt, str) and isinstance(s.answer, str) for s in found)
     assert len(found.fingerprint) == len(found.answers) == 16
+
+
+@pytest.mark.parametrize("name", ["shard-000.tar", "pictures.tar.gz", "pictures.zip"])
+def test_archives_in_a_folder_of_pictures_are_named(name, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
+    (tmp_path / name).write_bytes(b"an archive")
+    with pytest.raises(SvlError, match=rf"has (a WebDataset, )?1 archives, which are not read, '{name}' for one"):
+        read_samples(tmp_path)
