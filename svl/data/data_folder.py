@@ -14,6 +14,7 @@ from typing import Any
 
 from svl.core import SvlError, one_of
 from svl.core.errors import explained
+from svl.data.card_metadata import read_metadata
 
 # by the name of its builder in `datasets`: endings of files that rows are read from
 BUILDERS = {
@@ -77,12 +78,7 @@ def check_no_archives(files: Iterable[Path], folder: Path, setting: str) -> None
 
 def _read_config(folder: Path, name: str | None) -> dict[str, Any] | None:
     """The configuration of that name (the default one if None) in the README; None if it has none at all."""
-    readme = folder / "README.md"
-    if not readme.is_file():
-        return None
-    from huggingface_hub import DatasetCard
-
-    entries: list[dict[str, Any]] = DatasetCard.load(readme).data.get("configs") or []
+    entries: list[dict[str, Any]] = read_metadata(folder / "README.md").get("configs") or []
     configs = {str(entry["config_name"]): entry for entry in entries}
     if not configs:
         return None
