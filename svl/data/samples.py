@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".parquet", ".jsonl", ".json")
 # pictures that are not read: they are named, not passed over
-FOREIGN_PICTURES = (".heic", ".heif", ".jp2", ".jxl", ".svg", ".psd", ".eps", ".ico", ".tga", ".dng", ".nef", ".cr2")
+FOREIGN_PICTURES = (
+    *(".heic", ".heif", ".hif", ".jp2", ".j2k", ".jpf", ".jpx", ".jxl", ".svg", ".svgz", ".psd", ".eps", ".ai", ".ico"),
+    *(".tga", ".pcx", ".exr", ".hdr", ".dds", ".xcf", ".sgi", ".wmf", ".emf", ".dng", ".nef", ".cr2", ".cr3", ".arw"),
+    *(".orf", ".rw2", ".raf"),
+)
 LONGEST_LINE = 2**26  # characters of one JSON line: far more than a prompt, far less than memory
 DESCRIBE = "Describe this image."  # what is asked about images without a question
 

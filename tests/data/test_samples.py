@@ -258,7 +258,14 @@ def test_hidden_files_of_a_folder_are_no_pictures(tmp_path):
     assert len(read_samples(tmp_path)) == 1
 
 
-@pytest.mark.parametrize("name", ["b.heic", "more/B.HEIF", "b.svg", "b.jxl", "b.eps"])
+@pytest.mark.parametrize("name", ["b.jfif", "b.JPE", "b.ppm", "b.pgm", "b.dib", "b.apng"])
+def test_pictures_under_less_common_names_are_read(name, tmp_path):
+    (tmp_path / "a.png").write_bytes(PICTURES[0])
+    (tmp_path / name).write_bytes(PICTURES[0])
+    assert len(read_samples(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("name", ["b.heic", "more/B.HEIF", "b.svg", "b.jxl", "b.eps", "b.exr", "b.arw", "b.j2k"])
 def test_pictures_that_are_not_read_are_named(name, tmp_path):
     (tmp_path / "more").mkdir()
     (tmp_path / "a.png").write_bytes(PICTURES[0])
