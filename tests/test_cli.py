@@ -269,4 +269,5 @@ def test_export_loads_with_plain_transformers(tmp_path):
     assert "exported to" in run_svl("strategy=tail", "ratio=0.25", *QUIET, "export.path=pruned", cwd=tmp_path).stdout
     other = run_svl("strategy=tail", "ratio=0.125", *QUIET, "export.path=pruned", cwd=tmp_path, code=1)
     assert re.search(r"^error: export\.path '.*pruned' exists already", other.stderr, re.MULTILINE)
+    assert "plan " not in other.stdout  # refused before any stage
     assert written == (tmp_path / "pruned" / "model.safetensors").stat().st_mtime_ns

@@ -12,21 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from svl.checkpoints.pruning_record import original_layers
-from svl.core.errors import SvlError
 from svl.core.plan import Plan
+from svl.data.card_metadata import read_metadata
 from svl.text.escaping import for_markdown
 
 log = logging.getLogger(__name__)
 
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")  # from the source's own card
 TAGS = ["short-lvlm", "layer-pruning"]
-LONGEST_METADATA = 2**19  # characters
-FAST_YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True)
@@ -89,31 +85,16 @@ def write_model_card(folder: Path, facts: CardFacts) -> None:
 
 
 def read_card_metadata(readme: Path) -> dict[str, Any]:
-    """The YAML block at the top of a model card; empty if there is none, or it cannot be read (which is logged).
+    """The metadata of a model card; empty if there are none, or they cannot be read (which is logged).
 
     Raises:
-        SvlError: if it is longer than any model's.
+        SvlError: if they are longer than any model's.
     """
     try:
-        with open(readme, encoding="utf-8-sig") as file:
-            text = file.read(LONGEST_METADATA)
-            rest = file.read(1)
-    except (FileNotFoundError, IsADirectoryError):
-        return {}
-    except (OSError, UnicodeDecodeError) as error:
-        log.warning("  '%s' cannot be read, so its licence is not carried over: %s", readme, error)
-        return {}
-    block = REGEX_YAML_BLOCK.search(text)
-    if block is None:
-        if rest and text.lstrip().startswith("---"):
-            raise SvlError(f"'{readme}' has more than {LONGEST_METADATA // 2**10} KB of metadata; shorten them")
-        return {}
-    try:
-        found = yaml.load(block[2], FAST_YAML)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        return read_metadata(readme)
+    except (OSError, ValueError) as error:
         log.warning("  the metadata of '%s' cannot be read, so its licence is not carried over: %s", readme, error)
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _metadata(facts: CardFacts) -> ModelCardData:

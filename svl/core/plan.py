@@ -11,6 +11,8 @@ from typing import Any
 
 from svl.core.errors import SvlError
 
+MOST_LAYERS = 100_000  # far more than any model has, far fewer than fill memory
+
 
 def layers_to_remove(ratio: float, n_layers: int) -> int:
     """floor(ratio * n_layers + 0.5): the one rounding rule (10 / 20 / 30 % of 32 layers are 3 / 6 / 10).
@@ -76,9 +78,12 @@ class Plan:
         removed = sorted(whole_number("a removed layer", i) for i in self.removed)
         object.__setattr__(self, "n_layers", n_layers)
         object.__setattr__(self, "removed", tuple(removed))
+        if n_layers > MOST_LAYERS:
+            raise SvlError(f"plan is for {n_layers} decoder layers, but no model has more than {MOST_LAYERS}")
         wrong = [i for i in self.removed if not 0 <= i < self.n_layers]
         if wrong or len(set(self.removed)) != len(self.removed):
-            raise SvlError(f"plan removes layers {list(self.removed)}, but the model has layers 0..{self.n_layers - 1}")
+            listing = reprlib.repr(removed) if len(removed) > self.n_layers else removed
+            raise SvlError(f"plan removes layers {listing}, but the model has layers 0..{self.n_layers - 1}")
         if len(self.removed) >= self.n_layers:
             raise SvlError(f"plan removes all {self.n_layers} decoder layers; at least one must stay")
         importance = tuple(finite_number("the importance of a layer", x) for x in self.importance)
@@ -88,6 +93,8 @@ class Plan:
         name = "a merged layer"
         merges = [(whole_number(name, i), tuple(whole_number(name, k) for k in gone)) for i, gone in self.merges]
         object.__setattr__(self, "merges", tuple(merges))
+        if itself := [i for i, gone in merges if i in gone]:
+            raise SvlError(f"plan merges layer {itself[0]} into itself")
         merged = [k for _, gone in merges for k in gone]
         if merges and (sorted(merged) != removed or not all(0 <= i < self.n_layers for i, _ in merges)):
             raise SvlError(f"plan merges layers {sorted(merged)} away, but removes {removed}")
@@ -141,8 +148,11 @@ class Plan:
             raise SvlError("not a plan: removed, importance and merges must be lists")
         if not all(isinstance(step, list) and len(step) == 2 and isinstance(step[1], list) for step in merges):
             raise SvlError("not a plan: merges must be pairs of a layer and a list of layers")
-        body.pop("kept", None)
+        kept = body.pop("kept", None)
         try:
-            return cls(n_layers, tuple(removed), tuple(importance), tuple(merges), body)
+            plan = cls(n_layers, tuple(removed), tuple(importance), tuple(merges), body)
+            if kept and kept != list(plan.kept):
+                raise SvlError("kept and removed contradict each other (kept can be left out)")
+            return plan
         except SvlError as error:
             raise SvlError(f"not a plan: {error}") from error

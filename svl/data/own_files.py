@@ -8,12 +8,17 @@ from typing import Any
 
 from svl.core import SvlError
 from svl.data import pictures
+from svl.data.data_folder import check_no_archives
 from svl.data.json_files import open_json
 from svl.data.tables import CsvTable, JoinedTables, ParquetTable, Row, RowList, Table
 
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")  # the latter three also with .gz behind
 # pictures that are not read: they are named, not passed over
-FOREIGN_PICTURES = (".heic", ".heif", ".jp2", ".jxl", ".svg", ".psd", ".eps", ".ico", ".tga", ".dng", ".nef", ".cr2")
+FOREIGN_PICTURES = (
+    *(".heic", ".heif", ".hif", ".jp2", ".j2k", ".jpf", ".jpx", ".jxl", ".svg", ".svgz", ".psd", ".eps", ".ai", ".ico"),
+    *(".tga", ".pcx", ".exr", ".hdr", ".dds", ".xcf", ".sgi", ".wmf", ".emf", ".dng", ".nef", ".cr2", ".cr3", ".arw"),
+    *(".orf", ".rw2", ".raf"),
+)
 PICTURE_ROWS = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # beside pictures: columns of each
 QUESTIONS = {"prompt", "question", "caption", "text", "messages", "conversations", "texts"}  # columns that ask or tell
 
@@ -45,6 +50,7 @@ def _open_folder(folder: Path) -> Table:
     if described := _described_pictures(folder, files):
         return described
     _check_foreign(folder, files)
+    check_no_archives(files, folder, "calibration.path")
     if found := [file for file in files if file.suffix.lower() in pictures.SUFFIXES]:
         return RowList(folder, [{"image": str(file), "caption": None} for file in found])
     for suffix in SUFFIXES:

@@ -107,15 +107,15 @@ def image_lookup(config: Mapping[str, Any], name: str, key: str) -> Callable[[Do
     """A `doc_to_visual` that finds a document's image in another configuration of its data set, by its id.
 
     Args:
-        config: the task's settings, which say where its data are.
-        name: of the configuration with the images.
+        config: the task's settings, which say where the data of the configuration with the images are.
+        name: of that configuration.
         key: column of the document that holds the image's id.
     """
     split, options = config["test_split"], dict(config.get("dataset_kwargs") or {})
     if options.pop("load_from_disk", False):
         images = datasets.load_from_disk(str(Path(config["dataset_path"], name)))[split]
     else:
-        images = datasets.load_dataset(config["dataset_path"], name, split=split, **options)
+        images = datasets.load_dataset(config["dataset_path"], config["dataset_name"], split=split, **options)
     rows = {identity: row for row, identity in enumerate(images["id"])}
     images = with_pictures(images)
 

@@ -7,13 +7,13 @@ import numbers
 import statistics
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from svl.core import one_of
 from svl.core.errors import explained
+from svl.data.data_folder import find_data_files
 from svl.data.pictures import open_picture
 from svl.evaluation import benchmarks
 from svl.evaluation.documents import Document, image_lookup, rows_of_limit, video_lookup, with_pictures
@@ -186,12 +186,15 @@ def load_task(task: str, options: TaskOptions) -> ScoredTask:
     own = {name: config.pop(name, None) for name in ("together", "unit", "strata", "images", "videos")}
     if kind == "generate_until":
         config["generation_kwargs"] = greedy_settings(config.get("generation_kwargs") or {}, options.max_new_tokens)
-    config |= data_settings(config, options.data)
-    with explained(f"cannot load task '{task}'", benchmarks.data_hint(config)):
-        if own["videos"] and options.data is not None:
-            config["doc_to_visual"] = video_lookup(Path(config["dataset_path"]), own["videos"])
-        if own["images"]:
-            config |= {"process_docs": None, "doc_to_visual": image_lookup(config, **own["images"])}
+    hint = benchmarks.data_hint(config)
+    with explained(f"cannot load task '{task}'", hint):
+        if images := own["images"]:
+            theirs = {**config, "dataset_name": images["name"]}
+            theirs |= data_settings(theirs, options.data)
+            config |= {"process_docs": None, "doc_to_visual": image_lookup(theirs, **images)}
+        if own["videos"] and (copy := benchmarks.local_data_copy(config, options.data)):
+            config["doc_to_visual"] = video_lookup(copy, own["videos"])
+        config |= data_settings(config, options.data)
         loaded = TASKS[kind](config=config, model_name=options.style)
     loaded.set_config("num_fewshot", loaded.config.num_fewshot or 0)
     loaded.set_fewshot_seed(0)
@@ -247,4 +250,8 @@ def data_settings(config: dict[str, Any], data: str | None) -> dict[str, Any]:
         return {}
     if (copy / "dataset_dict.json").is_file():  # by `save_to_disk`, which knows no configurations
         return {"dataset_path": str(copy), "dataset_kwargs": {"load_from_disk": True}, "dataset_name": None}
-    return {"dataset_path": str(copy), "dataset_kwargs": None}
+    name = config.get("dataset_name")
+    if name is not None and not ((copy / "README.md").is_file() or (copy / name).is_dir()):
+        name = None  # a copy of nothing but this configuration
+    builder, files = find_data_files(copy, name, "benchmark.data")
+    return {"dataset_path": builder, "dataset_kwargs": {"data_files": files}, "dataset_name": None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Iterator
@@ -11,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from svl.checkpoints import export, new_checkpoint
 from svl.config import plain_values
-from svl.core.errors import out_of_memory
+from svl.core.errors import SvlError, out_of_memory
 from svl.processes import process_rank
+from svl.run.keys import method_identity
 
 if TYPE_CHECKING:
     from svl.run.setup import RunSetup
@@ -36,7 +38,8 @@ def export_reserved(setup: RunSetup) -> Iterator[None]:
         yield
         return
     with export.reserve_export(path):
-        if export.exporting_run(path) is None:  # else by this very run, perhaps
+        key = export.exporting_run(path)
+        if key is None:
             export.check_exportable(
                 setup.checkpoint,
                 path,
@@ -44,7 +47,25 @@ def export_reserved(setup: RunSetup) -> Iterator[None]:
                 n_remove=setup.cfg.n_remove or 0,
                 compensates=setup.compensates,
             )
+        elif not may_be_this_run(setup, key):
+            raise SvlError(f"export.path '{path}' exists already, from run {key}; it is never overwritten")
         yield
+
+
+def may_be_this_run(setup: RunSetup, key: str) -> bool:
+    """Whether a run was asked for what this one is, as far as the store tells: then this is the same run again."""
+    run = setup.store.read(setup.store.root / "run" / key, warn=False)
+    if run is None:
+        return True
+    ratio = setup.cfg.ratio if setup.cfg.n_remove is None else None
+    asked = {"ratio": ratio, "n_remove": setup.cfg.n_remove, "strategy": method_identity(setup.strategy)}
+    named = {"name": setup.cfg.name, "seed": setup.cfg.seed, "settings": setup.distinguishing_settings()}
+    named["model_fingerprint"] = setup.fingerprint
+    plans = [setup.store.read(setup.store.root / "plan" / plan, warn=False) for plan in run.output["keys"]["plan"]]
+    asked, named = json.loads(json.dumps([asked, named]))  # as the store has them
+    if not named.items() <= run.output.items() or run.output["scores"].keys() != setup.tasks.keys():
+        return False
+    return all(plan is None or asked.items() <= plan.manifest["inputs"].items() for plan in plans)
 
 
 def export_run(setup: RunSetup, variant: ModelVariant, run: Entry) -> None:

@@ -21,14 +21,14 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from svl.core.errors import SvlError
-from svl.store.files import cannot_write, digest, file_digest, reason_with_file
+from svl.store.files import cannot_write, digest, file_digest, reason_with_file, remove_path
 from svl.store.in_use import end_lease, lease_artifact, new_lease_lock
 from svl.store.layout import LOCKS, SCHEMA, SCRATCH, files_of_store, is_marked, lock_name, lock_of_scratch, mark_store
 from svl.store.locks import Lock, unique_name
@@ -194,10 +194,10 @@ class Store:
     def _make_room(self, stage: str, folder: Path) -> Path:
         """A new temporary folder, after removing a damaged artifact and what killed writers left of it."""
         name = lock_name(stage, folder.name)
-        shutil.rmtree(folder, ignore_errors=True)
-        for remains in files_of_store(self.root, SCRATCH):
-            if lock_of_scratch(remains.name) == name:
-                shutil.rmtree(remains, ignore_errors=True)
+        for remains in (folder, *files_of_store(self.root, SCRATCH)):
+            if remains is folder or lock_of_scratch(remains.name) == name:
+                with suppress(OSError):  # what matters is found when the artifact is renamed into place
+                    remove_path(remains)
         if shutil.disk_usage(self.root).free < MINIMUM_FREE:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         temporary = self.root / SCRATCH / f"{name}.{unique_name()}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ import humanize
 from svl.core.errors import SvlError
 from svl.store.artifacts import Store
 from svl.store.contents import Artifact, check_store_exists, list_artifacts
+from svl.store.files import remove_path
 from svl.store.in_use import artifacts_in_use, is_unused
 from svl.store.layout import IN_USE, LOCKS, SCHEMA, SCRATCH, check_marked, files_of_store, lock_name, lock_of_scratch
 from svl.store.locks import Lock, is_free
@@ -45,7 +45,9 @@ class Leftover:
 
     @cached_property
     def bytes(self) -> int:
-        """Size of its files."""
+        """Size of its files; nothing of a link."""
+        if self.path.is_symlink():
+            return 0
         files = [self.path] if self.path.is_file() else self.path.rglob("*")
         return sum(file.stat().st_size for file in files if file.is_file())
 
@@ -148,10 +150,7 @@ def _move_away(store: Store, leftover: Leftover) -> bool:
         if leftover.artifact and leftover.artifact in artifacts_in_use(store.root):
             away.rename(leftover.path)
             return False
-        if away.is_dir():
-            shutil.rmtree(away)
-        else:
-            away.unlink()
+        remove_path(away)
     return True
 
 

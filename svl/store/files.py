@@ -86,6 +86,14 @@ def scratch_beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{unique_name()}.incomplete")
 
 
+def remove_path(path: Path) -> None:
+    """Remove a file, a folder with all that is in it, or a link (and not what it leads to)."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A temporary path to write; it replaces `path` at the end, or vanishes if writing fails."""

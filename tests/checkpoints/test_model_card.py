@@ -110,6 +110,8 @@ def test_cards_longer_than_any_are_read_in_part_or_refused(checkpoint, tmp_path)
     with pytest.raises(SvlError, match="more than 512 KB of metadata"):
         export.save(source, Plan(4, (1,)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    readme.write_text(f"---\nlicense: mit\na: {'[' * 10**5}\n---\n")
+    assert read_card_metadata(readme) == {}
     readme.write_text("Long text without metadata. " * 10**6)
     assert read_card_metadata(readme) == {}
     assert read_card_metadata(tmp_path / "nowhere.md") == {}

@@ -83,6 +83,10 @@ def test_impossible_plans_are_refused(removed, importance, message):
         ({"merges": [[0, "1"]]}, "pairs of a layer and a list of layers"),
         ({"merges": [[0.5, [1]]]}, "a merged layer is 0.5"),
         ({"merges": [[9, [1]]]}, r"merges layers \[1\] away, but removes \[1\]"),
+        ({"merges": [[1, [1]]]}, "merges layer 1 into itself"),
+        ({"n_layers": 10**13}, "for 10000000000000 decoder layers, but no model has more than 100000"),
+        ({"removed": [1] * 10**5}, r"plan removes layers \[1, 1, 1, .*\.\.\.\], but the model has"),
+        ({"kept": [0, 1, 2, 3]}, "kept and removed contradict each other"),
         ({"merges": [[0, [2]]]}, r"merges layers \[2\] away, but removes \[1\]"),
     ],
 )  # fmt: skip

@@ -117,7 +117,7 @@ def test_mistakes_with_data_sets_are_named(standins):
     with pytest.raises(SvlError, match=r"calibration\.path: cannot read .*tran"):
         chosen("scienceqa", standins, split="tran")
     with pytest.raises(SvlError, match=r"calibration\.name is 'ScienceQA-IMGS'.*did you mean 'ScienceQA-IMG'"):
-        draw_samples(HubSource(str(standins / "ScienceQA"), "choices", 5, name="ScienceQA-IMGS"))
+        draw_samples(HubSource(str(standins / "ScienceQA"), 5, name="ScienceQA-IMGS", options=RowOptions("choices")))
 
 
 def test_a_split_that_is_commented_out_in_the_card_is_named(standins):
@@ -125,7 +125,7 @@ def test_a_split_that_is_commented_out_in_the_card_is_named(standins):
     assert list((standins / "ScienceQA" / "ScienceQA-IMG").glob("train-*.parquet"))
     said = r"^calibration\.path: cannot read '.*': Bad split: train\. Available splits: \['validation', 'test'\]$"
     with pytest.raises(SvlError, match=said):
-        draw_samples(HubSource(str(standins / "ScienceQA"), "choices", 5, name="ScienceQA-IMG"))
+        draw_samples(HubSource(str(standins / "ScienceQA"), 5, name="ScienceQA-IMG", options=RowOptions("choices")))
 
 
 def test_data_sets_are_named_by_owners_that_keep_them():

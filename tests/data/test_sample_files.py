@@ -260,7 +260,14 @@ def test_hidden_files_of_a_folder_are_no_pictures(tmp_path):
     assert len(read_samples(tmp_path)) == 1
 
 
-@pytest.mark.parametrize("name", ["b.heic", "more/B.HEIF", "b.svg", "b.jxl", "b.eps"])
+@pytest.mark.parametrize("name", ["b.jfif", "b.JPE", "b.ppm", "b.pgm", "b.dib", "b.apng"])
+def test_pictures_under_less_common_names_are_read(name, tmp_path):
+    (tmp_path / "a.png").write_bytes(PICTURES[0])
+    (tmp_path / name).write_bytes(PICTURES[0])
+    assert len(read_samples(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("name", ["b.heic", "more/B.HEIF", "b.svg", "b.jxl", "b.eps", "b.exr", "b.arw", "b.j2k"])
 def test_pictures_that_are_not_read_are_named(name, tmp_path):
     (tmp_path / "more").mkdir()
     (tmp_path / "a.png").write_bytes(PICTURES[0])
@@ -351,3 +358,11 @@ def test_any_json_lines_are_samples_or_one_line(rows, tmp_path):
     assert str(file) in refused if refused else len(found) == len(rows)
     assert all(isinstance(s.prompt, str) and isinstance(s.answer, str) for s in found)
     assert len(found.fingerprint) == len(found.answers) == 16
+
+
+@pytest.mark.parametrize("name", ["shard-000.tar", "pictures.tar.gz", "pictures.zip"])
+def test_archives_in_a_folder_of_pictures_are_named(name, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
+    (tmp_path / name).write_bytes(b"an archive")
+    with pytest.raises(SvlError, match=rf"has (a WebDataset, )?1 archives, which are not read, '{name}' for one"):
+        read_samples(tmp_path)

@@ -248,3 +248,17 @@ def test_what_came_into_use_is_not_removed(filled_store):
     assert store.read(unused.path)
     store.end_lease()
     assert remove_leftover(store, unused)
+
+
+def test_links_are_removed_and_not_what_they_lead_to(filled_store, tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").write_text("x")
+    links = [
+        filled_store.root / "plan" / ("a" * 16),
+        filled_store.root / "tmp" / f"plan-{'b' * 16}.host-1-{'c' * 16}",
+    ]
+    for link in links:
+        link.symlink_to(tmp_path / "precious")
+    cleaned(filled_store)
+    assert not any(link.is_symlink() for link in links)
+    assert (tmp_path / "precious" / "file").read_text() == "x"
