@@ -338,7 +338,10 @@ def test_mappings_are_given_whole_or_one_by_one():
     added = compose("model=qwen2_vl_7b", "model.image_processor={size: {longest_edge: 8}}").model.image_processor
     assert added == {"size": {"shortest_edge": 3136, "longest_edge": 8}}
     assert compose("model.image_processor={do_pad: true}").model.image_processor == {"do_pad": True}
-    assert compose("calibration.images={name: a, key: b}").calibration.images == {"name": "a", "key": "b"}
+    assert compose("calibration.image_table={name: a, column: b}").calibration.image_table == {
+        "name": "a",
+        "column": "b",
+    }
     assert compose("evaluator.options={a: {b: 1}}").evaluator.options == {"a": {"b": 1}}
 
 
@@ -348,7 +351,7 @@ def test_mappings_are_given_whole_or_one_by_one():
         ("model.image_processor=7", r"model\.image_processor is '7', but must be a mapping"),
         ("model.image_processor=null", r"model\.image_processor is 'None', but must be a mapping"),
         ("evaluator.options=x", r"evaluator\.options is 'x', but must be a mapping"),
-        ("calibration.images={nam: x}", r"a name in calibration\.images is 'nam'.*did you mean 'name'"),
+        ("calibration.image_table={nam: x}", r"a name in calibration\.image_table is 'nam'.*did you mean 'name'"),
     ],
 )
 def test_mappings_that_are_none_are_named(override, said):

@@ -1,0 +1,142 @@
+"""The schema of the configuration: the groups that are plain values, with their defaults, and the root.
+
+Groups of methods have none here: their dataclasses are their schemas (see svl.config).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING, DictConfig
+
+
+def _open_mapping() -> Any:
+    """Settings whose names are not known here: Hydra takes any, one by one or together; who uses them checks them."""
+    return DictConfig({}, flags={"struct": False})
+
+
+@dataclass
+class Model:
+    """What is pruned: a checkpoint folder or hub id."""
+
+    path: str = MISSING
+    name: str | None = None  # in plans and reports; default: last part of the path
+    revision: str | None = None
+    dtype: str = "auto"  # auto (as stored) | float32 | bfloat16 | float16
+    device: str = "auto"
+    offload: bool = False  # leave decoder layers on disk and read each once per calibration pass: for large models
+    prompt: str = "chat"  # chat (the template of the checkpoint) | a style of svl.models.prompts
+    # its settings, such as `size`: caps visual tokens
+    image_processor: dict[str, Any] = field(default_factory=_open_mapping)
+    layers: str | None = None  # dotted path of the decoder layers, where structure does not tell
+    image_token: Any = None  # the image placeholder or its id, where config and processor do not tell
+    protect: Any = "auto"  # layers that must stay: auto (those that others depend on) | none | a list
+    trust_remote_code: bool = False
+    full_hash: bool = False  # read all of the checkpoint in every run: for storage whose times cannot be relied on
+
+
+@dataclass
+class Calibration:
+    """Samples that statistics are measured on."""
+
+    path: str = MISSING  # a file, a folder of images, or (with `format`) a data set of the hub or a copy of it
+    format: str | None = None  # how rows become samples, see svl.data.row_formats; null: of own files, by their columns
+    name: str | None = None  # configuration of the data set
+    split: str = "train"
+    revision: str | None = None
+    # {name: configuration with the images, column: the one that names an image}
+    image_table: dict[str, str] = field(default_factory=_open_mapping)
+    images: str | None = None  # folder that paths of pictures and videos are relative to; null: the file's own
+    # {prompt: question}: the rows' names of columns
+    columns: dict[str, str | None] = field(default_factory=_open_mapping)
+    prompt: str | None = None  # asked about images without a question
+    turns: str = "all"  # of conversations: all (the last question, after everything before it) | first
+    frames: int = 8  # of a video file
+    samples: int | None = None  # null: all; else a subset drawn by `seed`
+    seed: int = 0  # of the subset; independent of the root seed, so that random strategies share a calibration
+    batch_size: int = 8
+    # measured in the one pass
+    statistics: list[str] = field(default_factory=lambda: ["cosine", "windows", "attention"])
+
+
+@dataclass
+class Task:
+    """One lmms-eval task of a benchmark."""
+
+    metric: str = MISSING  # the main one, in averages
+    higher_is_better: bool = True
+    scale: float = 1.0  # divides the main metric in averages (MME: 2000)
+    max_new_tokens: int | None = None  # cap per answer; null: the task's own
+    style: str = "default"  # variant of the task's prompts
+
+
+@dataclass
+class Benchmark:
+    """What models are scored on."""
+
+    name: str = MISSING
+    tasks: dict[str, Task] = field(default_factory=dict)
+    include_path: str | None = None  # folder of task YAML files besides svl's and lmms-eval's own
+    data: str | None = None  # folder with copies of the data sets, named like them; null: the hub or its cache
+    limit: float | None = None  # first samples of each task only (below 1: share); shown wherever such a result is
+    batch_size: int = 16
+    max_new_tokens: int | None = None  # cap per answer of all tasks; null: each task's
+    frames: int = 8  # of a video that are shown
+
+
+@dataclass
+class Evaluator:
+    """What answers the questions."""
+
+    name: str = "transformers"  # | vllm
+    options: dict[str, Any] = field(default_factory=_open_mapping)  # of vllm.LLM
+
+
+@dataclass
+class Efficiency:
+    """How speed and memory of the pruned model are measured beside the dense one, see svl.evaluation.efficiency."""
+
+    batch_size: int = 1
+    new_tokens: int = 32  # of every answer
+    warmup: int = 1  # rounds that do not count
+    repeats: int = 0  # rounds; 0: nothing is measured
+
+
+@dataclass
+class Paths:
+    """Where results go."""
+
+    outputs: str = MISSING
+    store: str = MISSING
+
+
+@dataclass
+class Export:
+    """The pruned checkpoint."""
+
+    path: str | None = None
+
+
+@dataclass
+class Svl:
+    """The root."""
+
+    model: Model = field(default_factory=Model)
+    calibration: Calibration = field(default_factory=Calibration)
+    selector: Any = field(default_factory=_open_mapping)
+    strategy: Any = field(default_factory=_open_mapping)
+    compensation: Any = field(default_factory=_open_mapping)
+    quantization: Any = field(default_factory=_open_mapping)
+    visual_tokens: Any = field(default_factory=_open_mapping)
+    benchmark: Benchmark = field(default_factory=Benchmark)
+    evaluator: Evaluator = field(default_factory=Evaluator)
+    efficiency: Efficiency = field(default_factory=Efficiency)
+    tracker: Any = field(default_factory=_open_mapping)
+    paths: Paths = field(default_factory=Paths)
+    export: Export = field(default_factory=Export)
+    name: str | None = None
+    ratio: float = 0.25
+    n_remove: int | None = None
+    seed: int = 0
+    together: int = 1
