@@ -24,7 +24,7 @@ _HEADS = "iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk|SUkq|TU0A|AAAA"
 _BASE64 = re.compile(rf"\s*(({_HEADS})[A-Za-z0-9+/\s]{{40,}}|[A-Za-z0-9+/\s]{{256,}})={{0,2}}\s*")
 
 
-def read_pictures(field: Any, folder: Path, label: str) -> tuple[bytes, ...]:
+def encoded_pictures(field: Any, folder: Path, label: str) -> tuple[bytes, ...]:
     """The encoded pictures of a row's field, each decoded once: a broken one must not end a long run later.
 
     Args:
@@ -40,7 +40,7 @@ def read_pictures(field: Any, folder: Path, label: str) -> tuple[bytes, ...]:
     return tuple(_read_picture(picture, folder, label) for picture in found if not _is_missing(picture))
 
 
-def read_video(field: Any, folder: Path, label: str, frames: int) -> tuple[bytes, ...]:
+def encoded_frames(field: Any, folder: Path, label: str, frames: int) -> tuple[bytes, ...]:
     """The encoded frames of a row's video: of a file, `frames` evenly spaced ones; of a list of pictures, all.
 
     Raises:
@@ -51,7 +51,7 @@ def read_video(field: Any, folder: Path, label: str, frames: int) -> tuple[bytes
     if _is_missing(field):
         return ()
     if isinstance(field, list | tuple):
-        return read_pictures(field, folder, label)
+        return encoded_pictures(field, folder, label)
     name = f"the video of {label}"
     if isinstance(field, dict):
         field = field.get("bytes") or field.get("path")

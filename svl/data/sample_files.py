@@ -10,7 +10,7 @@ from pathlib import Path
 from svl.core import SvlError
 from svl.core.errors import explained, out_of_memory
 from svl.data.own_files import open_table
-from svl.data.picture_fields import read_pictures, read_video
+from svl.data.picture_fields import encoded_pictures, encoded_frames
 from svl.data.row_formats import RowContent, RowOptions, find_format, read_row
 from svl.data.samples import IMAGE_MARK, VIDEO_MARK, Sample, Samples
 from svl.data.tables import Table
@@ -67,8 +67,8 @@ def fill_sample(sample: Sample, content: RowContent, folder: Path, frames: int) 
             answer=answer,
             plain=content.plain,
             earlier=content.earlier,
-            images=read_pictures(content.images, folder, sample.label),
-            frames=read_video(content.video, folder, sample.label, frames),
+            images=encoded_pictures(content.images, folder, sample.label),
+            frames=encoded_frames(content.video, folder, sample.label, frames),
         )
     if not found.plain:
         _check_marks(found, IMAGE_MARK, len(found.images), "pictures")

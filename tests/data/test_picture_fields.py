@@ -12,7 +12,7 @@ from helpers.video_standins import write_video
 from PIL import Image
 
 from svl.core import SvlError
-from svl.data.picture_fields import read_pictures, read_video
+from svl.data.picture_fields import encoded_pictures, encoded_frames
 
 NOISE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
 
@@ -42,21 +42,21 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_is_the_same_picture(form, folder):
-    (found,) = read_pictures(FORMS[form], folder, "row 3")
+    (found,) = encoded_pictures(FORMS[form], folder, "row 3")
     assert color(found) == COLORS[0]
 
 
 def test_jpeg_in_base64_is_no_path(folder):
     content = base64.b64encode(picture(COLORS[1], kind="jpeg")).decode()
     assert content.startswith("/9j/")
-    (found,) = read_pictures(content, folder, "row 3")
+    (found,) = encoded_pictures(content, folder, "row 3")
     assert Image.open(io.BytesIO(found)).format == "JPEG"
 
 
 def test_several_pictures_and_none(folder):
-    found = read_pictures([PICTURES[1], None, "a.png", {"bytes": None, "path": None}], folder, "row 3")
+    found = encoded_pictures([PICTURES[1], None, "a.png", {"bytes": None, "path": None}], folder, "row 3")
     assert [color(content) for content in found] == [COLORS[1], COLORS[0]]
-    assert read_pictures(None, folder, "row 3") == read_pictures([], folder, "row 3") == ()
+    assert encoded_pictures(None, folder, "row 3") == encoded_pictures([], folder, "row 3") == ()
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_several_pictures_and_none(folder):
 )
 def test_what_is_no_picture_is_one_short_line(field, message, folder):
     with pytest.raises(SvlError, match=message) as caught:
-        read_pictures(field, folder, "row 3")
+        encoded_pictures(field, folder, "row 3")
     assert str(caught.value).startswith("cannot read the picture")
     assert "row 3" in str(caught.value)
     assert len(str(caught.value)) < 500
@@ -82,7 +82,7 @@ def test_an_encoded_picture_is_never_shown(folder):
     content = base64.b64encode(NOISE.tobytes()).decode()
     for field in (content, f"data:image/png;base64,{content}", NOISE.tobytes(), {"bytes": NOISE.tobytes()}):
         with pytest.raises(SvlError) as caught:
-            read_pictures(field, folder, "row 3")
+            encoded_pictures(field, folder, "row 3")
         assert len(str(caught.value)) < 200
         assert content[:40] not in str(caught.value)
 
@@ -97,15 +97,15 @@ def greys(frames):
 @pytest.mark.parametrize(("n", "wanted"), [(1, [0]), (2, [0, 20]), (5, [0, 5, 10, 15, 20]), (99, list(range(21)))])
 def test_frames_of_a_file_are_evenly_spaced(n, wanted, tmp_path):
     write_video(tmp_path / "v.mp4", 21)
-    assert greys(read_video("v.mp4", tmp_path, "row 3", n)) == wanted
-    assert greys(read_video(["v.mp4"], tmp_path, "row 3", n)) == wanted
+    assert greys(encoded_frames("v.mp4", tmp_path, "row 3", n)) == wanted
+    assert greys(encoded_frames(["v.mp4"], tmp_path, "row 3", n)) == wanted
     content = (tmp_path / "v.mp4").read_bytes()
-    assert greys(read_video({"bytes": content, "path": "v.mp4"}, tmp_path, "row 3", n)) == wanted
+    assert greys(encoded_frames({"bytes": content, "path": "v.mp4"}, tmp_path, "row 3", n)) == wanted
 
 
 def test_a_list_of_frames_is_shown_whole(folder):
-    assert [color(f) for f in read_video([PICTURES[2], "a.png"], folder, "row 3", 1)] == [COLORS[2], COLORS[0]]
-    assert read_video(None, folder, "row 3", 8) == ()
+    assert [color(f) for f in encoded_frames([PICTURES[2], "a.png"], folder, "row 3", 1)] == [COLORS[2], COLORS[0]]
+    assert encoded_frames(None, folder, "row 3", 8) == ()
 
 
 @pytest.mark.parametrize(
@@ -115,4 +115,4 @@ def test_a_list_of_frames_is_shown_whole(folder):
 def test_what_is_no_video_is_named(field, message, folder):
     (folder / "a.png.mp4").write_bytes(b"no video")
     with pytest.raises(SvlError, match=rf"cannot read the video.* of row 3: .*{message}"):
-        read_video(field, folder, "row 3", 8)
+        encoded_frames(field, folder, "row 3", 8)
