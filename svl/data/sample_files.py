@@ -10,7 +10,7 @@ from pathlib import Path
 from svl.core import SvlError
 from svl.core.errors import explained, out_of_memory
 from svl.data.own_files import open_table
-from svl.data.picture_fields import encoded_pictures, encoded_frames
+from svl.data.picture_fields import encoded_frames, encoded_pictures
 from svl.data.row_formats import RowContent, RowOptions, find_format, read_row
 from svl.data.samples import IMAGE_MARK, VIDEO_MARK, Sample, Samples
 from svl.data.tables import Table

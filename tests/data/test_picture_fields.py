@@ -12,7 +12,7 @@ from helpers.video_standins import write_video
 from PIL import Image
 
 from svl.core import SvlError
-from svl.data.picture_fields import encoded_pictures, encoded_frames
+from svl.data.picture_fields import encoded_frames, encoded_pictures
 
 NOISE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
 
