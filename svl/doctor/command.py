@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 import platform
 import shutil
@@ -50,6 +51,8 @@ def run_doctor() -> None:
     if set(words) & {"--help", "-h"}:
         print(USAGE)
         return
+    for name in ("huggingface_hub", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # of a hub that does not answer, the page says enough
     import_plugins()
     sections = examine(compose(words))
     print(page(sections))

@@ -221,12 +221,25 @@ def check_data(task: str, options: TaskOptions) -> None:
 
     from svl.evaluation.lmms_eval_internals import data_cache_folder
 
-    given = settings.get("dataset_kwargs") or {}
+    given = dataset_arguments(settings)
     known = {name: given[name] for name in ("data_files", "data_dir", "revision", "token") if name in given}
     names = [settings.get("dataset_name"), *([settings["images"]["name"]] if "images" in settings else [])]
     for name in names:
         with explained(f"task '{task}': the data set {path} cannot be had", data_hint(settings)):
             load_dataset_builder(path, name, cache_dir=data_cache_folder(), **known)
+
+
+def dataset_arguments(settings: dict[str, Any]) -> dict[str, Any]:
+    """What a task's data set is loaded with.
+
+    lmms-eval's tasks say `token: true`, which asks for a login even where data are public: without one, it is left out.
+    """
+    from huggingface_hub import get_token
+
+    given = dict(settings.get("dataset_kwargs") or {})
+    if given.get("token") is True and get_token() is None:
+        del given["token"]
+    return given
 
 
 def check_metric(task: str, metric: str, include_path: str | None) -> None:

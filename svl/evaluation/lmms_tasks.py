@@ -182,6 +182,7 @@ def load_task(task: str, options: TaskOptions) -> ScoredTask:
     """
     benchmarks.check_settings(task, options)
     config = read_task_config(task, options.include_path)
+    config["dataset_kwargs"] = benchmarks.dataset_arguments(config) or None
     kind = config.get("output_type", "generate_until")
     own = {name: config.pop(name, None) for name in ("together", "unit", "strata", "images", "videos")}
     if kind == "generate_until":

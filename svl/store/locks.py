@@ -24,6 +24,7 @@ from filelock import BaseFileLock, FileLock, SoftFileLease, Timeout
 from svl.core.errors import SvlError
 
 NO_KERNEL_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
+NOBODY = "another process"  # what is said of a holder without a name
 STALE = 60.0  # seconds without renewal, as another process counts them, after which a marker file's holder is gone
 ABANDONED = 10 * STALE  # seconds without renewal, by the clock of the file system
 
@@ -83,13 +84,13 @@ class Lock:
         return True
 
     def holder(self) -> str:
-        """Who holds the lock, and since when."""
+        """Who holds the lock, and since when; NOBODY if no one says so for a second."""
         for _ in range(20):  # it writes its name right after it has taken the lock
             with suppress(OSError, ValueError):
                 if text := self.file.read_text():
                     return text
             time.sleep(0.05)
-        return "another process"
+        return NOBODY
 
     def release(self, remove: bool = False) -> None:
         """Give the lock back; `remove` its file, too (whoever waits for it sees that, and makes a new one)."""
@@ -163,13 +164,16 @@ def _lock_beside(path: Path) -> Lock:
     Raises:
         SvlError: if another process has it.
     """
-    lock = Lock(path.with_name(f".{path.name}.lock"))
+    lock, nameless = Lock(path.with_name(f".{path.name}.lock")), 0
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             free = lock.acquire()
         except FileNotFoundError:
             continue  # the last holder has just removed the folder that it had made
-        if not free:
-            raise SvlError(f"'{path}' is being written by {lock.holder()}")
-        return lock
+        if free:
+            return lock
+        holder = lock.holder()
+        nameless += holder == NOBODY  # most likely it has let go since
+        if holder != NOBODY or nameless == 3:
+            raise SvlError(f"'{path}' is being written by {holder}")

@@ -197,7 +197,8 @@ def hub(monkeypatch, tmp_path):
         def model_info(self, repo, revision=None, files_metadata=False):
             if isinstance(result, Exception):
                 raise result
-            return SimpleNamespace(sha=f"{result}-of-{revision or 'main'}", siblings=siblings)
+            commit = f"{result}-of-{revision or 'main'}"
+            return SimpleNamespace(sha=commit, siblings=siblings, gated=False, card_data=None)
 
         monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
 

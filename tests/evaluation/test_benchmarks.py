@@ -149,6 +149,17 @@ def test_both_parts_of_a_data_set_are_looked_for(monkeypatch):
     assert asked == ["testdev_balanced_instructions", "testdev_balanced_images"]
 
 
+@pytest.mark.parametrize("token", [None, "hf_of_a_user"])
+def test_public_data_need_no_login(token, monkeypatch):
+    """lmms-eval's tasks ask for one with all data; with a login, gated ones can be had."""
+    asked = {}
+    monkeypatch.setattr("datasets.load_dataset_builder", lambda path, name, **options: asked.update(options))
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: token)
+    assert benchmarks.task_settings("svl_pope", None)["dataset_kwargs"]["token"] is True
+    benchmarks.check_data("svl_pope", TaskOptions("f1"))
+    assert asked.get("token") is (True if token else None)
+
+
 def test_files_of_a_task_of_ones_own_must_exist(tmp_path):
     options = own_task(tmp_path, "")
     benchmarks.check_data("custom", options)
