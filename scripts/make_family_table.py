@@ -1,6 +1,7 @@
 """Write the support table of docs/families.md from docs/families.json, the results of the family tests.
 
-    python -m pytest tests/models/test_families.py tests/checkpoints/test_export.py --families docs/families.json
+    python -m pytest tests/models/test_families.py tests/models/test_inputs.py tests/checkpoints/test_export.py \\
+        --families docs/families.json
     python scripts/make_family_table.py
 
 Nothing in the table is written by hand: a cell is what the tests of that family and column showed when they last ran.
@@ -13,8 +14,15 @@ from pathlib import Path
 
 DOCS = Path(__file__).parents[1] / "docs"
 BEGIN, END = "<!-- table: scripts/make_family_table.py -->", "<!-- end of table -->"
-COLUMNS = {"surgery": "surgery", "tis": "TIS", "compensation": "compensation", "export": "export"}
-WORDS = {"exact": "yes", "refused": "refused", None: "not tested"}
+COLUMNS = {
+    "surgery": "surgery",
+    "tis": "TIS",
+    "compensation": "compensation",
+    "export": "export",
+    "several_images": "several images",
+    "video": "video",
+}
+WORDS = {"exact": "yes", "refused": "refused", "none": "no", None: "not tested"}
 
 
 def table(results: dict) -> str:

@@ -67,8 +67,12 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     for item in items:
         if mark := item.get_closest_marker("column"):
+            from helpers.hub_mimics import FAMILIES
+
             parameters = item.callspec.params
-            item.user_properties.append(("column", [parameters.get("family") or parameters["name"], list(mark.args)]))
+            name = parameters.get("family") or parameters["name"]
+            if family := FAMILIES.get(name, name):
+                item.user_properties.append(("column", [family, list(mark.args)]))
 
 
 @pytest.fixture

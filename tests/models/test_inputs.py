@@ -30,6 +30,8 @@ CLIP = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26
 IMAGENET = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 ROUNDING = 2.5 / 255 / 0.225  # libraries round a resized picture differently, by two of 256 levels at most
 QUESTION = "What colour is the shape?"
+# SmolVLM2 takes videos, too, with a package (num2words) that is not needed otherwise.
+NO_VIDEO_MODELS = ("gemma3_4b", "llava_15_7b", "llava_next_7b", "mplug_owl2", "paligemma2_3b", "qwen_vl_chat")
 VIDEO_MODELS = ("internvl3_8b", "llava_onevision_7b", "qwen2_5_vl_7b", "qwen2_vl_7b", "qwen3_vl_8b")
 
 
@@ -57,6 +59,7 @@ def hub_model(mimic):
 # ------------------------------------------------------------------------------------------------- mixed batches
 
 
+@pytest.mark.column("several_images")
 @pytest.mark.parametrize("counts", [(1, 0, 1), (0, 2, 1), (0, 0)], ids=str)
 @pytest.mark.parametrize("name", sorted(MIMICS))
 def test_a_prompt_in_a_batch_is_what_it_is_alone(hub_model, name, counts):
@@ -74,6 +77,7 @@ def test_a_prompt_in_a_batch_is_what_it_is_alone(hub_model, name, counts):
         close(scores[i, -n:], logits(lvlm.model, alone)[0], 1e-4)
 
 
+@pytest.mark.column("several_images")
 @pytest.mark.parametrize("counts", [(1, 0, 1), (0, 2, 1), (0, 0)], ids=str)
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_processors_of_other_families_take_mixed_batches(llava, name, counts):
@@ -124,6 +128,7 @@ def test_images_must_come_in_a_list_for_every_prompt(llava):
 # ----------------------------------------------------------------------------------------------------------- video
 
 
+@pytest.mark.column("video")
 @pytest.mark.parametrize("name", VIDEO_MODELS)
 def test_frames_of_a_video_reach_the_model(hub_model, name):
     """Beside a prompt with a picture, one with neither and one with another video; as alone, frame for frame."""
@@ -144,6 +149,16 @@ def test_frames_of_a_video_reach_the_model(hub_model, name):
     assert (logits(lvlm.model, other)[3] - scores[3]).abs().max() > 1e-3 * scores.abs().max()
     with pytest.raises(SvlError, match="contains"):
         lvlm.prompt(f"What is {lvlm.tokenizer.convert_ids_to_tokens(lvlm.anatomy.visual_token_ids[-1])}?", 1)
+
+
+@pytest.mark.column("video")
+@pytest.mark.parametrize("name", NO_VIDEO_MODELS)
+def test_a_model_without_videos_says_so(hub_model, name, verdict):
+    lvlm = hub_model(name)
+    assert not lvlm.takes_videos
+    with pytest.raises(SvlError, match=f"'{name}' takes no videos: its processor has no part for them"):
+        lvlm.encode([lvlm.prompt(QUESTION, 0)], None, [[picture(40, 40)]])
+    verdict("none")
 
 
 # ------------------------------------------------------------------------------------------------- golden inputs

@@ -27,3 +27,19 @@ MIMICS: dict[str, Callable[[Path], None]] = {
     "qwen_vl_chat": ports.qwen_vl_chat,
     "smolvlm2_2b": others.smolvlm2,
 }
+
+# The family of each, as docs/families.md names it; of a port that is tested in a file of its own, none.
+FAMILIES: dict[str, str | None] = {
+    "gemma3_4b": "gemma3",
+    "internvl3_8b": "internvl",
+    "llava_15_13b": "llava",
+    "llava_15_7b": "llava",
+    "llava_next_7b": "llava_next",
+    "llava_onevision_7b": "llava_onevision",
+    "paligemma2_3b": "paligemma2",
+    "qwen2_5_vl_7b": "qwen2_5_vl",
+    "qwen2_vl_7b": "qwen2_vl",
+    "qwen3_vl_8b": "qwen3_vl",
+    "qwen_vl_chat": None,
+    "smolvlm2_2b": "smolvlm",
+}
