@@ -10,6 +10,8 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig
 
+from svl.evaluation.settings import EfficiencySettings
+
 
 def _open_mapping() -> Any:
     """Settings whose names are not known here: Hydra takes any, one by one or together; who uses them checks them."""
@@ -94,16 +96,6 @@ class Evaluator:
 
 
 @dataclass
-class Efficiency:
-    """How speed and memory of the pruned model are measured beside the dense one, see svl.evaluation.efficiency."""
-
-    batch_size: int = 1
-    new_tokens: int = 32  # of every answer
-    warmup: int = 1  # rounds that do not count
-    repeats: int = 0  # rounds; 0: nothing is measured
-
-
-@dataclass
 class Paths:
     """Where results go."""
 
@@ -131,7 +123,7 @@ class Svl:
     visual_tokens: Any = field(default_factory=_open_mapping)
     benchmark: Benchmark = field(default_factory=Benchmark)
     evaluator: Evaluator = field(default_factory=Evaluator)
-    efficiency: Efficiency = field(default_factory=Efficiency)
+    efficiency: EfficiencySettings = field(default_factory=EfficiencySettings)
     tracker: Any = field(default_factory=_open_mapping)
     paths: Paths = field(default_factory=Paths)
     export: Export = field(default_factory=Export)

@@ -17,12 +17,11 @@ from omegaconf import DictConfig
 
 from svl import config
 from svl.calibration.encoding import encode_samples
-from svl.core import layers_to_remove
 from svl.data.samples import Sample, Samples
 from svl.doctor.data_checks import examine_benchmarks, examine_calibration, longest_text
 from svl.doctor.findings import Section, can_work, page
 from svl.doctor.memory import Load, Need, in_words, stage_needs
-from svl.doctor.model_checks import Examined, examine_model
+from svl.doctor.model_checks import Examined, asked_removals, examine_model
 from svl.models.devices import find_device
 from svl.plugins import import_plugins
 from svl.run.keys import versions
@@ -115,8 +114,7 @@ def _examine_memory(cfg: DictConfig, examined: Examined, samples: Samples | None
         windows="windows" in cfg.calibration.statistics,
     )
     section.note(f"lower bounds in these terms; {told}, calibration.batch_size={load.calibration_batch}")
-    layers = examined.shape.layers
-    n_remove = cfg.n_remove if cfg.n_remove is not None else layers_to_remove(cfg.ratio, layers)
+    n_remove = asked_removals(cfg, examined.shape.layers)
     room = _room(cfg)
     for need in stage_needs(examined.shape, load, n_remove):
         _compare(need, room[need.place], section)

@@ -134,6 +134,11 @@ def model_shape(lvlm: Lvlm, dtype: torch.dtype) -> ModelShape:
     )
 
 
+def asked_removals(cfg: DictConfig, n_layers: int) -> int:
+    """How many of so many layers the configuration asks to remove."""
+    return int(layers_to_remove(cfg.ratio, n_layers) if cfg.n_remove is None else cfg.n_remove)
+
+
 def _examine_layers(cfg: DictConfig, anatomy: Anatomy, section: Section) -> None:
     """How many layers there are, which must stay and why, and whether as many may go as are asked for."""
     section.ok(f"{anatomy.n_layers} decoder layers ('{anatomy.layers}'), of width {anatomy.hidden_size}")
@@ -142,7 +147,7 @@ def _examine_layers(cfg: DictConfig, anatomy: Anatomy, section: Section) -> None
         reasons.setdefault(reason, []).append(layer)
     for reason, layers in reasons.items():
         section.note(f"stay: {_in_ranges(layers)}: {reason}")
-    n = cfg.n_remove if cfg.n_remove is not None else layers_to_remove(cfg.ratio, anatomy.n_layers)
+    n = asked_removals(cfg, anatomy.n_layers)
     asked = f"ratio={cfg.ratio:g} removes {n} layers" if cfg.n_remove is None else f"n_remove={n}"
     if n > len(anatomy.removable):
         section.fails(f"{asked}, but only {len(anatomy.removable)} may go")
