@@ -59,7 +59,7 @@ class Calibration:
     seed: int = 0  # of the subset; independent of the root seed, so that random strategies share a calibration
     batch_size: int = 8
     # measured in the one pass
-    statistics: list[str] = field(default_factory=lambda: ["cosine", "windows", "attention"])
+    statistics: list[str] = field(default_factory=lambda: ["cosine", "attention"])
 
 
 @dataclass

@@ -17,10 +17,11 @@ class EnoughError(Exception):
     """Raised by the last hook: the rest of the forward pass is not needed."""
 
 
-def run_decoder(lvlm: Lvlm, inputs: dict[str, Tensor]) -> None:
-    """The decoder's layers on `inputs`; logits of one position only, where the model can be told so."""
+def run_decoder(lvlm: Lvlm, inputs: dict[str, Tensor], all_logits: bool = False) -> Any:
+    """The model's output for `inputs`: its layers on all positions, logits of the last one where it can be told so."""
     takes_number = "logits_to_keep" in inspect.signature(lvlm.model.forward).parameters
-    lvlm.model(**inputs, use_cache=False, **({"logits_to_keep": 1} if takes_number else {}))
+    few = {} if all_logits or not takes_number else {"logits_to_keep": 1}
+    return lvlm.model(**inputs, use_cache=False, **few)
 
 
 def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

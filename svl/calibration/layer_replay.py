@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svl.calibration.hooks import first_output, hooked
+from svl.calibration.hooks import first_output, hooked, run_decoder
 from svl.core import SvlError
 from svl.models.lvlm import Lvlm
 
@@ -35,9 +35,10 @@ class Replay:
 
 @torch.no_grad()
 def record_replay(lvlm: Lvlm, inputs: dict[str, Tensor], start: int, check: bool = False) -> tuple[Replay, Tensor]:
-    """Run one sample (a batch of one) through the model: the replay from layer `start` on, and the logits.
+    """Run one sample (a batch of one) through the model: the replay from layer `start` on, and logits.
 
-    With `check` the recorded pass is repeated layer by layer and compared.
+    With `check` the recorded pass is repeated layer by layer and compared, and logits are of all positions; otherwise
+    of the last one, where the model can be told so.
 
     Raises:
         SvlError: if running the layers one by one does not end on the state that the model's own pass ends on, or the
@@ -56,7 +57,7 @@ def record_replay(lvlm: Lvlm, inputs: dict[str, Tensor], start: int, check: bool
 
     handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in lvlm.layers]
     with hooked([*handles, lvlm.layers[-1].register_forward_hook(end)]):
-        logits = lvlm.model(**inputs, use_cache=False).logits
+        logits = run_decoder(lvlm, inputs, all_logits=check).logits
     replay = Replay(start, states[start], calls)
     if check:
         if not bool(logits.isfinite().all()):

@@ -11,8 +11,7 @@ depth where it differs from the last one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch.nn import functional as F
 
 from svl.calibration.calibrate import no_progress
 from svl.calibration.encoding import encode_answer, explained_samples
+from svl.calibration.layer_gradients import layer_weights, taylor_salience
 from svl.calibration.layer_replay import Replay, record_replay
 from svl.calibration.logits import LogitTail, find_logit_tail
 from svl.core import Patch, Plan, SvlError
@@ -149,34 +149,23 @@ class ModelProbe:
         return self._remembered("similarity", {"removed": plan.removed, "blends": blends}, compute)
 
     def taylor(self) -> list[float]:
-        """See `core.RemovalProbe`; protected layers before the first removable one get the largest value.
-
-        Takes memory for one gradient of the decoder in fp32.
-        """
-        groups = {i: _weights(self.layers[i]) for i in range(self.start, self.n_layers)}
+        """See `core.RemovalProbe`; protected layers before the first removable one get the largest value."""
 
         def compute() -> list[float]:
-            weights = [w for group in groups.values() for w in group]
-            sums = [torch.zeros_like(w, dtype=torch.float32) for w in weights]
-            tokens = sum(len(r.targets) for r in self.scored)
-            with _trainable(weights), torch.enable_grad():
-                for sample in self.show(self.scored, "gradients", len(self.scored)):
-                    state = sample.state
-                    for i in groups:
-                        state = self._run(self.layers[i], i, state, sample)
-                    logits = self.tail.logits(state[0, sample.positions])
-                    loss = F.cross_entropy(logits.float(), sample.targets, reduction="sum") / tokens
-                    for total, gradient in zip(sums, torch.autograd.grad(loss, weights), strict=True):
-                        total += gradient
-            parts = iter([_size(w.detach().float() * g, 1) for w, g in zip(weights, sums, strict=True)])
-            return [sum(next(parts) for _ in group) for group in groups.values()]
+            return taylor_salience(
+                list(enumerate(self.layers))[self.start :],
+                self.scored,
+                lambda i, state, sample: self._run(self.layers[i], i, state, sample),
+                self.tail.logits,
+                lambda scored: self.show(scored, "gradients", len(scored)),
+            )
 
         found: list[float] = self._remembered("taylor", {}, compute)
         return [max(found)] * self.start + found
 
     def magnitude(self, power: int) -> list[float]:
         """See `core.RemovalProbe`."""
-        return [sum(_size(w.detach().float(), power) for w in _weights(layer)) for layer in self.layers]
+        return [sum(_size(w.detach().float(), power) for w in layer_weights(layer)) for layer in self.layers]
 
     def _record(self, sample: Sample) -> ScoredSample:
         """Run one sample through the dense model and keep what its layers are called with."""
@@ -282,21 +271,3 @@ def _finite(value: float, what: str) -> float:
     if not math.isfinite(value):
         raise SvlError(f"{what} is not finite, so nothing can be chosen by it; choose another model.dtype")
     return value
-
-
-def _weights(layer: nn.Module) -> list[nn.Parameter]:
-    """A layer's weights: matrices and norms, not biases."""
-    return [p for name, p in layer.named_parameters() if not name.endswith("bias")]
-
-
-@contextmanager
-def _trainable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    parameters = list(parameters)
-    before = [p.requires_grad for p in parameters]
-    try:
-        for p in parameters:
-            p.requires_grad_(True)
-        yield
-    finally:
-        for p, value in zip(parameters, before, strict=True):
-            p.requires_grad_(value)

@@ -19,8 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import humanize
-
 from svl.core.errors import SvlError
 from svl.core.patch import Patch
 from svl.core.plan import Plan
@@ -164,6 +162,8 @@ def check_disk_space(path: Path, needed: int) -> None:
     """Raise SvlError unless the disk of a folder to be made has `needed` bytes free."""
     place = next(parent for parent in path.parents if parent.exists())
     if (free := shutil.disk_usage(place).free) < needed:
+        import humanize  # not above: the API works where little is installed
+
         raise SvlError(
             f"the export needs {humanize.naturalsize(needed)}, but {place} has {humanize.naturalsize(free)} left; "
             "nothing was written"

@@ -3,8 +3,9 @@
 T, from the identity, minimises by Adam the mean over tokens of 1 - cos(M T, h_e - h_s + M), or with `accurate` of
 1 - cos(M T + h_s - M, h_e); M is what the MLP before the run [s, e) writes, and W_down <- T^T W_down.
 
-Cost: one more pass over the calibration set, whose M, h_s and h_e are kept (12 d bytes per token and run), and the
-steps of the optimiser. This is optimisation of d x d numbers per run, not training of the model.
+Cost: one more pass over the calibration set, whose M, h_s and h_e are kept in the CPU's memory (12 d bytes per token
+and run) and come to the device batch by batch, and the steps of the optimiser, with four d x d matrices on the device.
+This is optimisation of d x d numbers per run, not training of the model.
 """
 
 from __future__ import annotations
@@ -55,27 +56,30 @@ class LinearCosine(Compensation):
         if not runs:
             return Patch(notes=notes)
         kept: dict[Run, list[torch.Tensor]] = {run: [] for run in runs}
+        devices: dict[Run, torch.device] = {}
         for run, rows in stream_run_rows(hidden, runs, self.rows):
             states = torch.stack([rows.written, rows.before, rows.after], 1)
-            kept[run].append(states[(rows.weights > 0).to(states.device)])
+            kept[run].append(states[(rows.weights > 0).to(states.device)].cpu())
+            devices[run] = states.device
         updates = {}
-        for (start, _), parts in kept.items():
+        for run, parts in kept.items():
             tokens = torch.cat(parts)
             if len(tokens) == 0:
                 raise SvlError("the selector leaves no token for compensation; choose another selector, or rows=all")
-            updates[start - 1, WRITER] = Update(left=self._minimise(tokens).mT.float().cpu().contiguous())
+            change = self._minimise(tokens, devices[run])
+            updates[run[0] - 1, WRITER] = Update(left=change.mT.float().cpu().contiguous())
         return Patch(updates, notes=notes)
 
-    def _minimise(self, tokens: torch.Tensor) -> torch.Tensor:
-        """T - I from rows (M, h_s, h_e): [n, 3, d]."""
-        d, device = tokens.shape[-1], tokens.device
+    def _minimise(self, tokens: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """T - I, computed on `device`, from rows (M, h_s, h_e): [n, 3, d], on the CPU."""
+        d = tokens.shape[-1]
         generator = torch.Generator().manual_seed(self.seed)
         with torch.inference_mode(False), torch.enable_grad():
             change = torch.zeros(d, d, device=device, requires_grad=True)
             optimiser = torch.optim.Adam([change], lr=self.lr)
             for _ in range(self.epochs):
                 for chosen in torch.randperm(len(tokens), generator=generator).split(self.batch):
-                    written, before, after = tokens[chosen.to(device)].clone().unbind(1)
+                    written, before, after = tokens[chosen].to(device).clone().unbind(1)
                     moved = written + written @ change
                     pair = (moved + before - written, after) if self.accurate else (moved, after - before + written)
                     loss = 1 - F.cosine_similarity(*pair, dim=-1).mean()

@@ -9,12 +9,14 @@ from torch import Tensor
 
 from svl.core import SvlError
 
+BLOCK = 2048  # rows or columns of a large matrix that are computed at once
+
 
 class Regression:
     """min_B sum over rows of w |y - x B|^2 + ridge |B|^2, from Gram matrices accumulated in fp64.
 
     The ridge is relative: a multiple of the mean diagonal of X^T W X, so that it means the same for any number of rows
-    and any scale of x. Memory: n_in (n_in + n_out) doubles.
+    and any scale of x. Memory: n_in (n_in + n_out) doubles, and 2 n_in^2 more while it is solved.
     """
 
     def __init__(self) -> None:
@@ -27,18 +29,20 @@ class Regression:
         """Rows `x` [T, n_in] and `y` [T, n_out] with weights `w` [T]."""
         x, y, w = x.double(), y.double(), w.double().to(x.device)[:, None]
         weighted = w * x
-        gram, cross = x.mT @ weighted, weighted.mT @ y
-        self.gram = gram if self.gram is None else self.gram + gram
-        self.cross = cross if self.cross is None else self.cross + cross
+        if self.gram is None or self.cross is None:
+            self.gram, self.cross = x.mT @ weighted, weighted.mT @ y
+        else:
+            _add_product(self.gram, x.mT, weighted)
+            _add_product(self.cross, weighted.mT, y)
         self.energy += float((w * y * y).sum())
         self.weight += float(w.sum())
 
-    def with_rows_of(self, other: Regression) -> Regression:
-        """The regression on the rows of both, which have some each."""
-        both = Regression()
-        both.gram, both.cross = self.gram + other.gram, self.cross + other.cross  # type: ignore[operator]
-        both.energy, both.weight = self.energy + other.energy, self.weight + other.weight
-        return both
+    def take_rows_of(self, other: Regression) -> None:
+        """Add the rows of another regression, which has some, to those that are here."""
+        self.gram += other.gram  # type: ignore[operator]
+        self.cross += other.cross  # type: ignore[operator]
+        self.energy += other.energy
+        self.weight += other.weight
 
     def solve(self, ridge: float) -> Tensor:
         """B, fp64 [n_in, n_out].
@@ -52,8 +56,10 @@ class Regression:
             raise SvlError("hidden states are not finite, so nothing can be fitted to them; choose another model.dtype")
         n = len(self.gram)
         scale = self.gram.diagonal().mean()
-        system = self.gram + ridge * scale * torch.eye(n, dtype=torch.float64, device=self.gram.device)
+        system = self.gram.clone()
+        system.diagonal().add_(ridge * scale)
         factor, info = torch.linalg.cholesky_ex(system)
+        del system  # of the size of the Gram matrix, which counts where n_in is an MLP's width
         if int(info) or float(factor.diagonal().min()) ** 2 < n * torch.finfo(torch.float64).eps * float(scale):
             raise SvlError("too few independent tokens for a fit without ridge; set compensation.ridge above 0")
         return torch.cholesky_solve(self.cross, factor)
@@ -62,8 +68,16 @@ class Regression:
         """The share of the weighted energy of y that x B with this B does not explain."""
         if self.gram is None or self.cross is None or self.energy == 0:
             return 0.0
-        explained = 2 * (solution * self.cross).sum() - (solution * (self.gram @ solution)).sum()
-        return 1 - float(explained) / self.energy
+        explained = 0.0
+        for b, cross in zip(solution.split(BLOCK, 1), self.cross.split(BLOCK, 1), strict=True):
+            explained += float(2 * (b * cross).sum() - (b * (self.gram @ b)).sum())
+        return 1 - explained / self.energy
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add `left` @ `right` to `total` in place, by blocks of rows: no second matrix of its size is made."""
+    for here, rows in zip(total.split(BLOCK), left.split(BLOCK), strict=True):
+        here += rows @ right
 
 
 class HeldOutRegression:
@@ -86,13 +100,14 @@ class HeldOutRegression:
     def solve(self) -> tuple[Tensor, str]:
         """B, fp64 [n_in, n_out], fitted to all samples with the chosen ridge; and a note that names this ridge and the
         share of the energy of y that B leaves. Raises as `Regression.solve` does."""
-        ridge, both = self.ridges[0], self.fitted
+        ridge = self.ridges[0]
         if self.held_out.gram is not None:
-            both = self.fitted.with_rows_of(self.held_out)
             if len(self.ridges) > 1:
                 ridge = min(self.ridges, key=lambda r: self.held_out.left_over(self.fitted.solve(r)))
-        solution = both.solve(ridge)
-        return solution, f"ridge {ridge:g}, {both.left_over(solution):.0%} of the gap left"
+            self.fitted.take_rows_of(self.held_out)
+            self.ridges, self.held_out = (ridge,), Regression()  # chosen; solved again, it is the same
+        solution = self.fitted.solve(ridge)
+        return solution, f"ridge {ridge:g}, {self.fitted.left_over(solution):.0%} of the gap left"
 
 
 def check_ridges(ridges: Sequence[float], fold: int) -> None:

@@ -72,15 +72,17 @@ def examine(cfg: DictConfig) -> list[Section]:
     model, memory = Section(f"model {cfg.model.path}"), Section("memory")
     calibration, benchmark = Section("calibration"), Section(f"benchmark {cfg.benchmark.name}")
     _examine_libraries(libraries)
+    needs: frozenset[str] = frozenset()
     with methods.examined("the configuration"):
         config.validate_config(cfg)
+        needs = config.build_method(cfg.strategy, "strategy").needs
         methods.ok("every setting is known, and every method can be built")
     store = Store(cfg.paths.store, versions())
     examined = examine_model(cfg, store, model)
     samples = examine_calibration(cfg, calibration)
     if examined:
         with memory.examined("memory"):
-            _examine_memory(cfg, examined, samples, memory)
+            _examine_memory(cfg, examined, samples, needs, memory)
     examine_benchmarks(cfg, benchmark)
     return [libraries, methods, model, calibration, benchmark, memory]
 
@@ -100,8 +102,10 @@ def _count_tokens(examined: Examined, sample: Sample) -> int:
     return int(inputs["input_ids"].shape[1])
 
 
-def _examine_memory(cfg: DictConfig, examined: Examined, samples: Samples | None, section: Section) -> None:
-    """What each stage needs, beside what there is."""
+def _examine_memory(
+    cfg: DictConfig, examined: Examined, samples: Samples | None, needs: frozenset[str], section: Section
+) -> None:
+    """What each stage needs, beside what there is; `needs` are the strategy's."""
     sample = longest_text(samples)
     tokens = GUESSED_TOKENS if sample is None else _count_tokens(examined, sample)
     told = f"{tokens} tokens in the longest sample" if sample else f"samples are not here: {tokens} tokens are assumed"
@@ -111,7 +115,8 @@ def _examine_memory(cfg: DictConfig, examined: Examined, samples: Samples | None
         calibration_batch=cfg.calibration.batch_size,
         evaluation_batch=cfg.benchmark.batch_size,
         new_tokens=cfg.benchmark.max_new_tokens or GUESSED_ANSWER,
-        windows="windows" in cfg.calibration.statistics,
+        windows="windows" in needs.union(cfg.calibration.statistics),
+        probes="probe" in needs,
     )
     section.note(f"lower bounds in these terms; {told}, calibration.batch_size={load.calibration_batch}")
     n_remove = asked_removals(cfg, examined.shape.layers)
@@ -133,14 +138,11 @@ def _compare(need: Need, room: int | None, section: Section) -> None:
 
 
 def _room(cfg: DictConfig) -> dict[str, int | None]:
-    """Bytes that there are: of the device's memory, and of the disk that an export goes to."""
+    """Bytes that there are: of the device's memory, of the CPU's, and of the disk that an export goes to."""
     device = find_device(cfg.model.device)
-    memory = None
-    if device.type == "cuda":
-        memory = torch.cuda.mem_get_info(device)[1]
-    elif device.type == "cpu":
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else host if device.type == "cpu" else None
     target = Path(cfg.export.path or ".").absolute()
     while not target.exists():
         target = target.parent
-    return {"device": memory, "disk": shutil.disk_usage(target).free}
+    return {"device": memory, "host": host, "disk": shutil.disk_usage(target).free}

@@ -5,7 +5,11 @@ Lower bounds: libraries, allocators and temporary results of single operations c
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+COMPARED = 1024  # tokens whose states are compared at once, see svl.calibration.calibrate
+PROBE_MEMORY = 2**31  # bytes of states kept between the steps of a greedy search, see svl.calibration.removal_probe
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,16 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Load:
-    """How much a run does: samples, tokens of the longest one, samples and questions at once, tokens of an answer."""
+    """How much a run does.
+
+    Attributes:
+        samples: of the calibration set.
+        tokens: of the longest of them.
+        calibration_batch, evaluation_batch: samples and questions at once.
+        new_tokens: of an answer.
+        windows: whether cosines between all pairs of layers are measured.
+        probes: whether the strategy tries removals out.
+    """
 
     samples: int
     tokens: int
@@ -46,11 +59,12 @@ class Load:
     evaluation_batch: int
     new_tokens: int
     windows: bool
+    probes: bool = False
 
 
 @dataclass(frozen=True)
 class Need:
-    """What a stage needs: bytes, where, and how they come about."""
+    """What a stage needs: bytes, where ("device", "host": the CPU's memory, or "disk"), and how they come about."""
 
     stage: str
     bytes: int
@@ -60,34 +74,74 @@ class Need:
 
 def stage_needs(model: ModelShape, load: Load, n_remove: int) -> list[Need]:
     """The stages of a run, in order."""
-    tokens = load.calibration_batch * load.tokens
-    states = (model.layers + 1) * tokens * model.hidden * model.bytes_each if load.windows else 0
-    pairs = (model.layers + 1) * model.layers // 2 * tokens * 4 if load.windows else 0
-    activations = tokens * (3 * model.mlp_width + 4 * model.hidden) * model.bytes_each
-    logits = load.evaluation_batch * model.vocabulary * 4
-    asked = load.evaluation_batch * (load.tokens + load.new_tokens)
-    cache = asked * model.layers * model.cache_width * model.bytes_each
-    walking = 2 * load.samples * load.tokens * model.hidden * model.bytes_each
-    gram = model.mlp_width * (model.mlp_width + model.hidden) * 8
     kept = 1 - n_remove / model.layers
-    windows = " + (L + 1) states and L (L + 1) / 2 cosines of a batch" if load.windows else ""
     return [
         Need("load", model.weights, "device", "weights"),
-        Need(
-            "calibrate",
-            model.weights + activations + states + pairs,
-            "device",
-            f"weights + a layer's activations of a batch{windows}",
-        ),
-        Need(
-            "compensate, by least squares",
-            model.weights + walking + 2 * gram,
-            "device",
-            "weights + two states of every sample + two systems of n (n + d) doubles, n = MLP width",
-        ),
-        Need("evaluate", model.weights + cache + logits, "device", "weights + keys and values of a batch"),
+        _calibration(model, load),
+        *([_probing(model, load), _gradients(model, load)] if load.probes else []),
+        *_least_squares(model, load, round(kept * model.layers)),
+        _evaluation(model, load),
         Need("export", int(kept * model.weights), "disk", "weights without the removed layers, at least"),
     ]
+
+
+def _activations(model: ModelShape, tokens: int) -> int:
+    """What one layer makes of so many tokens: three numbers per MLP unit, four states."""
+    return tokens * (3 * model.mlp_width + 4 * model.hidden) * model.bytes_each
+
+
+def _calibration(model: ModelShape, load: Load) -> Need:
+    tokens = load.calibration_batch * load.tokens
+    forward = _activations(model, tokens) + 2 * tokens * model.hidden * 4
+    formula = "weights + a layer's activations and two fp32 states of a batch"
+    if not load.windows:
+        return Need("calibrate", model.weights + forward, "device", formula)
+    depth = model.layers + 1
+    states = depth * tokens * model.hidden * model.bytes_each
+    pairs = depth * model.layers // 2 * tokens * 4
+    compared = 2 * min(tokens, COMPARED) * depth * model.hidden * 4
+    formula = f"{formula}, or two fp32 copies of {COMPARED} tokens' states; + L + 1 states, L (L + 1) / 2 cosines"
+    return Need("calibrate", model.weights + states + pairs + max(forward, compared), "device", formula)
+
+
+def _probing(model: ModelShape, load: Load) -> Need:
+    state = load.samples * load.tokens * model.hidden * model.bytes_each
+    kept = min(PROBE_MEMORY, state * model.layers * (model.layers + 1) // 2)
+    batch = _activations(model, model.layers * load.tokens)
+    formula = "weights + a layer's activations of L rows of a sample + states kept between the steps"
+    return Need("plan, by trying removals out", model.weights + batch + kept, "device", formula)
+
+
+def _gradients(model: ModelShape, load: Load) -> Need:
+    states = 2 * math.sqrt(model.layers) * load.samples * load.tokens * model.hidden * model.bytes_each
+    layer = model.hidden * (3 * model.mlp_width + 2 * model.hidden + model.cache_width)
+    one = layer * (4 + model.bytes_each) + 2 * _activations(model, load.tokens)
+    formula = "weights + 2 sqrt(L) states of every sample + a layer's gradients, and their sums in fp32"
+    return Need("plan, by gradients", int(model.weights + states + one), "device", formula)
+
+
+def _least_squares(model: ModelShape, load: Load, kept: int) -> list[Need]:
+    n, d = model.mlp_width, model.hidden
+    walking = 2 * load.samples * load.tokens * d * model.bytes_each
+    systems = (2 * n * (n + d) + 2 * n * n) * 8
+    return [
+        Need(
+            "compensate, by least squares",
+            model.weights + walking + systems,
+            "device",
+            "weights + two states of every sample + 2 n (n + d) + 2 n^2 doubles, n = MLP width",
+        ),
+        Need("keep the patch of a refit", kept * d * (n + d) * 4, "host", "d (n + d) fp32 numbers per kept layer"),
+    ]
+
+
+def _evaluation(model: ModelShape, load: Load) -> Need:
+    asked = load.evaluation_batch * (load.tokens + load.new_tokens)
+    cache = asked * model.layers * model.cache_width * model.bytes_each
+    logits = load.evaluation_batch * model.vocabulary * 4
+    prompt = _activations(model, load.evaluation_batch * load.tokens)
+    formula = "weights + keys and values, and a layer's activations, of a batch"
+    return Need("evaluate", model.weights + cache + logits + prompt, "device", formula)
 
 
 def in_words(size: float) -> str:

@@ -77,12 +77,17 @@ def test_memory_by_hand():
     shape = ModelShape(7_063_427_072, 2, 32, 4096, 11008, 2 * 4096, 32064)
     needs = {need.stage: need.bytes for need in stage_needs(shape, Load(64, 640, 8, 16, 32, windows=True), 8)}
     assert needs["load"] == 14_126_854_144
-    states = 33 * 8 * 640 * 4096 * 2
-    cosines = 528 * 8 * 640 * 4
     activations = 8 * 640 * (3 * 11008 + 4 * 4096) * 2
-    assert needs["calibrate"] == needs["load"] + states + cosines + activations
+    two_states = 2 * 8 * 640 * 4096 * 4
+    all_states, cosines = 33 * 8 * 640 * 4096 * 2, 528 * 8 * 640 * 4
+    compared = 2 * 1024 * 33 * 4096 * 4
+    assert needs["calibrate"] == needs["load"] + all_states + cosines + max(activations + two_states, compared)
+    systems = (2 * 11008 * (11008 + 4096) + 2 * 11008 * 11008) * 8
+    assert needs["compensate, by least squares"] == needs["load"] + 2 * 64 * 640 * 4096 * 2 + systems
+    assert needs["keep the patch of a refit"] == 24 * 4096 * (11008 + 4096) * 4
     cache = 16 * (640 + 32) * 32 * 8192 * 2
-    assert needs["evaluate"] == needs["load"] + cache + 16 * 32064 * 4
+    prompt = 16 * 640 * (3 * 11008 + 4 * 4096) * 2
+    assert needs["evaluate"] == needs["load"] + cache + 16 * 32064 * 4 + prompt
     assert needs["export"] == needs["load"] * 3 // 4
 
 
