@@ -18,6 +18,7 @@ plans on the device against the CPU; (g) a checkpoint from disk to disk, and whe
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import importlib.util
 import itertools
@@ -43,6 +44,7 @@ import torch
 from device_table import lines_of
 from PIL import Image
 from random_llava import SHAPES, SMALL, WORDS, Shape, random_llava
+from svl.evaluation.lock_step import LockStep
 from transformers.utils import logging
 
 import svl
@@ -60,6 +62,7 @@ from svl.core.plan import layers_to_remove
 from svl.data.samples import Sample, Samples
 from svl.evaluation.efficiency import measure_efficiency
 from svl.evaluation.settings import EfficiencySettings
+from svl.evaluation.shared_prefill import SharedPrefill
 from svl.quantization.torchao import Torchao
 from svl.selectors.tis import Tis
 from svl.strategies.cosine import Cosine
@@ -285,10 +288,11 @@ def combined(bench: Bench) -> dict[str, Any]:
     return found
 
 
-def lock_step(bench: Bench) -> dict[str, Any]:
-    """(e) Twelve uncompensated plans answer a batch: one by one, and in lock step."""
-    from svl.evaluation.lock_step import LockStep
+BATCH = 4  # prompts that plans answer at once
 
+
+def lock_step(bench: Bench) -> dict[str, Any]:
+    """(e) Twelve uncompensated plans answer a batch: one by one, with the prompt's start shared, in lock step."""
     lvlm = bench.model("7b")
     layers = lvlm.anatomy.n_layers
     choice = random.Random(0)
@@ -296,25 +300,26 @@ def lock_step(bench: Bench) -> dict[str, Any]:
         svl.Plan(layers, tuple(sorted(choice.sample(range(2, layers - 1), 1 + k * layers // 40)))) for k in range(12)
     ]
     pruned = [svl.apply(lvlm, plan) for plan in plans]
-    inputs, *_ = encode_samples(lvlm, bench.data.samples[:4])
-    found: dict[str, Any] = {"plans": len(plans), "batch_size": 4}
+    inputs, *_ = encode_samples(lvlm, bench.data.samples[:BATCH])
+    found: dict[str, Any] = {"plans": len(plans), "batch_size": BATCH}
     for new_tokens in (4, 64):
-        settings = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
-        answers: dict[str, list[torch.Tensor]] = {}
-
-        def separate(answers=answers, settings=settings) -> None:
-            with torch.inference_mode():
-                answers["separate"] = [p.model.generate(**inputs, **settings) for p in pruned]
-
-        def together(answers=answers, settings=settings) -> None:
-            with torch.inference_mode():
-                answers["together"] = LockStep(lvlm, pruned).generate(inputs, settings)
-
-        rows = {"separate": bench.seconds(separate, 3), "lock step": bench.seconds(together, 3)}
-        pairs = zip(answers["separate"], answers["together"], strict=True)
-        equal = [float((a == b).all(1).float().mean()) for a, b in pairs]
-        gain = rows["separate"]["seconds"] / rows["lock step"]["seconds"]
-        found[f"{new_tokens} tokens"] = {**rows, "times": gain, "equal_answers": statistics.mean(equal)}
+        settings = copy.deepcopy(lvlm.model.generation_config)
+        settings.update(do_sample=False, max_new_tokens=new_tokens, min_new_tokens=new_tokens, pad_token_id=0)
+        ways = {
+            "one by one": lambda settings=settings: [
+                p.model.generate(**inputs, generation_config=settings) for p in pruned
+            ],
+            "shared prompt": lambda settings=settings: SharedPrefill(pruned).generate(inputs, settings),
+            "lock step": lambda settings=settings: LockStep(lvlm, pruned, plans).generate(inputs, settings),
+        }
+        with torch.inference_mode():
+            answers = {name: work() for name, work in ways.items()}
+            rows = {name: bench.seconds(work, 3) for name, work in ways.items()}
+        for name, row in rows.items():
+            pairs = zip(answers["one by one"], answers[name], strict=True)
+            row["equal_answers"] = statistics.mean(float((a == b).all(1).float().mean()) for a, b in pairs)
+            row["times"] = rows["one by one"]["seconds"] / row["seconds"]
+        found[f"{new_tokens} tokens"] = rows
     return found
 
 
@@ -413,7 +418,7 @@ def checkpoint(bench: Bench) -> dict[str, Any]:
 
 def tests(bench: Bench) -> dict[str, Any]:
     """(h) The tests that need an accelerator."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", str(ROOT / "tests")]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "gpu")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     return {"status": done.returncode, "summary": (done.stdout + done.stderr).strip().splitlines()[-15:]}
 

@@ -24,11 +24,9 @@ def lines_of(piece: str, found: dict[str, Any]) -> Iterator[str]:
     elif piece == "e":
         yield f"{found['plans']} plans, {found['batch_size']} prompts"
         for name, row in found.items():
-            if isinstance(row, dict):
-                seconds = (
-                    f"{row['separate']['seconds']:.2f} s one by one, {row['lock step']['seconds']:.2f} s in lock step"
-                )
-                yield f"{name:12s} {seconds}, x{row['times']:.2f}; equal answers {row['equal_answers']:.1%}"
+            for way, measured in row.items() if isinstance(row, dict) else ():
+                gain = f"{measured['seconds']:8.2f} s  x{measured['times']:.2f}{in_gb(measured)}"
+                yield f"{name:10s} {way:14s} {gain}; equal answers {measured['equal_answers']:.1%}"
     elif piece == "f":
         for name, row in found.items():
             plans = f"{row['equal_plans']} of {row['plans']} plans"
