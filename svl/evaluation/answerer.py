@@ -26,12 +26,14 @@ from svl.evaluation.lmms_eval_internals import (
     likelihood_arguments,
     likelihood_result,
 )
+from svl.evaluation.lock_step import LockStep
 from svl.evaluation.shared_prefill import SharedPrefill
 from svl.models.lvlm import Lvlm
 
 T = TypeVar("T")
 Conversation = list[dict[str, Any]]  # Hugging Face messages: role and content, a list of image and text parts
 Answers = tuple[Any, ...]  # to one request, every model's
+Reader = SharedPrefill | LockStep  # a way for several models to read one batch
 
 WARM_UP_TOKENS = 2
 WAY_OUT = "; leave it out by benchmark.limit, or name the placeholder of images with model.image_token"
@@ -40,7 +42,7 @@ WAY_OUT = "; leave it out by benchmark.limit, or name the placeholder of images 
 class Answerer(Model):
     """Models as lmms-eval sees them: chat messages in, greedy answers out.
 
-    Several models answer together when the first of them is asked.
+    Several models answer together when the first of them is asked, in the way of `reader`.
 
     Attributes:
         current: the number of the model whose answers are given.
@@ -55,7 +57,7 @@ class Answerer(Model):
     device = torch.device("cpu")  # of bookkeeping between processes
     accelerator = None  # there, so that lmms-eval sets up none
 
-    def __init__(self, models: Sequence[Lvlm], batch_size: int, description: str):
+    def __init__(self, models: Sequence[Lvlm], batch_size: int, description: str, reader: Reader | None = None):
         super().__init__()
         self.models, self.lvlm = models, models[0]
         self.batch_size, self.description = batch_size, description
@@ -64,7 +66,7 @@ class Answerer(Model):
         self.frames = 8
         self.seconds, self.first_prompt = 0.0, ""
         self._answers: list[Answers] = []
-        self._shared = SharedPrefill(models)
+        self._reader = reader or SharedPrefill(models)
 
     def clean(self) -> None:
         """Nothing: lmms-eval's own would drop the model after its first benchmark."""
@@ -169,18 +171,17 @@ class Answerer(Model):
         """Greedy answers, every model's, to conversations with equally many images and videos each."""
         tokenizer: Any = self.lvlm.tokenizer
         inputs = self._encode(conversations, [self.lvlm.render(c) for c in conversations])
-
-        def generate(lvlm: Lvlm) -> list[str]:
-            settings = copy.deepcopy(lvlm.model.generation_config)
-            settings.update(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None)
-            settings.update(max_new_tokens=max_new_tokens, max_length=None)
-            if settings.pad_token_id is None:
-                settings.pad_token_id = tokenizer.pad_token_id
-            model: Any = lvlm.model
-            tokens = model.generate(**inputs, generation_config=settings)
-            return tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-        return self._every_model(generate)
+        settings = copy.deepcopy(self.lvlm.model.generation_config)  # one for all models that answer together
+        settings.update(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None)
+        settings.update(max_new_tokens=max_new_tokens, max_length=None)
+        if settings.pad_token_id is None:
+            settings.pad_token_id = tokenizer.pad_token_id
+        prompt = inputs["input_ids"].shape[1]
+        texts = [
+            tokenizer.batch_decode(tokens[:, prompt:], skip_special_tokens=True)
+            for tokens in self._reader.generate(inputs, settings)
+        ]
+        return list(zip(*texts, strict=True))
 
     def likelihood(self, conversations: list[Conversation], continuations: list[str]) -> list[Answers]:
         """Of each continuation after its conversation (equally many images and videos each), see `loglikelihood`."""
@@ -188,30 +189,16 @@ class Answerer(Model):
         lengths = [self._tokens_of(p, c) for p, c in zip(prompts, continuations, strict=True)]
         inputs = self._encode(conversations, [p + c for p, c in zip(prompts, continuations, strict=True)])
 
-        def losses(lvlm: Lvlm) -> list[Any]:
-            with torch.inference_mode():
-                logits = lvlm.model(**inputs, logits_to_keep=max(lengths) + 1, use_cache=False).logits.float()
-            found = []
-            for row, ids, length in zip(logits, inputs["input_ids"], lengths, strict=True):
+        given: list[list[Any]] = [[] for _ in self.models]
+        for k, logits in self._reader.logits(inputs, max(lengths) + 1):
+            for row, ids, length in zip(logits.float(), inputs["input_ids"], lengths, strict=True):
                 predicted, target = row[-length - 1 : -1].log_softmax(-1), ids[-length:]
                 loss = -predicted.gather(1, target[:, None]).sum().item()
-                found.append(likelihood_result(loss, bool((predicted.argmax(-1) == target).all())))
-            return found
-
-        return self._every_model(losses)
+                given[k].append(likelihood_result(loss, bool((predicted.argmax(-1) == target).all())))
+        return list(zip(*given, strict=True))
 
     def _encode(self, conversations: list[Conversation], texts: list[str]) -> dict[str, torch.Tensor]:
         return self.lvlm.encode(texts, [images_of(c) for c in conversations], [video_of(c) for c in conversations])
-
-    def _every_model(self, ask: Callable[[Lvlm], list[Any]]) -> list[Answers]:
-        """What `ask` gives of every model (an item per conversation), item by item; all read the same batch."""
-        given: list[list[Any]] = [[] for _ in self.models]
-        self._shared.start_batch()
-        for k in self._shared.order:
-            with self._shared.reading(k):
-                given[k] = ask(self.models[k])
-        self._shared.start_batch()
-        return list(zip(*given, strict=True))
 
     def _tokens_of(self, prompt: str, continuation: str) -> int:
         """How many of the last tokens of the two together are not the prompt's."""

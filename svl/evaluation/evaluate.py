@@ -20,8 +20,8 @@ Decisions (lmms-eval is pinned to 0.7.3; its stock adapters are not used, they t
 * Intervals of shares of answers are Wilson's: they stay in [0, 1] and have a width where the error is 0.
 * NaN (a metric that is not defined, such as precision without a "yes") becomes None, never a number.
 * Started by torchrun, every process answers its share of the documents with a copy of the model; the first gathers.
-* Models that were pruned from one may be evaluated together: see svl.evaluation.shared_prefill. Their speeds are then
-  unknown.
+* Models that were pruned from one may be evaluated together: see svl.evaluation.shared_prefill and lock_step. Their
+  speeds are then unknown.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from PIL import Image
 from svl import processes
 from svl.core import one_of
 from svl.core.errors import explained
-from svl.evaluation.answerer import Answerer
+from svl.evaluation.answerer import Answerer, Reader
 from svl.evaluation.lmms_eval_internals import Model, quiet, run_task
 from svl.evaluation.lmms_tasks import ScoredSample, ScoredTask, load_task, sample_score
 from svl.evaluation.settings import TaskOptions
@@ -80,22 +80,27 @@ def evaluate(model: Lvlm | Model, task: str, options: TaskOptions, folder: Path)
 
 
 def evaluate_together(
-    models: Sequence[Lvlm], task: str, options: TaskOptions, folders: Sequence[Path]
+    models: Sequence[Lvlm],
+    task: str,
+    options: TaskOptions,
+    folders: Sequence[Path],
+    reader: Reader | None = None,
 ) -> list[dict[str, Any]]:
     """`evaluate` of several models that were pruned from one: the same answers, but for their speed, which is None.
 
-    What models share is computed once (svl.evaluation.shared_prefill); `seconds` is each one's share of the whole time.
+    What models share is computed once; `seconds` is each one's share of the whole time.
 
     Args:
         models: of one depth or several, with one tokenizer and processor.
         task: as for `evaluate`.
         options: as for `evaluate`.
         folders: one for each model.
+        reader: how the models read a batch; None: one after the other (svl.evaluation.shared_prefill).
 
     Raises:
         SvlError: as `evaluate`, or if the models keep caches that cannot be shared.
     """
-    answerer = Answerer(models, options.batch_size, options.description or task)
+    answerer = Answerer(models, options.batch_size, options.description or task, reader)
     found = []
     for k, folder in enumerate(folders):
         answerer.current = k

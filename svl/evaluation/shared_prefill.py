@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from torch import nn
-from transformers import Cache
+import torch
+from torch import Tensor, nn
+from transformers import Cache, GenerationConfig
 from transformers.utils import ModelOutput
 
 from svl.core import SvlError
@@ -36,6 +37,8 @@ class RecordedLayer(NamedTuple):
 class SharedPrefill:
     """Models that read one batch after another, best in the given `order`.
 
+    `generate` and `logits` do so, as those of svl.evaluation.lock_step.LockStep; what else is wanted of them:
+
         shared = SharedPrefill(models)
         for batch in batches:
             shared.start_batch()
@@ -48,7 +51,7 @@ class SharedPrefill:
 
     def __init__(self, models: Sequence[Lvlm]):
         self.models = models
-        self.stacks = [[_identity(layer) for layer in m.layers] for m in models]
+        self.stacks = [[module_identity(layer) for layer in m.layers] for m in models]
         seen: dict[Identity, int] = {}
         for identity in itertools.chain.from_iterable(self.stacks):
             seen.setdefault(identity, len(seen))
@@ -62,6 +65,34 @@ class SharedPrefill:
         self._recorded_stack: list[Identity] = []  # the first layers of the last model, whose outputs are recorded
         self._recorded: list[RecordedLayer] = []
         self._towers: dict[Identity, list[Any]] = {}  # outputs of the vision tower, call by call
+
+    def generate(self, inputs: dict[str, Tensor], settings: GenerationConfig) -> list[Tensor]:
+        """What `generate` of every model gives for a batch: ids [rows, tokens of the prompt and the longest answer].
+
+        Raises:
+            SvlError: if layers do more than can be recorded.
+        """
+        tokens: dict[int, Tensor] = {}
+        self.start_batch()
+        for k in self.order:
+            model: Any = self.models[k].model
+            with self.reading(k):
+                tokens[k] = model.generate(**inputs, generation_config=settings)
+        self.start_batch()
+        return [tokens[k] for k in range(len(self.models))]
+
+    def logits(self, inputs: dict[str, Tensor], last: int) -> Iterator[tuple[int, Tensor]]:
+        """The numbers of the models, each with its logits [rows, last, vocabulary] of the last tokens of a batch.
+
+        Raises:
+            SvlError: if layers do more than can be recorded.
+        """
+        self.start_batch()
+        for k in self.order:
+            with self.reading(k), torch.inference_mode():
+                logits = self.models[k].model(**inputs, logits_to_keep=last, use_cache=False).logits
+            yield k, logits
+        self.start_batch()
 
     @contextmanager
     def reading(self, k: int) -> Iterator[None]:
@@ -77,7 +108,7 @@ class SharedPrefill:
         del self._recorded[known:]
         self.layers_saved += known
         self.layers_passed += len(self.stacks[k])
-        undo = [self._share_tower(tower) for tower in _towers(self.models[k])]
+        undo = [self._share_tower(tower) for tower in vision_towers(self.models[k])]
         for i, layer in enumerate(self.models[k].layers):
             if i < known:
                 undo.append(_replace_next_call(layer, self._recorded_forward(i)))
@@ -94,7 +125,7 @@ class SharedPrefill:
         """Layer `i` computes, and its output is kept."""
 
         def recording(*args: Any, **kwargs: Any) -> Any:
-            output, cache = forward(*args, **kwargs), self._cache(args, kwargs)
+            output, cache = forward(*args, **kwargs), cache_of(self.models[0].name, args, kwargs)
             self._recorded.append(RecordedLayer(output, copy.deepcopy(cache.layers[i]) if cache else None))
             return output
 
@@ -104,27 +135,16 @@ class SharedPrefill:
         """Layer `i` gives what was kept, in its output and in the cache."""
 
         def recorded(*args: Any, **kwargs: Any) -> Any:
-            cache = self._cache(args, kwargs)
+            cache = cache_of(self.models[0].name, args, kwargs)
             if cache:
                 cache.layers[i : i + 1] = [copy.deepcopy(self._recorded[i].cache)]
             return self._recorded[i].output
 
         return recorded
 
-    def _cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
-        """The cache that a layer was called with, if it keeps one."""
-        values = (*args, *kwargs.values())
-        caches = [x for x in values if isinstance(x, Cache)]
-        hidden = kwargs.get("use_cache") and not caches
-        if hidden or any(isinstance(x, MutableMapping) for x in values):
-            raise SvlError(
-                f"layers of '{self.models[0].name}' leave more behind than their output and their part of a cache"
-            )
-        return caches[0] if caches else None
-
     def _share_tower(self, tower: nn.Module) -> Undo:
         """Calls of a tower give the recorded outputs, one after the other, then compute and record more."""
-        original, outputs, calls = tower.forward, self._towers.setdefault(_identity(tower), []), itertools.count()
+        original, outputs, calls = tower.forward, self._towers.setdefault(module_identity(tower), []), itertools.count()
 
         def shared(*args: Any, **kwargs: Any) -> Any:
             n = next(calls)
@@ -133,15 +153,30 @@ class SharedPrefill:
             # callers may write into an output's fields, as Qwen's do
             return copy.copy(outputs[n]) if isinstance(outputs[n], ModelOutput) else outputs[n]
 
-        return _replace_forward(tower, shared)
+        return replace_forward(tower, shared)
 
 
-def _identity(module: nn.Module) -> Identity:
+def cache_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
+    """The cache that a decoder layer of the model `name` was called with, if it keeps one.
+
+    Raises:
+        SvlError: if layers leave something behind elsewhere, so that what they do cannot be shared.
+    """
+    values = (*args, *kwargs.values())
+    caches = [x for x in values if isinstance(x, Cache)]
+    hidden = kwargs.get("use_cache") and not caches
+    if hidden or any(isinstance(x, MutableMapping) for x in values):
+        raise SvlError(f"layers of '{name}' leave more behind than their output and their part of a cache")
+    return caches[0] if caches else None
+
+
+def module_identity(module: nn.Module) -> Identity:
+    """Equal for modules of one class that share all tensors."""
     tensors = (*module.named_parameters(), *module.named_buffers())
     return (type(module), *((name, t.data_ptr(), t.shape, t.stride()) for name, t in tensors))
 
 
-def _towers(lvlm: Lvlm) -> list[nn.Module]:
+def vision_towers(lvlm: Lvlm) -> list[nn.Module]:
     """The outermost modules that read images: what they compute depends on the batch alone."""
     found: dict[str, nn.Module] = {}
     decoder = lvlm.anatomy.layers
@@ -166,11 +201,11 @@ def _replace_next_call(module: nn.Module, forward: Forward) -> Undo:
         undo()
         return forward(*args, **kwargs)
 
-    undo = _replace_forward(module, once)
+    undo = replace_forward(module, once)
     return undo
 
 
-def _replace_forward(module: nn.Module, forward: Forward) -> Undo:
+def replace_forward(module: nn.Module, forward: Forward) -> Undo:
     """Give `module` another `forward`; returns what takes this back."""
     before = module.__dict__.get("forward")
     module.forward = forward

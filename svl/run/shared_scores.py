@@ -1,7 +1,7 @@
 """Scores of a sweep that are made together, before its first job starts: `together` above 1.
 
-The plans of all jobs are made, and those of one model are evaluated together (see svl.evaluation.shared_prefill); the
-jobs then find their scores in the store.
+The plans of all jobs are made, and those of one model are evaluated together (see svl.evaluation.shared_prefill, and
+lock_step for accelerators); the jobs then find their scores in the store.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
@@ -22,6 +22,11 @@ from svl.processes import process_count
 from svl.run import hydra_internals
 from svl.run.pipeline import Run
 from svl.run.variants import ModelVariant
+
+if TYPE_CHECKING:
+    import torch
+
+    from svl.models.lvlm import Lvlm
 
 log = logging.getLogger(__name__)
 
@@ -119,8 +124,6 @@ def evaluate_family(family: Sequence[MissingScore]) -> None:
     Raises:
         SvlError: if its models cannot be evaluated together.
     """
-    from svl.evaluation.evaluate import evaluate_together
-
     setup, task = family[0].variant.setup, family[0].task
     log.info("%s: %d plans together", task, len(family))
     with setup.store.scratch("together") as root:
@@ -129,12 +132,38 @@ def evaluate_family(family: Sequence[MissingScore]) -> None:
             folder.mkdir(parents=True)
         try:
             variants = [ModelVariant(setup, s.variant.plan, s.variant.stored_patch) for s in family]  # of one model
-            found = evaluate_together([v.lvlm for v in variants], task, setup.tasks[task], folders)
+            found = evaluate_models(setup.dense, variants, task, folders)
             for score, variant, folder, scores in zip(family, variants, folders, found, strict=True):
                 output = {**scores, "params": variant.lvlm.parameters(), "work": scores["seconds"]}
                 store_score(score, folder, output)
         finally:
             setup.release_model()
+
+
+def evaluate_models(
+    dense: Lvlm, variants: Sequence[ModelVariant], task: str, folders: Sequence[Path]
+) -> list[dict[str, Any]]:
+    """The scores of variants of one model, which answer together; in lock-step where that pays and can be done.
+
+    Raises:
+        SvlError: if they cannot be evaluated together.
+    """
+    from svl.evaluation.evaluate import evaluate_together
+    from svl.evaluation.lock_step import LockStep
+
+    models, options = [v.lvlm for v in variants], variants[0].setup.tasks[task]
+    if waits_for_weights(dense.device):
+        try:
+            lock_step = LockStep(dense, models, [v.plan for v in variants])
+            return evaluate_together(models, task, options, folders, lock_step)
+        except SvlError as error:
+            log.warning("  not in lock-step, so they share the prompt only: %s", error)
+    return evaluate_together(models, task, options, folders)
+
+
+def waits_for_weights(device: torch.device) -> bool:
+    """Whether a model decodes there as fast as its weights are read, so that reading them once for many rows pays."""
+    return device.type != "cpu"
 
 
 def store_score(score: MissingScore, made: Path, output: dict[str, Any]) -> None:
