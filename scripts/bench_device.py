@@ -1,6 +1,6 @@
 """Short-LVLM on an accelerator, at real size: one command, one table.
 
-    python scripts/bench_device.py OUT [--pieces a,b,c,d,e,f,g,h] [--device cuda] [--small] [--disk FOLDER]
+    python scripts/bench_device.py OUT [--pieces a,b,c,d,e,f,g,h] [--disk FOLDER] [--repeats 5] [--small]
 
 Models have the shape of LLaVA-1.5-7B and 13B (576 visual tokens), random bf16 weights made on the device, and a
 processor made on the spot: speed and memory depend on neither. Nothing is fetched, and nothing but torch, transformers,
@@ -44,7 +44,6 @@ import torch
 from device_table import lines_of
 from PIL import Image
 from random_llava import SHAPES, SMALL, WORDS, Shape, random_llava
-from svl.evaluation.lock_step import LockStep
 from transformers.utils import logging
 
 import svl
@@ -61,6 +60,7 @@ from svl.compensation.subspace_fit import SubspaceFit
 from svl.core.plan import layers_to_remove
 from svl.data.samples import Sample, Samples
 from svl.evaluation.efficiency import measure_efficiency
+from svl.evaluation.lock_step import LockStep
 from svl.evaluation.settings import EfficiencySettings
 from svl.evaluation.shared_prefill import SharedPrefill
 from svl.quantization.torchao import Torchao
@@ -83,6 +83,8 @@ class Bench:
         disk: folder for checkpoints of piece `g`.
         samples: of the calibration set.
         repeats: of every measurement; the median counts.
+        new_tokens: of an answer whose speed is measured.
+        plans: how many are evaluated together.
     """
 
     device: torch.device
@@ -90,6 +92,8 @@ class Bench:
     disk: Path
     samples: int = 64
     repeats: int = 5
+    new_tokens: int = 32
+    plans: int = 12
     batch_size: int = 8
     loaded: dict[str, svl.Lvlm] = field(default_factory=dict)
 
@@ -113,13 +117,13 @@ class Bench:
             samples.append(Sample(row, " ".join(words.choices(WORDS, k=62)), (png.getvalue(),), words.choice(WORDS)))
         return Samples("made up", tuple(samples))
 
-    def seconds(self, work: Callable[[], Any], repeats: int | None = None) -> dict[str, float]:
+    def seconds(self, work: Callable[[], Any]) -> dict[str, Any]:
         """Median seconds of a piece of work after one round that does not count, and its peak of memory, in GB, above
         what was there before (None where torch does not count it)."""
         work()
         taken = []
         with self.peak() as peak:
-            for _ in range(repeats or self.repeats):
+            for _ in range(self.repeats):
                 began = self.now()
                 work()
                 taken.append(self.now() - began)
@@ -255,7 +259,11 @@ def speed(bench: Bench) -> dict[str, Any]:
         for ratio in shape.ratios:
             n = layers_to_remove(ratio, shape.layers)
             pruned = svl.apply(lvlm, middle(shape.layers, n))
-            for name, batch_size, new_tokens in (("short", 1, 4), ("batch 1", 1, 32), ("batch 16", 16, 32)):
+            for name, batch_size, new_tokens in (
+                ("short", 1, 4),
+                ("batch 1", 1, bench.new_tokens),
+                ("batch 16", 16, bench.new_tokens),
+            ):
                 settings = EfficiencySettings(batch_size, new_tokens, warmup=1, repeats=bench.repeats)
                 measured = measure_efficiency(lvlm, pruned, bench.data.samples[0], settings)
                 found[f"{size}, {n} of {shape.layers}, {name}"] = {**measured, "paper": PAPER.get(size, {}).get(n)}
@@ -283,7 +291,7 @@ def combined(bench: Bench) -> dict[str, Any]:
     found = {}
     for name, made in variants.items():
         for batch_size in (1, 16):
-            settings = EfficiencySettings(batch_size, 32, warmup=1, repeats=bench.repeats)
+            settings = EfficiencySettings(batch_size, bench.new_tokens, warmup=1, repeats=bench.repeats)
             found[f"{name}, batch {batch_size}"] = measure_efficiency(lvlm, made(), bench.data.samples[0], settings)
     return found
 
@@ -292,17 +300,18 @@ BATCH = 4  # prompts that plans answer at once
 
 
 def lock_step(bench: Bench) -> dict[str, Any]:
-    """(e) Twelve uncompensated plans answer a batch: one by one, with the prompt's start shared, in lock step."""
+    """(e) Uncompensated plans answer a batch: one by one, with the prompt's start shared, in lock step."""
     lvlm = bench.model("7b")
     layers = lvlm.anatomy.n_layers
     choice = random.Random(0)
     plans = [
-        svl.Plan(layers, tuple(sorted(choice.sample(range(2, layers - 1), 1 + k * layers // 40)))) for k in range(12)
+        svl.Plan(layers, tuple(sorted(choice.sample(range(2, layers - 1), 1 + k * layers // 40))))
+        for k in range(bench.plans)
     ]
     pruned = [svl.apply(lvlm, plan) for plan in plans]
     inputs, *_ = encode_samples(lvlm, bench.data.samples[:BATCH])
     found: dict[str, Any] = {"plans": len(plans), "batch_size": BATCH}
-    for new_tokens in (4, 64):
+    for new_tokens in (4, bench.new_tokens):
         settings = copy.deepcopy(lvlm.model.generation_config)
         settings.update(do_sample=False, max_new_tokens=new_tokens, min_new_tokens=new_tokens, pad_token_id=0)
         ways = {
@@ -313,8 +322,8 @@ def lock_step(bench: Bench) -> dict[str, Any]:
             "lock step": lambda settings=settings: LockStep(lvlm, pruned, plans).generate(inputs, settings),
         }
         with torch.inference_mode():
+            rows = {name: bench.seconds(work) for name, work in ways.items()}
             answers = {name: work() for name, work in ways.items()}
-            rows = {name: bench.seconds(work, 3) for name, work in ways.items()}
         for name, row in rows.items():
             pairs = zip(answers["one by one"], answers[name], strict=True)
             row["equal_answers"] = statistics.mean(float((a == b).all(1).float().mean()) for a, b in pairs)
@@ -334,7 +343,7 @@ def agreement(bench: Bench) -> dict[str, Any]:
         png = BytesIO()
         Image.fromarray(scenes.render(scene)).save(png, "png")
         samples += [Sample(len(samples) + i, q.prompt, (png.getvalue(),), q.answer) for i, q in enumerate(questions)]
-        if len(samples) >= 192:
+        if len(samples) >= 96:
             break
     data = Samples("scenes", tuple(samples))
     places = {"CPU, fp32": ("cpu", "float32"), "CPU, bf16": ("cpu", "bfloat16")}
@@ -467,13 +476,14 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--pieces", default=",".join(PIECES))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--disk", type=Path, default=Path(tempfile.gettempdir()))
     args = parser.parse_args()
     logging.set_verbosity_error()
-    bench = Bench(torch.device(args.device), SMALL if args.small else SHAPES, args.disk)
+    bench = Bench(torch.device(args.device), SMALL if args.small else SHAPES, args.disk, repeats=args.repeats)
     if args.small:
-        bench.samples, bench.repeats = 8, 1
+        bench.samples, bench.repeats, bench.new_tokens, bench.plans = 8, 1, 6, 3
     args.out.mkdir(parents=True, exist_ok=True)
     table = [machine(bench)]
     for piece in args.pieces.split(","):
