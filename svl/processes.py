@@ -10,12 +10,17 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from svl.core.errors import SvlError
 
 if TYPE_CHECKING:
     from torch.distributed import Store
+
+T = TypeVar("T")
 
 SILENCE = 300.0  # seconds without a sign of life after which a process counts as dead
 
@@ -92,6 +97,39 @@ def gather_values(value: Any) -> list[Any]:
     values: list[Any] = [None] * process_count()
     distributed.all_gather_object(values, value)
     return values
+
+
+def my_share(n: int) -> range:
+    """Which of `n` pieces of work are this process's: every so manyth, so that long neighbours are shared out."""
+    return range(process_rank(), n, process_count())
+
+
+def gather_shares(share: Sequence[T], n: int) -> list[T]:
+    """The results of all processes in the order of the `n` pieces of work, of which each has done `my_share`.
+
+    In this order sums come out as in one process, bit for bit.
+    """
+    shares = gather_values(list(share))
+    return [shares[i % len(shares)][i // len(shares)] for i in range(n)]
+
+
+def all_or_none(work: Callable[[], T]) -> T:
+    """What `work` gives in this process, when all have done theirs.
+
+    Raises:
+        SvlError: in all of them, if it was raised in one: none waits for another that has given up.
+    """
+    result, failure = None, None
+    try:
+        result = work()
+    except SvlError as error:
+        if process_count() == 1:
+            raise
+        failure = error
+    failures = [text for text in gather_values(None if failure is None else str(failure)) if text is not None]
+    if failures:
+        raise failure or SvlError(failures[0])
+    return cast("T", result)
 
 
 def broadcast_word(word: str = "") -> str:

@@ -23,6 +23,7 @@ from svl.core import Stats, TokenSelector, TokenTrace, checked_weights, no_selec
 from svl.core.errors import out_of_memory
 from svl.data.samples import Sample, Samples
 from svl.models.lvlm import Lvlm, Progress
+from svl.processes import all_or_none, my_share
 
 STATISTICS = ("cosine", "windows", "attention")
 FIELDS = ("visual", "cosine", "windows", "received", "emitted", "queries", "keys")
@@ -46,21 +47,29 @@ def calibrate(
     """Measure `statistics` on every sample in one forward pass each.
 
     With a `folder`, traces are written there (one safetensors file per batch) and read back on use; without one they
-    are kept in memory (see `TokenTrace` for their size). `show` wraps the batches for a progress display.
+    are kept in memory (see `TokenTrace` for their size). `show` wraps the batches for a progress display. Of processes
+    that torchrun has started, which all need the same `folder`, each measures every so manyth batch.
 
     Raises:
         SvlError: if a sample does not go through the model, a layer has nothing to measure, or memory runs out.
     """
+    batches = samples.batches(batch_size)
+    numbers = range(len(batches)) if folder is None else my_share(len(batches))
+
+    def measure() -> Iterator[list[TokenTrace]]:
+        mine = [batches[n] for n in numbers]
+        return lvlm.map(lambda model, batch: measure_batch(model, batch, statistics), mine, show, "calibrate")
+
+    def write(folder: Path) -> None:
+        for number, batch in zip(numbers, measure(), strict=True):
+            _write_traces(batch, folder / f"traces-{number:05d}.safetensors")
+
     traces: Iterable[TokenTrace]
-    measured = lvlm.map(
-        lambda model, batch: measure_batch(model, batch, statistics), samples.batches(batch_size), show, "calibrate"
-    )
     with out_of_memory("calibration", f"lower calibration.batch_size (now {batch_size}), or set model.offload=true"):
         if folder is None:
-            traces = [trace for batch in measured for trace in batch]
+            traces = [trace for batch in measure() for trace in batch]
         else:
-            for number, batch in enumerate(measured):
-                _write_traces(batch, folder / f"traces-{number:05d}.safetensors")
+            all_or_none(lambda: write(folder))
             traces = TraceFolder(folder)
     return Stats(lvlm.anatomy.n_layers, lvlm.anatomy.removable, traces)
 

@@ -37,20 +37,20 @@ def first_output(output: Any) -> Tensor:
 @contextmanager
 def cosine_hooks(lvlm: Lvlm, cosines: dict[int, Tensor]) -> Iterator[None]:
     """Within the block, forward passes put cos(h_i, h_{i+1}) [B, T] (fp32) into `cosines[i]`."""
-    last: list[tuple[Tensor, Tensor]] = []  # the newest state and its norms: what leaves layer i enters layer i + 1
+    newest: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []  # a state, and itself in fp32 with its norms
 
-    def norm(x: Tensor) -> Tensor:
-        if last and last[0][0] is x:
-            return last[0][1]
-        return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
+    def widened(x: Tensor) -> tuple[Tensor, Tensor]:
+        if not newest or newest[0][0] is not x:  # what leaves layer i enters layer i + 1
+            wide = x.float()
+            newest[:] = [(x, (wide, torch.linalg.vector_norm(wide, dim=-1)))]
+        return newest[0][1]
 
     def hook(i: int) -> Callable[..., None]:
         def measure_cosine(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            before, after = first_argument(args, kwargs), first_output(output)
-            product = norm(before)
-            last[:] = [(after, norm(after))]
-            dot = torch.linalg.vecdot(before.float(), after.float())
-            cosines[i] = dot / (product * last[0][1]).clamp(min=torch.finfo(torch.float32).tiny)  # 0 for zero states
+            before, size_before = widened(first_argument(args, kwargs))
+            after, size_after = widened(first_output(output))
+            size = (size_before * size_after).clamp(min=torch.finfo(torch.float32).tiny)  # 0 for zero states
+            cosines[i] = torch.linalg.vecdot(before, after) / size
 
         return measure_cosine
 

@@ -11,7 +11,7 @@ depth where it differs from the last one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,7 @@ from svl.core import Patch, Plan, SvlError
 from svl.core.errors import out_of_memory
 from svl.data.samples import Sample, Samples
 from svl.models.lvlm import Lvlm, Progress
+from svl.processes import all_or_none, gather_shares, my_share, process_rank
 from svl.pruning import surgery
 
 Remember = Callable[[str, dict[str, Any], Callable[[], Any]], Any]
@@ -81,7 +82,7 @@ class ModelProbe:
         if missing := [s for s in self.samples if not s.plain and not s.answer]:
             raise SvlError(f"a loss needs answers, but {len(missing)} samples have none, {missing[0].label} for one")
         self._tail: LogitTail | None = None
-        self._scored: list[ScoredSample] | None = None
+        self._records: dict[int, ScoredSample] = {}
 
     def with_samples(self, n: int | None) -> ModelProbe:
         """See `core.RemovalProbe`."""
@@ -94,13 +95,17 @@ class ModelProbe:
 
     @property
     def scored(self) -> list[ScoredSample]:
-        """The samples, recorded on first use."""
-        if self._scored is None:
-            if not len(self.samples):
-                raise SvlError("strategies that try removals out need calibration samples, but there are none")
+        """This process's share of the samples (all, if it is the only one), recorded on first use."""
+        return self._recorded(my_share(len(self.samples)))
+
+    def _recorded(self, numbers: Iterable[int]) -> list[ScoredSample]:
+        if not len(self.samples):
+            raise SvlError("strategies that try removals out need calibration samples, but there are none")
+        if missing := [n for n in numbers if n not in self._records]:
             with torch.no_grad():
-                self._scored = [self._record(s) for s in self.show(self.samples, "record", len(self.samples))]
-        return self._scored
+                for n in self.show(missing, "record", len(missing)):
+                    self._records[n] = self._record(self.samples.samples[n])
+        return [self._records[n] for n in numbers]
 
     @property
     def tail(self) -> LogitTail:
@@ -132,8 +137,8 @@ class ModelProbe:
         """See `core.RemovalProbe`."""
 
         @torch.no_grad()
-        def compute() -> float:
-            pruned, total = surgery.apply(self.lvlm, plan, patch), 0.0
+        def measure_share() -> list[float]:
+            pruned, found = surgery.apply(self.lvlm, plan, patch), []
             for sample in self.scored:
                 ends = []
                 for layers, indices in ((self.layers, range(self.n_layers)), (pruned.layers, plan.kept)):
@@ -142,8 +147,12 @@ class ModelProbe:
                         if i >= self.start:
                             state = self._run(layer, i, state, sample)
                     ends.append(self.tail.norm(state).float().flatten())
-                total += float(F.cosine_similarity(ends[0], ends[1], dim=0))
-            return _finite(total / len(self.scored), f"the similarity of '{self.lvlm.name}' without {plan.removed}")
+                found.append(float(F.cosine_similarity(ends[0], ends[1], dim=0)))
+            return found
+
+        def compute() -> float:
+            total = sum(gather_shares(all_or_none(measure_share), len(self.samples)))
+            return _finite(total / len(self.samples), f"the similarity of '{self.lvlm.name}' without {plan.removed}")
 
         blends = {str(i): {str(k): c for k, c in terms.items()} for i, terms in patch.blends.items()}
         return self._remembered("similarity", {"removed": plan.removed, "blends": blends}, compute)
@@ -152,9 +161,11 @@ class ModelProbe:
         """See `core.RemovalProbe`; protected layers before the first removable one get the largest value."""
 
         def compute() -> list[float]:
+            if process_rank() > 0:
+                return []  # sums of gradients are the first process's, so that they do not depend on their number
             return taylor_salience(
                 list(enumerate(self.layers))[self.start :],
-                self.scored,
+                self._recorded(range(len(self.samples))),
                 lambda i, state, sample: self._run(self.layers[i], i, state, sample),
                 self.tail.logits,
                 lambda scored: self.show(scored, "gradients", len(scored)),
@@ -202,14 +213,23 @@ class ModelProbe:
         """Sums of `measure(logits [n, V], base logits, targets)` per answer token, by row of `_sweep`."""
 
         @torch.no_grad()
-        def compute() -> dict[str, float]:
-            tokens, total = 0, dict.fromkeys((BASE, *candidates), 0.0)
+        def measure_share() -> list[tuple[dict[int, float], int]]:
+            found = []
             for sample, rows, states in self._sweep(removed, candidates):
+                values: dict[int, float] = {}
                 base: Tensor | None = None
                 for logits, i in self._logits(states, rows, sample.positions):
                     base = logits if base is None else base  # the first row
-                    total[i] += measure(logits, base, sample.targets)
-                tokens += len(sample.targets)
+                    values[i] = measure(logits, base, sample.targets)
+                found.append((values, len(sample.targets)))
+            return found
+
+        def compute() -> dict[str, float]:
+            tokens, total = 0, dict.fromkeys((BASE, *candidates), 0.0)
+            for values, n_targets in gather_shares(all_or_none(measure_share), len(self.samples)):
+                for i, value in values.items():
+                    total[i] += value
+                tokens += n_targets
             for i, value in total.items():
                 _finite(value, f"the {what} of '{self.lvlm.name}'" + ("" if i == BASE else f" without layer {i}"))
             return {str(i): value / tokens for i, value in total.items()}

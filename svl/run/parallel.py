@@ -9,10 +9,12 @@ compute with it where a stage is shared, and read what it has stored. They must 
 
 from __future__ import annotations
 
+import logging
+import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +26,34 @@ from svl.run.job_records import FOLDER
 from svl.store.artifacts import Entry, Store
 from svl.store.files import digest
 
-BUILD = "build"  # what the first process says when it begins to build a stage; else the folder that it has stored
+log = logging.getLogger(__name__)
+
+BUILD = "build in "  # and a folder: what the first process says when it begins a stage; else where it has stored it
+
+Help = Callable[[Path], object]  # what the other processes do for a stage, given the folder that the first builds in
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 _leased: dict[int, FileLock] = {}
 
 
-def lease_accelerator(count: int | None = None) -> int | None:
-    """Take an accelerator that no other process of this machine has leased, until this process ends; its number.
+def lease_accelerator(names: Sequence[str] | None = None) -> int | None:
+    """Take an accelerator that no other process of this machine has leased, until this process ends; its number here.
 
-    Waits while all of `count` (default: as many as there are) are taken. No launcher of Hydra assigns accelerators, so
-    this goes by file locks, which the kernel releases when their owner dies. Without accelerators: None.
+    Waits while all of `names` (default: `accelerator_names`) are taken. No launcher of Hydra assigns accelerators, so
+    this goes by file locks, which the kernel releases when their owner dies. The programs that this process starts
+    (such as vLLM's) see the leased accelerator only. Without accelerators: None.
     """
     from torch import accelerator
 
     if _leased:
         return next(iter(_leased))
-    count = accelerator.device_count() if count is None else count
+    names = accelerator_names() if names is None else names
     folder = Path(tempfile.gettempdir()) / f"svl-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    while count:
-        for number in range(count):
-            lock = FileLock(folder / f"accelerator-{number}")
+    while names:
+        for number, name in enumerate(names):
+            lock = FileLock(folder / f"accelerator-{digest(name)}")
             try:
                 lock.acquire(timeout=0)
             except Timeout:
@@ -52,9 +61,48 @@ def lease_accelerator(count: int | None = None) -> int | None:
             _leased[number] = lock
             if accelerator.is_available():
                 accelerator.set_device_index(number)
+                os.environ[VISIBLE] = name
             return number
         time.sleep(1)
     return None
+
+
+def accelerator_names() -> list[str]:
+    """The accelerators that this process sees, by names that all processes of the machine share, in their order here.
+
+    Numbers would not do: they count what a process sees. Of CUDA devices: "GPU-" and the UUID, or the name of a MIG
+    instance as CUDA_VISIBLE_DEVICES has it, which is the only way to see one.
+    """
+    import torch
+
+    count = torch.accelerator.device_count()
+    asked = [entry.strip() for entry in os.environ.get(VISIBLE, "").split(",")]
+    names = []
+    for number in range(count):
+        if number < len(asked) and asked[number].startswith("MIG-"):
+            names.append(asked[number])
+        elif torch.cuda.is_available():
+            names.append(f"GPU-{torch.cuda.get_device_properties(number).uuid}")
+        else:
+            names.append(str(number))
+    return names
+
+
+def in_leased_process(work: Callable[[], None]) -> None:
+    """Do `work` in a process of its own that leases an accelerator, which is free again at its end.
+
+    A process keeps some of an accelerator's memory for as long as it lives; one that only starts others needs none.
+    """
+
+    def leased() -> None:
+        lease_accelerator()
+        work()
+
+    process = multiprocessing.get_context("fork").Process(target=leased, name="leased")
+    process.start()
+    process.join()
+    if process.exitcode:
+        log.warning("what plans share could not be computed (status %s); jobs go on without it", process.exitcode)
 
 
 def claim_model_name(folder: Path, name: str, fingerprint: str) -> None:
@@ -77,20 +125,24 @@ def claim_model_name(folder: Path, name: str, fingerprint: str) -> None:
 
 
 def make_in_step(
-    store: Store, stage: str, inputs: dict[str, Any], build: Callable[[Path], dict[str, Any]], shared: bool = False
+    store: Store,
+    stage: str,
+    inputs: dict[str, Any],
+    build: Callable[[Path], dict[str, Any]],
+    help: Help | None = None,
 ) -> Entry:
-    """`store.make` by all processes of a run: the first one builds (all do, if `shared`), the others get the result."""
+    """`store.make` by all processes of a run: the first builds, the others `help` if they can, and get the result."""
     if process_count() == 1:
         return store.make(stage, inputs, build)
     join_processes()
     if process_rank() == 0:
         return _make_as_first(store, stage, inputs, build)
-    return _follow_first(store, build, shared)
+    return _follow_first(store, help)
 
 
 def _make_as_first(store: Store, stage: str, inputs: dict[str, Any], build: Callable[[Path], dict[str, Any]]) -> Entry:
     def announce_and_build(folder: Path) -> dict[str, Any]:
-        broadcast_word(BUILD)
+        broadcast_word(f"{BUILD}{folder}")
         return build(folder)
 
     entry = store.make(stage, inputs, announce_and_build)
@@ -98,14 +150,23 @@ def _make_as_first(store: Store, stage: str, inputs: dict[str, Any], build: Call
     return entry
 
 
-def _follow_first(store: Store, build: Callable[[Path], dict[str, Any]], shared: bool) -> Entry:
+def _follow_first(store: Store, help: Help | None) -> Entry:
     word = broadcast_word()
-    while word == BUILD:  # a build may fail and be tried again
-        if shared:
-            with tempfile.TemporaryDirectory() as folder:
-                build(Path(folder))
+    while word.startswith(BUILD):  # a build may fail and be tried again
+        if help is not None:
+            help(Path(word.removeprefix(BUILD)))
         word = broadcast_word()
     entry = store.read(Path(word))
     if entry is None:
         raise RuntimeError(f"process {process_rank()} does not see {word}: all processes need the same store")
     return entry
+
+
+def in_scratch(build: Callable[[Path], object]) -> Help:
+    """Help by building the same stage in a folder that is thrown away."""
+
+    def help(_: Path) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            build(Path(folder))
+
+    return help

@@ -23,6 +23,7 @@ from svl.processes import process_rank
 from svl.run import exporting, parallel, tracking
 from svl.run.figure_data import spectra_record, write_example_picture, write_token_scores
 from svl.run.keys import method_identity, stage_code
+from svl.run.parallel import in_scratch
 from svl.run.run_result import RunStages, build_result, result_inputs
 from svl.run.setup import RunSetup
 from svl.run.stages import log_outcome, log_stage, make_stage, show_progress
@@ -106,14 +107,9 @@ class Run:
         if not setup.calibrates:
             return None
 
-        def build(folder: Path) -> Output:
+        def measure(folder: Path) -> None:
             from svl.calibration import calibrate
-            from svl.pruning import folding
 
-            count_removals(setup, read_statistics(setup, None))  # what can be found wrong now costs no calibration
-            calibrate.check_selector(setup.dense, setup.samples, setup.selector)
-            if setup.compensation.needs:
-                folding.check_foldable(setup.dense)
             calibrate.calibrate(
                 setup.dense,
                 setup.samples,
@@ -122,6 +118,16 @@ class Run:
                 folder=folder,
                 show=show_progress,
             )
+
+        def build(folder: Path) -> Output:
+            from svl.calibration import calibrate
+            from svl.pruning import folding
+
+            count_removals(setup, read_statistics(setup, None))  # what can be found wrong now costs no calibration
+            calibrate.check_selector(setup.dense, setup.samples, setup.selector)
+            if setup.compensation.needs:
+                folding.check_foldable(setup.dense)
+            measure(folder)
             write_example_picture(setup.dense, setup.samples, folder)
             anatomy = setup.dense.anatomy
             found = {"removable": anatomy.removable, "protected": anatomy.protected, "n_layers": anatomy.n_layers}
@@ -134,7 +140,7 @@ class Run:
             "statistics": setup.statistics,
             "protect": setup.options.protect,
         }
-        return log_stage("calibrate", make_stage(setup, "stats", inputs, build))
+        return log_stage("calibrate", make_stage(setup, "stats", inputs, build, help=measure))
 
     def plan(self, stats: Entry | None) -> Entry:
         """Stage `plan`: which layers go."""
@@ -164,7 +170,8 @@ class Run:
         }
         if setup.probes:
             inputs |= {"losses": setup.losses_on, "code": stage_code("probe")}
-        entry = make_stage(setup, "plan", inputs, build)
+        # A probe tries removals out in all processes.
+        entry = make_stage(setup, "plan", inputs, build, help=in_scratch(build) if setup.probes else None)
         removed = entry.output["removed"]
         return log_stage("plan", entry, f"removes layers {removed}, {len(removed)} in all")
 
@@ -238,7 +245,7 @@ class Run:
                 def build(folder: Path, task: str = task) -> Output:
                     return variant.evaluate(task, folder)
 
-                found[task] = make_stage(setup, "score", variant.score_inputs(task), build, shared=True)
+                found[task] = make_stage(setup, "score", variant.score_inputs(task), build, help=in_scratch(build))
                 value = found[task].output["metrics"][options.metric]["value"]
                 shown = "undefined" if value is None else f"{value:.3f}"
                 if not (variant.is_dense and found[task].reused):  # one line per sweep is enough

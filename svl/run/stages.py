@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from svl.core.errors import out_of_memory
-from svl.run.parallel import make_in_step
+from svl.run.parallel import Help, make_in_step
 from svl.store.artifacts import Entry
 
 if TYPE_CHECKING:
@@ -37,13 +37,13 @@ def make_stage(
     inputs: dict[str, Any],
     build: Callable[[Path], dict[str, Any]],
     *,
-    shared: bool = False,
+    help: Help | None = None,
     alone: bool = False,
 ) -> Entry:
     """`store.make`, with the seconds that the stage itself took as its output `work`.
 
-    Under torchrun all processes call it, and the first one builds; with `shared` all of them build, and with `alone`
-    only this process calls it.
+    Under torchrun all processes call it, and the first one builds while the others `help`; with `alone` only this
+    process calls it.
     """
 
     def timed(folder: Path) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def make_stage(
 
     if alone:
         return setup.store.make(stage, inputs, timed)
-    return make_in_step(setup.store, stage, inputs, timed, shared=shared)
+    return make_in_step(setup.store, stage, inputs, timed, help)
 
 
 def log_stage(stage: str, entry: Entry, message: str = "") -> Entry:

@@ -49,8 +49,8 @@ def resumable_probe(setup: RunSetup) -> RemovalProbe:
         def build(folder: Path) -> dict[str, Any]:
             return {"value": compute()}
 
-        # Within stage `plan`, which the first process makes by itself.
-        entry = make_stage(setup, "probe", {**shared, "what": what, **inputs}, build, alone=True)
+        # Within stage `plan`, which all processes make.
+        entry = make_stage(setup, "probe", {**shared, "what": what, **inputs}, build, help=lambda _: compute())
         return entry.output["value"]
 
     samples = setup.samples if setup.losses_on else None

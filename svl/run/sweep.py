@@ -27,6 +27,7 @@ from svl.core import SvlError
 from svl.run import hydra_internals
 from svl.run.job_records import clear_records
 from svl.run.messages import SafeFormatter, safe_line
+from svl.run.parallel import in_leased_process
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,15 @@ def prepare_jobs(config: DictConfig) -> None:
         from svl.run.shared_scores import make_shared_scores
 
         with messages_on_console():
-            make_shared_scores(config, jobs)
+            if leases(config):
+                in_leased_process(lambda: make_shared_scores(config, jobs))
+            else:
+                make_shared_scores(config, jobs)
+
+
+def leases(config: DictConfig) -> bool:
+    """Whether the jobs of a sweep each lease an accelerator (hydra/launcher=gpus)."""
+    return bool((config.hydra.job.get("env_set") or {}).get("SVL_LEASE"))
 
 
 def check_jobs(config: DictConfig, jobs: Sequence[Sequence[str]]) -> None:

@@ -11,8 +11,10 @@ import tempfile
 import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
+from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers.commands import QUIET, SMALL, numbers, read, run_svl
 from helpers.races import another_process
 
@@ -70,14 +72,26 @@ def test_jobs_in_parallel_give_what_they_give_alone(launcher, undisturbed, fork_
     assert len(list((tmp_path / "store" / "stats").glob("*/manifest.json"))) == 1  # computed once for all processes
 
 
-def test_each_process_has_an_accelerator_of_its_own(tmp_path, monkeypatch):
+def lease(names):
+    """What a process that leases one of `names` tells."""
+
+    def hold(told: Connection) -> None:
+        told.send(names[number := parallel.lease_accelerator(names)])
+        assert parallel.lease_accelerator(names) == number
+        told.recv()
+
+    return hold
+
+
+@pytest.fixture
+def no_lease(tmp_path, monkeypatch):
+    """A machine on which nothing is leased."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(parallel, "_leased", {})
 
-    def hold(told: Connection) -> None:
-        told.send(number := parallel.lease_accelerator(2))
-        assert parallel.lease_accelerator(2) == number
-        told.recv()
+
+def test_each_process_has_an_accelerator_of_its_own(no_lease, monkeypatch):
+    names = ["GPU-a", "GPU-b"]
 
     def wait(told: Connection) -> None:
         def pause(_: float) -> None:
@@ -85,21 +99,61 @@ def test_each_process_has_an_accelerator_of_its_own(tmp_path, monkeypatch):
             told.recv()
 
         monkeypatch.setattr(time, "sleep", pause)
-        hold(told)
+        lease(names)(told)
 
-    with another_process(hold) as first, another_process(hold) as second:
+    with another_process(lease(names)) as first, another_process(lease(names)) as second:
         holders = {told.recv(): (process, told) for process, told in (first, second)}
-        assert holders.keys() == {0, 1}
+        assert holders.keys() == {*names}
         with another_process(wait) as (waiting, told):
-            assert told.recv() == "waits"  # one that does not wait would take the first it tries, 0
-            holders[1][0].kill()  # its owner's death frees it
-            holders[1][0].join()
+            assert told.recv() == "waits"  # one that does not wait would take the first it tries
+            holders["GPU-b"][0].kill()  # its owner's death frees it
+            holders["GPU-b"][0].join()
             told.send("look again")
-            assert told.recv() == 1
-            for process, pipe in (holders[0], (waiting, told)):
+            assert told.recv() == "GPU-b"
+            for process, pipe in (holders["GPU-a"], (waiting, told)):
                 pipe.send("enough")
                 process.join()
                 assert process.exitcode == 0
+
+
+def test_processes_that_see_different_accelerators_do_not_wait_for_each_other(no_lease):
+    """Each sees one, which is number 0 to both."""
+    with another_process(lease(["GPU-a"])) as (one, told_one), another_process(lease(["GPU-b"])) as (other, told_other):
+        assert {told_one.recv(), told_other.recv()} == {"GPU-a", "GPU-b"}
+        for process, told in ((one, told_one), (other, told_other)):
+            told.send("enough")
+            process.join()
+
+
+@pytest.mark.parametrize(
+    ("visible", "uuids", "names"),
+    [
+        (None, ["1-2", "3-4"], ["GPU-1-2", "GPU-3-4"]),
+        ("1,0", ["3-4", "1-2"], ["GPU-3-4", "GPU-1-2"]),
+        ("MIG-5-6", ["9-9"], ["MIG-5-6"]),  # of which torch tells the UUID of the whole device
+        ("GPU-3", ["3-4"], ["GPU-3-4"]),  # a beginning is enough for CUDA
+    ],
+)
+def test_accelerators_have_names_that_all_processes_share(visible, uuids, names, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: len(uuids))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(uuid=uuids[i]))
+    assert parallel.accelerator_names() == names
+
+
+def test_what_plans_share_is_computed_within_a_lease(no_lease, monkeypatch, tmp_path):
+    """And the lease ends with it: jobs come after it."""
+    monkeypatch.setattr(parallel, "accelerator_names", lambda: ["GPU-a"])
+    file = tmp_path / "leased"
+    parallel.in_leased_process(lambda: file.write_text(str(parallel.lease_accelerator())))
+    assert file.read_text() == "0"
+    with another_process(lease(["GPU-a"])) as (process, told):
+        assert told.recv() == "GPU-a"
+        told.send("enough")
+        process.join()
 
 
 def test_search_finds_the_best_of_its_trials(tmp_path):
