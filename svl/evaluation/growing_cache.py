@@ -34,7 +34,7 @@ class GrowingLayer(DynamicLayer):
 
 
 def _extended(room: Tensor | None, held: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
-    """Where `held` and `more` lie one after the other (in `room`, if that starts with `held` and is long enough); both."""
+    """`held` and `more` one after the other, and what they lie in: `room`, if that starts with `held` and is enough."""
     length, whole = held.shape[-2], held.shape[-2] + more.shape[-2]
     beginning = room is not None and room.data_ptr() == held.data_ptr() and len(room) == len(held)
     if room is None or not beginning or room.shape[-2] < whole:
