@@ -24,8 +24,7 @@ class GrowingLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add those of new tokens; all of them."""
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        if not self.get_seq_length():
+            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
             self.keys, self.values = key_states, value_states
         else:
             self._key_room, self.keys = _extended(self._key_room, self.keys, key_states)

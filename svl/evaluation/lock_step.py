@@ -321,11 +321,12 @@ class _Ends(StoppingCriteria):
     """Notes which rows of a batch have ended; stops nothing."""
 
     def __init__(self, batch: Batch, ends: list[int]):
-        self.batch, self.ends = batch, ends
+        self.batch, self.ends = batch, torch.tensor(ends)
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         last = input_ids[:, -1]
-        over = torch.isin(last, torch.tensor(self.ends, device=last.device))
+        self.ends = self.ends.to(last.device)
+        over = torch.isin(last, self.ends)
         self.batch.ended = over if self.batch.ended is None else self.batch.ended | over
         return torch.zeros_like(over)
 
