@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "svl"
-CHUNK = 64  # queries at a time: fast, and temporary memory of B x H x 64 x T
+CHUNK = 64  # queries at a time on the CPU: fast, and temporary memory of B x H x 64 x T
+LARGE_CHUNK = 256  # on accelerators, which small products leave idle
 WAY_OUT = "choose a selector that needs none and set calibration.statistics=[cosine]"
 
 
@@ -46,6 +47,7 @@ class Meter:
     queries: dict[int, Tensor] = field(default_factory=dict)
     keys: dict[int, Tensor] = field(default_factory=dict)
     _visible: dict[tuple[int, bool], tuple[Tensor | None, tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    _causal: dict[int, tuple[Tensor, bool]] = field(default_factory=dict)
 
     def keep(self, layer: int, received: Tensor, emitted: Tensor, visible: tuple[Tensor, Tensor]) -> None:
         """Keep a layer's sums [B, 2, T], and how many queries and keys are visible."""
@@ -69,6 +71,13 @@ class Meter:
             seen = mask[:, 0].float() if mask is not None else whole.tril() if causal else whole
             counts = (self.modality @ seen, (seen @ self.modality.mT).mT)
             known = self._visible[key] = (mask, counts)  # holding the mask keeps its id from being reused
+        return known[1]
+
+    def is_causal(self, mask: Tensor) -> bool:
+        """Whether no query looks at a later key under `mask`; its device is waited for once, not layer by layer."""
+        known = self._causal.get(id(mask))
+        if known is None:
+            known = self._causal[id(mask)] = (mask, _none_later(mask))
         return known[1]
 
 
@@ -121,8 +130,9 @@ def measured_attention(
     received, emitted = query.new_zeros(b, 2, k, dtype=torch.float32), query.new_zeros(b, 2, t, dtype=torch.float32)
     grouped = query.reshape(b, h_kv, h // h_kv, t, d) * (d**-0.5 if scaling is None else scaling)
     outputs = []
-    for start in range(0, t, CHUNK):
-        stop = min(start + CHUNK, t)
+    chunk = CHUNK if query.device.type == "cpu" else LARGE_CHUNK
+    for start in range(0, t, chunk):
+        stop = min(start + chunk, t)
         seen = stop if causal and t == k else k
         score = _scores(grouped[..., start:stop, :], key[:, :, :seen], options.get("softcap"))
         hidden = None
@@ -147,8 +157,13 @@ def measured_attention(
 def _is_causal(module: Any, mask: Tensor | None, t: int, asked: bool | None) -> bool:
     """Whether no query looks at a later key."""
     if mask is not None:
-        return not bool(mask.triu(1).any())
+        meter = _meter.get()
+        return _none_later(mask) if meter is None else meter.is_causal(mask)
     return t > 1 and bool(getattr(module, "is_causal", True) if asked is None else asked)
+
+
+def _none_later(mask: Tensor) -> bool:
+    return not bool(mask.triu(1).any())
 
 
 def _current_meter(module: Any, t: int, k: int) -> tuple[Meter | None, int]:

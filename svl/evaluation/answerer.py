@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from PIL.Image import Image
@@ -34,6 +36,21 @@ T = TypeVar("T")
 Conversation = list[dict[str, Any]]  # Hugging Face messages: role and content, a list of image and text parts
 Answers = tuple[Any, ...]  # to one request, every model's
 Reader = SharedPrefill | LockStep  # a way for several models to read one batch
+
+
+class Prepared(NamedTuple):
+    """Requests that show equally many images and videos, ready for models.
+
+    Attributes:
+        places: of the requests in their batch.
+        inputs: of models.
+        lengths: of each continuation whose likelihood is asked for, in tokens; none where answers are generated.
+    """
+
+    places: list[int]
+    inputs: dict[str, torch.Tensor]
+    lengths: list[int]
+
 
 WARM_UP_TOKENS = 2
 WAY_OUT = "; leave it out by benchmark.limit, or name the placeholder of images with model.image_token"
@@ -67,6 +84,13 @@ class Answerer(Model):
         self.seconds, self.first_prompt = 0.0, ""
         self._answers: list[Answers] = []
         self._reader = reader or SharedPrefill(models)
+        self._coming: dict[tuple[int, ...], Future[list[Prepared]]] = {}  # by their requests
+        self._tokenizing = threading.Lock()  # a tokenizer serves one thread at a time
+
+    @property
+    def prepares_ahead(self) -> bool:
+        """Whether a thread prepares a batch while the one before is answered: on the CPU both would want the same."""
+        return self.lvlm.device.type != "cpu"
 
     def clean(self) -> None:
         """Nothing: lmms-eval's own would drop the model after its first benchmark."""
@@ -105,18 +129,32 @@ class Answerer(Model):
         began = time.perf_counter()
         answers: list[Answers] = [()] * len(requests)
         hidden = processes.process_rank() > 0 or None  # None: where the output is no terminal
-        with tqdm(total=len(requests), desc=self.description, unit="question", disable=hidden) as bar:
-            for max_new_tokens, group in grouped(range(len(requests)), lambda i: cap(requests[i])):
-                # like with like wastes least padding; the longest first, so that memory runs out at once or never
-                group.sort(key=lambda i: len(requests[i].args[0]), reverse=True)
-                for start in range(0, len(group), self.batch_size):
-                    batch = group[start : start + self.batch_size]
-                    given = self.answer_batch([requests[i] for i in batch], max_new_tokens)
-                    for i, of_models in zip(batch, given, strict=True):
-                        answers[i] = of_models
-                    bar.update(len(batch))
+        batches = list(self._batches(requests, cap))
+        self._coming.clear()
+        with (
+            ThreadPoolExecutor(1) as pool,
+            tqdm(total=len(requests), desc=self.description, unit="question", disable=hidden) as bar,
+        ):
+            for (max_new_tokens, batch), following in zip(batches, [*batches[1:], None], strict=True):
+                if following and self.prepares_ahead:
+                    asked = [requests[i] for i in following[1]]
+                    self._coming[_identities(asked)] = pool.submit(self._prepare, asked, following[0])
+                given = self.answer_batch([requests[i] for i in batch], max_new_tokens)
+                for i, of_models in zip(batch, given, strict=True):
+                    answers[i] = of_models
+                bar.update(len(batch))
         self.seconds = time.perf_counter() - began
         return answers
+
+    def _batches(
+        self, requests: list[Request], cap: Callable[[Request], int | None]
+    ) -> Iterator[tuple[int | None, list[int]]]:
+        """Caps and numbers of requests that are answered at once."""
+        for max_new_tokens, group in grouped(range(len(requests)), lambda i: cap(requests[i])):
+            # like with like wastes least padding; the longest first, so that memory runs out at once or never
+            group.sort(key=lambda i: len(requests[i].args[0]), reverse=True)
+            for start in range(0, len(group), self.batch_size):
+                yield max_new_tokens, group[start : start + self.batch_size]
 
     def _warm_up(self, requests: list[Request], cap: Callable[[Request], int | None]) -> None:
         """Answer the first batch in a few tokens: kernels and caches warm up outside the measured time."""
@@ -141,16 +179,26 @@ class Answerer(Model):
 
     def _answer_batch(self, requests: list[Request], max_new_tokens: int | None) -> list[Answers]:
         answers: list[Answers] = [()] * len(requests)
-        conversations = [self.conversation(request) for request in requests]
-        for _, group in grouped(range(len(requests)), lambda i: shown_in(conversations[i])):
-            asked = [conversations[i] for i in group]
-            if max_new_tokens is None:
-                given: list[Answers] = self.likelihood(asked, [self._continuation(requests[i]) for i in group])
-            else:
-                given = self.answer(asked, max_new_tokens)
-            for i, of_models in zip(group, given, strict=True):
+        coming = self._coming.pop(_identities(requests), None)
+        for part in coming.result() if coming else self._prepare(requests, max_new_tokens):
+            given = self._likelihoods(part) if max_new_tokens is None else self._generated(part, max_new_tokens)
+            for i, of_models in zip(part.places, given, strict=True):
                 answers[i] = of_models
         return answers
+
+    def _prepare(self, requests: list[Request], max_new_tokens: int | None) -> list[Prepared]:
+        """Model inputs of requests, those with equally many images and videos each at once."""
+        found = []
+        conversations = [self.conversation(request) for request in requests]
+        for _, places in grouped(range(len(requests)), lambda i: shown_in(conversations[i])):
+            asked = [conversations[i] for i in places]
+            texts, lengths = [self.lvlm.render(c) for c in asked], []
+            if max_new_tokens is None:
+                continuations = [self._continuation(requests[i]) for i in places]
+                lengths = [self._tokens_of(p, c) for p, c in zip(texts, continuations, strict=True)]
+                texts = [p + c for p, c in zip(texts, continuations, strict=True)]
+            found.append(Prepared(places, self._encode(asked, texts), lengths))
+        return found
 
     def _prepare_one_by_one(self, requests: list[Request]) -> None:
         """Where one of the documents alone cannot be prepared, raise an error that names it."""
@@ -167,43 +215,39 @@ class Answerer(Model):
             which = f"documents {', '.join(map(str, rows))} (benchmark.batch_size=1 tells which)"
         return explained(f"task '{requests[0].task_name}': no answer to {which}", WAY_OUT)
 
-    def answer(self, conversations: list[Conversation], max_new_tokens: int) -> list[Answers]:
-        """Greedy answers, every model's, to conversations with equally many images and videos each."""
+    def _generated(self, part: Prepared, max_new_tokens: int) -> list[Answers]:
+        """Greedy answers, every model's."""
         tokenizer: Any = self.lvlm.tokenizer
-        inputs = self._encode(conversations, [self.lvlm.render(c) for c in conversations])
         settings = copy.deepcopy(self.lvlm.model.generation_config)  # one for all models that answer together
         settings.update(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None)
         settings.update(max_new_tokens=max_new_tokens, max_length=None)
         if settings.pad_token_id is None:
             settings.pad_token_id = tokenizer.pad_token_id
-        prompt = inputs["input_ids"].shape[1]
-        texts = [
-            tokenizer.batch_decode(tokens[:, prompt:], skip_special_tokens=True)
-            for tokens in self._reader.generate(inputs, settings)
-        ]
+        prompt = part.inputs["input_ids"].shape[1]
+        found = self._reader.generate(part.inputs, settings)
+        with self._tokenizing:
+            texts = [tokenizer.batch_decode(tokens[:, prompt:], skip_special_tokens=True) for tokens in found]
         return list(zip(*texts, strict=True))
 
-    def likelihood(self, conversations: list[Conversation], continuations: list[str]) -> list[Answers]:
-        """Of each continuation after its conversation (equally many images and videos each), see `loglikelihood`."""
-        prompts = [self.lvlm.render(c) for c in conversations]
-        lengths = [self._tokens_of(p, c) for p, c in zip(prompts, continuations, strict=True)]
-        inputs = self._encode(conversations, [p + c for p, c in zip(prompts, continuations, strict=True)])
-
+    def _likelihoods(self, part: Prepared) -> list[Answers]:
+        """Of each continuation after its conversation, see `loglikelihood`."""
         given: list[list[Any]] = [[] for _ in self.models]
-        for k, logits in self._reader.logits(inputs, max(lengths) + 1):
-            for row, ids, length in zip(logits.float(), inputs["input_ids"], lengths, strict=True):
+        for k, logits in self._reader.logits(part.inputs, max(part.lengths) + 1):
+            for row, ids, length in zip(logits.float(), part.inputs["input_ids"], part.lengths, strict=True):
                 predicted, target = row[-length - 1 : -1].log_softmax(-1), ids[-length:]
                 loss = -predicted.gather(1, target[:, None]).sum().item()
                 given[k].append(likelihood_result(loss, bool((predicted.argmax(-1) == target).all())))
         return list(zip(*given, strict=True))
 
     def _encode(self, conversations: list[Conversation], texts: list[str]) -> dict[str, torch.Tensor]:
-        return self.lvlm.encode(texts, [images_of(c) for c in conversations], [video_of(c) for c in conversations])
+        with self._tokenizing:
+            return self.lvlm.encode(texts, [images_of(c) for c in conversations], [video_of(c) for c in conversations])
 
     def _tokens_of(self, prompt: str, continuation: str) -> int:
         """How many of the last tokens of the two together are not the prompt's."""
         tokenizer: Any = self.lvlm.tokenizer
-        whole, start = tokenizer([prompt + continuation, prompt])["input_ids"]
+        with self._tokenizing:
+            whole, start = tokenizer([prompt + continuation, prompt])["input_ids"]
         shared = next((i for i, (a, b) in enumerate(zip(whole, start, strict=False)) if a != b), len(start))
         if shared >= len(whole):
             raise ValueError(f"the answer '{continuation}' has no tokens")
@@ -282,6 +326,11 @@ def video_of(conversation: Conversation) -> list[Image] | None:
     if len(found) > 1:
         raise SvlError(f"a question shows {len(found)} videos; one is supported")
     return found[0] if found else None
+
+
+def _identities(requests: Iterable[Request]) -> tuple[int, ...]:
+    """What lists of requests are told apart by."""
+    return tuple(map(id, requests))
 
 
 def shown_in(conversation: Conversation) -> tuple[int, int]:

@@ -174,15 +174,20 @@ def answer_parts(lvlm: Lvlm, asked: Asked, new_tokens: int) -> Seconds:
     Raises:
         SvlError: if the model's generation does not go through its decoder layers.
     """
-    entered: list[float] = []  # the first decoder layer, pass by pass
-    left: list[float] = []  # the model
+    entered: list[float] = []  # the first decoder layer, in the first pass
+    left: list[float] = []  # the model, then
     model: Any = lvlm.model
     begin = _now(lvlm.device)
     inputs = asked.encode(lvlm)
     encoded = _now(lvlm.device)
+
+    def note(moments: list[float], hook: int) -> None:
+        moments.append(_now(lvlm.device))
+        handles[hook].remove()  # or the device would be waited for at every token
+
     handles = [
-        lvlm.layers[0].register_forward_pre_hook(lambda *_: entered.append(_now(lvlm.device))),
-        lvlm.model.register_forward_hook(lambda *_: left.append(_now(lvlm.device))),
+        lvlm.layers[0].register_forward_pre_hook(lambda *_: note(entered, 0)),
+        lvlm.model.register_forward_hook(lambda *_: note(left, 1)),
     ]
     try:
         with torch.inference_mode():

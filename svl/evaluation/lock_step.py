@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from svl.core import Plan, SvlError
 from svl.evaluation.batch_rows import Rows, RowSelection, map_tensors, repeated, repeats
+from svl.evaluation.growing_cache import GrowingLayer
 from svl.evaluation.shared_prefill import Forward, cache_of, module_identity, replace_forward, vision_towers
 from svl.models.lvlm import Lvlm
 from svl.pruning.surgery import apply
@@ -282,8 +283,9 @@ class LockStep:
             layer: Any = cache.layers[i] if i < len(cache.layers) else None
             if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
                 raise SvlError(f"layers of '{self.dense.name}' keep more than keys and values ({layer!r})")
-            for g in range(len(groups)):
-                own = layer if g == 0 else copy.deepcopy(layer)
+            layers = [GrowingLayer() if type(layer) is DynamicLayer else copy.deepcopy(layer) for _ in groups]
+            cache.layers[i] = layers[0]
+            for g, own in enumerate(layers):
                 view = copy.copy(cache)
                 view.layers = [own] * len(cache.layers)  # whatever number the module has
                 slots[i, g] = Slot(own, view)
@@ -319,11 +321,12 @@ class _Ends(StoppingCriteria):
     """Notes which rows of a batch have ended; stops nothing."""
 
     def __init__(self, batch: Batch, ends: list[int]):
-        self.batch, self.ends = batch, ends
+        self.batch, self.ends = batch, torch.tensor(ends)
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         last = input_ids[:, -1]
-        over = torch.isin(last, torch.tensor(self.ends, device=last.device))
+        self.ends = self.ends.to(last.device)
+        over = torch.isin(last, self.ends)
         self.batch.ended = over if self.batch.ended is None else self.batch.ended | over
         return torch.zeros_like(over)
 

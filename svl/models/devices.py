@@ -6,6 +6,7 @@ import platform
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from svl.core.errors import explained
 
@@ -20,6 +21,13 @@ def find_device(device: str) -> torch.device:
         device = str(torch.accelerator.current_accelerator() or "cpu") if torch.accelerator.is_available() else "cpu"
     with explained(f"cannot use model.device='{device}'"):
         return torch.device(device)
+
+
+def moved(value: Tensor, device: torch.device) -> Tensor:
+    """`value` on the device; to CUDA through pinned memory, so that nothing waits for the copy."""
+    if device.type == "cuda" and value.device.type == "cpu":
+        return value.pin_memory().to(device, non_blocking=True)
+    return value.to(device)
 
 
 def device_facts(device: torch.device, batch_size: int) -> dict[str, Any]:

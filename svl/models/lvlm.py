@@ -167,7 +167,7 @@ class Lvlm:
         )
         dtype, known = self.model.dtype, _forward_arguments(type(self.model))
         return {
-            name: value.to(self.device, dtype if value.is_floating_point() else None)
+            name: devices.moved(value.to(dtype if value.is_floating_point() else value.dtype), self.device)
             for name, value in inputs.items()
             if known is None or name in known
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -79,32 +80,33 @@ def fold_update(tensor: Tensor, update: Update, flipped: bool = False) -> Tensor
     blocks of columns, so that fp32 copies stay small, and always by the same ones, so that a result is the same bit
     for bit wherever it is computed.
     """
+    factors = [part.to(tensor.device, torch.float32) for part in (update.right, update.left) if part is not None]
     result = torch.empty_like(tensor, memory_format=torch.contiguous_format)
     for new, old in zip(result, tensor, strict=True) if tensor.ndim == 3 else ((result, tensor),):
         if old.ndim == 1:
-            new[:] = _folded(old, update, update.shift)
+            new[:] = _folded(old, factors, update.shift, update.scale)
             continue
         if flipped:
             new, old = new.mT, old.mT
         for start in range(0, old.shape[1], COLUMNS):
             block = (slice(None), slice(start, start + COLUMNS))
-            new[block] = _folded(old[block], update, None if update.delta is None else update.delta[block])
+            extra = None if update.delta is None else update.delta[block]
+            new[block] = _folded(old[block], factors, extra, update.scale)
     return result
 
 
-def _folded(block: Tensor, update: Update, extra: Tensor | None) -> Tensor:
-    """scale (block + left @ right @ block + extra), in fp32."""
+def _folded(block: Tensor, factors: Sequence[Tensor], extra: Tensor | None, scale: float | None) -> Tensor:
+    """scale (block + product of the factors, the last one leftmost, and block + extra), in fp32."""
     wide = block.detach().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     total = wide
-    factors = [part for part in (update.left, update.right) if part is not None]
     if factors:
         product = wide
-        for factor in reversed(factors):
-            product = factor.to(wide) @ product
+        for factor in factors:
+            product = factor @ product
         total = wide + product
     if extra is not None:
         total = total + extra.to(wide)
-    return total if update.scale is None else update.scale * total
+    return total if scale is None else scale * total
 
 
 def projections(layer: nn.Module) -> list[str]:

@@ -11,14 +11,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from svl.calibration import attention
 from svl.calibration.activations import Activations
 from svl.calibration.calibrate import FIELDS, STATISTICS, calibrate, measure_batch, select
-from svl.core import Stats, SvlError
+from svl.core import Plan, Stats, SvlError
 from svl.data.samples import Samples
 from svl.models.anatomy import find_anatomy
 from svl.models.lvlm import Lvlm
+from svl.pruning.surgery import apply
 from svl.selectors.all_tokens import All
 from svl.selectors.random import Random
 from svl.selectors.tis import Tis
@@ -180,6 +182,26 @@ def test_measuring_attention_does_not_change_the_model_output(lm, samples, encod
     torch.testing.assert_close(measured[present], plain[present], atol=1e-5, rtol=1e-5)
     for sums in (meter.received, meter.emitted, meter.queries, meter.keys):  # padding takes no part
         assert all(of[:, 0][present].any() and not of.mT[~present].any() for of in sums.values())
+
+
+def test_measuring_waits_for_a_device_no_more_often_in_deeper_models(llama, samples, encode):
+    """A number that is read on the host holds up all that comes after it."""
+    numbers = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            numbers[-1] += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    inputs = encode(llama, samples.samples)
+    present = inputs["attention_mask"].bool()
+    assert not present.all()
+    for lvlm in (llama, apply(llama, Plan(4, (1, 2)))):
+        numbers.append(0)
+        modality = torch.stack([present, 0 * present], 1).float()
+        with torch.inference_mode(), attention.metering(lvlm.model, modality), Watch():
+            lvlm.model(**inputs)
+    assert numbers[0] == numbers[1]
 
 
 @pytest.mark.parametrize("layer_types", ["sliding_attention", "full_attention"])

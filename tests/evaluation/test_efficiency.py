@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from helpers.commands import SMALL, manifests, run_svl
@@ -123,3 +124,18 @@ def test_nothing_is_measured_of_the_dense_model_alone(tmp_path):
     run_svl("strategy=identity", "benchmark=none", "tracker=none", "paths.store=store", "efficiency=default",
         "paths.outputs=out", *SMALL, cwd=tmp_path)  # fmt: skip
     assert not (tmp_path / "store" / "efficiency").exists()
+
+
+def test_clocks_are_not_read_at_every_token(llama, monkeypatch):
+    """A device would be waited for each time."""
+    readings = []
+    monkeypatch.setattr(
+        efficiency, "time", SimpleNamespace(perf_counter=lambda: readings.append(1) or float(len(readings)))
+    )
+    asked = efficiency.Asked(PROMPT, Sample(0, PROMPT), 1)
+    numbers = []
+    for new_tokens in (2, 9):
+        readings.clear()
+        efficiency.answer_parts(llama, asked, new_tokens)
+        numbers.append(len(readings))
+    assert numbers == [5, 5]

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,29 @@ def test_answers_are_the_same_twice_and_in_batches_of_any_size(task, demo, tmp_p
     first = predictions(demo, tmp_path, task)
     assert first == predictions(demo, tmp_path, task) == predictions(demo, tmp_path, task, batch_size=1)
     assert len(set(first)) > 1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_batches_prepared_ahead_are_answered_the_same(fails, demo, tmp_path, monkeypatch):
+    """In a thread, while the batch before is answered; a document that cannot be read is named all the same."""
+    expected = predictions(demo, tmp_path, batch_size=4)
+    threads, read = [], Answerer.conversation
+
+    def conversation(self, request):
+        threads.append(threading.current_thread() is threading.main_thread())
+        if fails and request.doc_id == 11:
+            raise ValueError("cannot be read")
+        return read(self, request)
+
+    monkeypatch.setattr(Answerer, "conversation", conversation)
+    monkeypatch.setattr(Answerer, "prepares_ahead", True)
+    if fails:
+        with pytest.raises(SvlError, match=r"no answer to document 11: cannot be read"):
+            predictions(demo, tmp_path, batch_size=1)
+        return
+    assert predictions(demo, tmp_path, batch_size=4) == expected
+    # the first document for its prompt, the first batch twice, and the other two
+    assert sorted(threads) == [False] * 8 + [True] * (1 + 4 + 4)
 
 
 def test_pruning_in_place_never_gives_old_answers(demo, tmp_path):

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.families import ORDINARY, every, lvlm_of
 from helpers.references import logits
+from helpers.tasks import DEMO, TASKS
 from torch import nn
 from transformers import GenerationConfig
 
+import svl
 from svl.core import Patch, Plan, SvlError, Update
 from svl.evaluation.lock_step import LockStep
+from svl.evaluation.settings import TaskOptions
 from svl.evaluation.shared_prefill import SharedPrefill
 from svl.pruning.surgery import apply
 
@@ -182,3 +186,40 @@ def test_models_that_differ_elsewhere_are_refused(llama, llava):
         LockStep(llama, [apply(llama, plan)], [Plan(4, (1, 2))])
     with pytest.raises(SvlError, match="differ in more than their layers"):
         LockStep(llava, [apply(llama, plan)], [plan])
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return svl.load(DEMO / "demo_lvlm", device="cpu")
+
+
+@pytest.mark.parametrize("possible", [True, False])
+def test_scores_of_a_sweep_are_made_in_lock_step_where_it_pays(possible, demo, tmp_path, monkeypatch, caplog):
+    pytest.importorskip("lmms_eval")
+    from svl.run import shared_scores
+
+    task, plans = "svl_demo_open", [Plan(16, ()), Plan(16, (4, 9)), Plan(16, (0, 12, 13))]
+    models = [apply(demo, plan) for plan in plans]
+    if not possible:
+        models[1].model.lm_head.weight = nn.Parameter(models[1].model.lm_head.weight.clone(), requires_grad=False)
+    options = TaskOptions("accuracy", limit=4, batch_size=3, include_path=TASKS)
+    setup = SimpleNamespace(tasks={task: options})
+    variants = [SimpleNamespace(setup=setup, lvlm=m, plan=p) for m, p in zip(models, plans, strict=True)]
+    rows = {}
+    for pays in (True, False):
+        monkeypatch.setattr(shared_scores, "waits_for_weights", lambda device, pays=pays: pays)
+        folders = [tmp_path / f"{pays}{k}" for k in range(3)]
+        for folder in folders:
+            folder.mkdir()
+        scores = shared_scores.evaluate_models(demo, variants, task, folders)
+        rows[pays] = [(folder / "samples.jsonl").read_text() for folder in folders], [s["metrics"] for s in scores]
+    assert rows[True] == rows[False]
+    said = [record.getMessage() for record in caplog.records if "not in lock-step" in record.getMessage()]
+    assert len(said) == (0 if possible else 1)
+
+
+def test_only_accelerators_wait_for_weights():
+    from svl.run.shared_scores import waits_for_weights
+
+    assert not waits_for_weights(torch.device("cpu"))
+    assert waits_for_weights(torch.device("cuda", 0))

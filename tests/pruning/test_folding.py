@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from svl.core import Patch, Plan, SvlError, Update
 from svl.pruning import folding
@@ -208,3 +209,19 @@ def test_a_file_says_what_it_holds(tmp_path):
     with safe_open(tmp_path / "patch.safetensors", "pt") as file:
         assert sorted(file.keys()) == ["1.mlp.left", "1.mlp.right"]
         assert json.loads(file.metadata()["blends"]) == {"0": {"0": 0.5, "2": 0.5}}
+
+
+def test_factors_are_converted_once_for_all_blocks():
+    """Each is as large as a weight: moving it to a device again for every block of columns would take longest."""
+    converted = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._to_copy.default and args[0].dtype is torch.float64:
+                converted.append(tuple(args[0].shape))
+            return func(*args, **(kwargs or {}))
+
+    update = Update(torch.rand(8, 3, dtype=torch.float64), torch.rand(3, 8, dtype=torch.float64))
+    with Watch():
+        folding.fold_update(torch.rand(8, 1000), update)
+    assert sorted(converted) == [(3, 8), (8, 3)]
