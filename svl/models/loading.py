@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -51,6 +52,19 @@ def load(path: str | Path, options: LoadOptions | None = None, **settings: Any) 
 
 # Jobs of a sweep share the dense model: surgery never changes it.
 _last_model: dict[tuple[str, LoadOptions], Lvlm] = {}
+
+
+def forget_last() -> None:
+    """Let go of the model that was loaded last, which is kept for the next job of a sweep.
+
+    Frees an accelerator's memory once nobody else holds the model.
+    """
+    import torch
+
+    _last_model.clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _load(path: str, options: LoadOptions) -> Lvlm:

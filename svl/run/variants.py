@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,7 +64,12 @@ class ModelVariant:
 
     @cached_property
     def vllm(self) -> Any:
-        """The model in vLLM, as an answerer."""
+        """The model in vLLM, as an answerer; no other model stays on its device."""
+        from svl.models import loading
+
+        self.__dict__.pop("lvlm", None)
+        self.setup.release_model()
+        loading.forget_last()
         return exporting.load_in_vllm(self)
 
     def close(self) -> None:
@@ -86,12 +92,28 @@ class ModelVariant:
         if self.answers(task):
             from svl.evaluation.evaluate import evaluate
 
-            scores = evaluate(self.vllm if self.setup.uses_vllm else self.lvlm, task, options, folder)
+            if self.setup.uses_vllm:
+                return {**evaluate(self.vllm, task, options, folder), "params": self.count_parameters()}
+            scores = evaluate(self.lvlm, task, options, folder)
         else:
             from svl.evaluation.perplexity import evaluate_perplexity
 
             scores = evaluate_perplexity(self.lvlm, task, options, folder)
         return {**scores, "params": self.lvlm.parameters()}
+
+    def count_parameters(self) -> int:
+        """Number of parameters, tied ones counted once, of the model that the checkpoint's config describes."""
+
+        from svl.checkpoints import hub
+        from svl.checkpoints.skeleton import read_skeleton
+        from svl.models.transformers_internals import model_on_meta
+        from svl.pruning.pruned_config import pruned_config
+
+        options = self.setup.options
+        folder = hub.local_checkpoint(self.setup.checkpoint, options.revision)
+        dense = read_skeleton(folder, replace(options, revision=None), shapes_only=True).model
+        pruned = model_on_meta(dense, pruned_config(dense.config, self.plan))
+        return sum(p.numel() for p in pruned.parameters())
 
     def identity(self) -> dict[str, Any]:
         """What tells it from other variants of its model, for keys."""

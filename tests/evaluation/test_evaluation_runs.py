@@ -236,6 +236,12 @@ class LLM:
 '''
 
 
+def parameters(folder: Path) -> set[tuple[str, int]]:
+    """(layers removed, parameters) of every score in the store."""
+    manifests = [json.loads(file.read_text()) for file in (folder / "store" / "score").glob("*/manifest.json")]
+    return {(str(m["inputs"]["removed"]), m["output"]["params"]) for m in manifests}
+
+
 def test_vllm_answers_for_dense_and_pruned_checkpoints(alone, fork_server, tmp_path):
     """With a stand-in for vLLM that answers with transformers: the same answers, and no export is left."""
     (tmp_path / "vllm").mkdir()  # found where the command is given
@@ -244,6 +250,7 @@ def test_vllm_answers_for_dense_and_pruned_checkpoints(alone, fork_server, tmp_p
     assert fork_server.wait(run) == 0, fork_server.log(run)
     ours, theirs = stored(alone), stored(tmp_path)
     assert {key: found[1] for key, found in theirs.items()} == {key: found[1] for key, found in ours.items()}
+    assert parameters(tmp_path) == parameters(alone)
     assert not list((tmp_path / "store" / "tmp").iterdir())
 
 
