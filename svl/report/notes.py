@@ -30,7 +30,7 @@ def table_notes(section: Section) -> list[str]:
 
 
 MEANINGS = {
-    "likelihood": "the average if the likeliest option were the answer, of benchmarks whose answers are from a closed set",
+    "likelihood": "the average if the likeliest option were the answer, of benchmarks with closed questions",
     "above_chance": "(accuracy - chance) / (1 - chance) of yes-or-no and multiple-choice questions, 0 for guesses",
     "off_format": "answers that are read only because markup, leading words or what follows was taken away",
 }

@@ -12,8 +12,11 @@ LETTERS = "ABCDEFGHIJ"
 
 # ---------------------------------------------------------------------------------------------- yes or no
 
+_ADVERB = (
+    r"(?:(?:most\ likely|absolutely|certainly|clearly|definitely|likely|obviously|of\ course|oh|probably)\s*,?\s+)?"
+)
 _YES_NO = re.compile(
-    r"""(?:\d+[.)]\s+)?(?:a\s*:\s*)?\W*(?:an?\s+|(?:definitely|probably|clearly|likely|simply|just)\s+)?
+    rf"""(?:\(?[a-z\d][.):]\s*)?\W*(?:an?\s+)?{_ADVERB}
         (?:(?P<yes>yes|yeah|yep|yup)\b|(?P<no>no|nope|nah)\b|(?P<initial>[yn])\W*$)(?P<rest>.*)""",
     re.VERBOSE | re.IGNORECASE,
 )
@@ -44,13 +47,13 @@ def read_yes_no(text: str) -> str | None:
 # ------------------------------------------------------------------------------------------------- options
 
 _LETTER = re.compile(
-    r"""(?:\d+[.)]\s+)?(?:(?:option|choice|answer|letter)\b\s*:?\s*)?["'(\[{*]*\s*
-        (?P<letter>[A-Z])(?![\w'’+#])\s*(?P<close>["')\]}*]*)(?P<rest>.*)""",
+    rf"""(?:\d+[.)]\s+)?{_ADVERB}(?:(?:option|choice|answer|letter)\b\s*:?\s*)?["'(\[{{*]*\s*
+        (?P<letter>[A-Z])(?![\w'’+#])\s*(?P<close>["')\]}}*]*)(?P<rest>.*)""",
     re.VERBOSE | re.IGNORECASE,
 )
 # what may stand behind a letter that is no word: an end, a mark (not that of "A.M."), or what says so
 _APART = re.compile(
-    r"""\s*$|[)\]},;!?/|]|[.:](?![A-Za-z](?:\W|$))|\s*[:;,.](?:\s|$)|\s*(?:[–—=]|-+>|-\s)
+    r"""\s*$|[)\]},;!?]|[/|](?!\w)|[.:](?![A-Za-z](?:\W|$))|\s*[:;,.](?:\s|$)|\s*(?:[–—=]|-+>|-\s)
         |\s*(?:because|since)\b
         |\s*is\s+(?:the\s+|my\s+)?(?:most\s+)?(?:correct|right|best|true|answer|accurate|likely|appropriate)\b""",
     re.VERBOSE | re.IGNORECASE,
@@ -80,7 +83,7 @@ def read_choice(text: str, options: Mapping[str, Any]) -> str | None:
     named = set(_SAYS_LETTER.findall(plain)) & set(options)
     if len(named) == 1:
         return named.pop()
-    return _option_of_text(line.text, options) or _option_at_start(line.text, options)
+    return _option_of_text(line.text, options) or _option_of_sentence(line.text, options)
 
 
 def _letter_of_line(line: Line, options: Mapping[str, Any]) -> str | None:
@@ -89,7 +92,7 @@ def _letter_of_line(line: Line, options: Mapping[str, Any]) -> str | None:
     if match is None or match["letter"].upper() not in options:
         return None
     letter, rest = match["letter"].upper(), match["rest"]
-    if options[letter] and same_answer(rest.lstrip(" .:,;)-–—=>"), str(options[letter])):
+    if options[letter] and same_answer(rest.strip(" .:,;()-–—=>"), str(options[letter])):
         return letter
     if match["letter"] in "ai" and line.follows_verb and not match["close"]:
         return None  # "It is a", cut off
@@ -113,13 +116,13 @@ def _option_of_text(text: str, options: Mapping[str, Any]) -> str | None:
     return same[0] if bare(text) and len(same) == 1 else None
 
 
-def _option_at_start(text: str, options: Mapping[str, Any]) -> str | None:
-    """The one option that a sentence begins with, before a comma or the like; None if others are in it, too."""
-    said, found = bare(text), []
-    texts = {letter: bare(str(option)) for letter, option in options.items() if option}
-    for letter, option in texts.items():
-        if option and re.match(rf"{re.escape(option)}\s*[.,;:!(]", said):
-            others = (other for other in texts.values() if other and other != option)
-            rest = said[len(option) :]
-            found.append(None if any(re.search(rf"\b{re.escape(other)}\b", rest) for other in others) else letter)
-    return found[0] if len(found) == 1 else None
+def _option_of_sentence(text: str, options: Mapping[str, Any]) -> str | None:
+    """The one option that a sentence begins with ("Green, as ...") or says that something is ("The leaf is green")."""
+    said = bare(text)
+    texts = {letter: re.escape(bare(str(option))) for letter, option in options.items() if option}
+    named = [letter for letter, option in texts.items() if option and re.search(rf"(?<!\w){option}(?!\w)", said)]
+    if len(named) != 1:
+        return None
+    option = texts[named[0]]
+    says_so = re.compile(rf"{option}\s*[.,;:!(].*|.*\b{BE}\s+(?:an?\s+|the\s+)?{option}", re.VERBOSE)
+    return named[0] if says_so.fullmatch(said) else None

@@ -17,8 +17,8 @@ _DELIMITER = re.compile(r"\\[()\[\]]|\\(?=[%$])")  # of formulas; of their signs
 _COMMAND = re.compile(r"\\(?:text\w*|math\w+|emph|bf|rm)\s*\{(?P<inner>[^{}]*)\}")
 _FORMULA = re.compile(r"\$\$?(?=\S)(?P<inner>[^$\n]+?)(?<=\S)\$\$?(?!\d)")  # not the signs of "$5 and $6"
 _EMPHASIS = re.compile(r"(?<!\w)(\*{1,3}|_{1,3}|~~)(?=\S)(?P<inner>.+?)(?<=\S)\1(?!\w)")
-_MARK = re.compile(r"^\s*(?:[-*•>#=]+\s+|[*_~]+(?=\S))|(?<=\S)[*_~]+\s*$")  # of a list or head; emphasis cut off
-_WIDE = str.maketrans("：。，；！？（）【】\u00a0", ":.,;!?()[] ", "\u200b\ufeff")
+_MARK = re.compile(r"^\s*(?:[-*•>#=→]+\s+|[*_~]+(?=\S))|(?<=\S)[*_~]+\s*$")  # of a list or head; emphasis cut off
+_WIDE = str.maketrans("。【】\u00a0", ".[] ", "\u200b\ufeff") | {0xFF01 + i: 0x21 + i for i in range(94)}  # full width
 _QUOTES = tuple(zip("\"'“‘«([{", "\"'”’»)]}", strict=True))
 
 _LEADS = [
@@ -28,9 +28,10 @@ _LEADS = [
         r"""(?:based\ on|according\ to|looking\ at|judging\ from|from|in)\s+(?:the|this)\s+(?:\w+\s+)?
             (?:image|picture|photo|photograph|chart|graph|figure|diagram|table|video|document|context|text|information)\b
             [^,:\n]{0,60}[,:]\s*""",
-        # "Sure! ", "So " before what leads on
+        # "Assistant: ", "Sure! ", "So " before what leads on
+        r"assistant\s*[:\n]\s*",
         r"(?:sure|well|ok|okay|hmm|certainly|of\ course)\s*[,!:.]\s*(?=\S)",
-        r"(?:so|thus|hence|therefore|then|and)\s*,?\s+(?=(?:the|my|it|i|answer|option)\b)",
+        r"(?:(?:so|thus|hence|therefore|then|and)\s*,?\s+|a\s*:\s*)(?=(?:the|my|it|i|answer|option)\b)",
         # "The answer (to the question) is ", "Answer: ", "Here is my final answer - "
         rf"""(?:here(?:['’]s|\s+is)\s+)?(?:(?:the|my|our|your)\s+)?
             (?:(?:final|correct|right|best|short|single|most|likely|possible|probable|appropriate|suitable|accurate|predicted)\s+)*
@@ -39,7 +40,7 @@ _LEADS = [
             (?:\b{BE}\b(?:\s+that)?|(?=[:=]|-+>|[–—-]\s))\s*[*_]*\s*(?:[:=]+|[-=]+>|→|[–—-](?=\s))?[*_]*\s*""",
         # "It is ", "I think (that) "
         rf"(?:it|this|that)\s*(?:['’]s|\s{BE})\b\s*:?\s*",
-        r"""i\s*(?:['’](?:d|ll|m)|\s+(?:would|will|am))?\s*
+        r"""(?:i|we)\s*(?:['’](?:d|ll|m)|\s+(?:would|will|am))?\s*
             (?:think|believe|guess|suppose|say|choose|chose|select|pick|go(?:ing)?\ with)\b(?:\s+that\b)?\s*[,:]?\s*""",
     )
 ]
