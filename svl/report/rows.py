@@ -272,6 +272,10 @@ class Section:
         """Names of the averages that any run has besides that of the main metrics."""
         return [name for name in BESIDE if any(run.beside(name) for run in self.runs)]
 
+    def dense_beside(self, name: str) -> float | None:
+        """The unpruned model's average of another metric than the main ones, in the newest run that has it."""
+        return next((found["dense"] for run in reversed(self.runs) if (found := run.beside(name))), None)
+
     def lower_is_better(self, task: str | None) -> bool:
         """Whether lower values of a benchmark (None: of any) are better."""
         scores = self.last.result["scores"]

@@ -164,7 +164,7 @@ def _dense_cells(section: Section) -> list[Cell]:
         Cell("0 %", 0.0),
         Cell(f"0 / {cost['layers_dense']}", 0),
         *scores,
-        *(_score_cell(Estimate(section.last.beside(name).get("dense")).times(100)) for name in section.metrics_beside),
+        *(_score_cell(Estimate(section.dense_beside(name)).times(100)) for name in section.metrics_beside),
         UNKNOWN if section.lower_is_better(None) else Cell("100.0", 100.0),
         _count_cell(cost.get("params_dense")),
         Cell("×1.00", 1.0),

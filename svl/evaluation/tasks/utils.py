@@ -295,7 +295,7 @@ def gqa(doc: dict[str, Any], results: list[str]) -> dict[str, Item]:
 
 def vqa(doc: dict[str, Any], results: list[str]) -> dict[str, Item]:
     """VQA accuracy of TextVQA and VizWiz: how many of the other people agree, at most three, left out one by one."""
-    from lmms_eval.tasks._task_utils.vqa_eval_metric import EvalAIAnswerProcessor
+    from lmms_eval.tasks.textvqa.utils import EvalAIAnswerProcessor
 
     process, answer = EvalAIAnswerProcessor(), read_short_answer(results[0])
     given = [process(text) for text in doc["answers"]]
