@@ -69,8 +69,6 @@ class RunSetup:
         self.combined: dict[str, Any] = {group: methods[group] for group in COMBINED if not _is_none(methods[group])}
         if self.combined and self.uses_vllm:
             raise SvlError(f"{' and '.join(self.combined)}: only evaluator=transformers can combine these with pruning")
-        if cfg.benchmark.likelihood and self.uses_vllm:
-            raise SvlError("benchmark.likelihood=true: only evaluator=transformers tells the likelihood of options")
         if process_rank() == 0:
             self.tracker.check()
         self.store = Store(cfg.paths.store, versions())
