@@ -16,6 +16,7 @@ from svl.evaluation.reading import (
     normalise,
     read_choice,
     read_short_answer,
+    read_word,
     read_yes_no,
     same_answer,
 )
@@ -61,6 +62,13 @@ def short_items(text: str, target: str, metric: str = "accuracy") -> dict[str, I
     answer = read_short_answer(text)
     is_right = answer is not None and same_answer(answer, target)
     return {metric: {"score": float(is_right), "answer": answer}, **off_format(text, answer)}
+
+
+def word_items(text: str, target: str) -> dict[str, Item]:
+    """The items of an answer that should be one word: for accuracy, and for its form."""
+    answer = read_word(text)
+    found = {"score": float(answer is not None and same_answer(answer, target)), "answer": answer}
+    return {"accuracy": found, **off_format(text, answer)}
 
 
 def lettered(choices: Sequence[Any]) -> dict[str, Any]:

@@ -44,6 +44,7 @@ def test_an_answer_is_read_in_every_form(form):
     assert reading.read_choice(written(form, "B"), dict.fromkeys("ABCD")) == "B"
     assert reading.read_choice(written(form, "green"), OPTIONS) == "B"
     assert reading.same_answer(reading.read_short_answer(written(form, "red")) or "", "Red")
+    assert reading.read_word(written(form, "red circle")) == "red"
     assert reading.read_number(written(form, "12.5")) == reading.Number(12.5)
 
 
@@ -58,7 +59,17 @@ def test_an_answer_is_read_in_every_form(form):
             (t, "yes")
             for t in ("It's a yes.", "It is yes", "Definitely yes", "Yes, no doubt", "Yes, there are no others")
         ],
-        *[(t, "yes") for t in ("Yes\nNo\nYes", "There is a dog, so the answer is yes.", "Yes - there is")],
+        *[
+            (t, "yes")
+            for t in (
+                "Yes\nNo\nYes",
+                "There is a dog, so the answer is yes.",
+                "Yes - there is",
+                "yes no no",
+                "Yes. No.",
+                "yes square",
+            )
+        ],
         *[
             (t, "no")
             for t in ("NO!", "no", "No, a red one", '"no"', "Nope", "n", "No\nYes", "No - there is not", "No. It is")
@@ -68,7 +79,7 @@ def test_an_answer_is_read_in_every_form(form):
             (t, None)
             for t in ("No one", "No. 5", "No idea", "none", "nothing", "Nobody", "It is no wonder that", "noon")
         ],
-        *[(t, None) for t in ("Yes or no", "yes/no", "No, yes there is", "Yes. No.", "Please answer yes or no")],
+        *[(t, None) for t in ("Yes or no", "yes/no", "No, yes there is", "Please answer yes or no")],
     ],
 )
 def test_yes_and_no(text, answer):
@@ -106,6 +117,7 @@ def test_yes_and_no(text, answer):
             (t, "B")
             for t in ("Green, as the leaf", "B\nC", "B\nWhat is it?\nA. red\nB. green", "Let me see.\nThe answer is B.")
         ],
+        *[(t, "B") for t in ("B at 2", "B nothing", "B small purple square", "B 5", "B C", "B is red")],
         *[
             (t, None)
             for t in (
@@ -141,7 +153,17 @@ def test_yes_and_no(text, answer):
         ],
         *[
             (t, None)
-            for t in ("Option B is wrong", "B is wrong", "The answer is not B", "None of the above", "red or green")
+            for t in (
+                "Option B is wrong",
+                "B is wrong",
+                "The answer is not B",
+                "B does not fit",
+                "B C D",
+                "b at 2",
+                "A 5",
+                "None of the above",
+                "red or green",
+            )
         ],
     ],
 )
@@ -216,6 +238,13 @@ def test_numbers(text, number):
 def test_short_answers_keep_their_own_signs(text):
     assert reading.read_short_answer(text) == text
     assert not reading.is_off_format(text, text)
+
+
+def test_words():
+    """Of an answer that should be one word, the first: what runs on behind it does not count, a choice of two does."""
+    said = {"red": "red", "A red one": "red", "red circle red": "red", "Red.": "Red", "2 small": "2", "3.5": "3.5"}
+    assert [reading.read_word(text) for text in said] == list(said.values())
+    assert [reading.read_word(text) for text in ("red or blue", "red, blue", "red/blue", "", "?")] == [None] * 5
 
 
 def test_no_short_answer():

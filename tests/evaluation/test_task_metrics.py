@@ -40,8 +40,9 @@ def test_choice_and_short_answers_by_hand():
     found = [utils.choice({"answer": "B", "options": options}, [t])["accuracy"]["score"] for t in ("(b)", "C", "red")]
     assert found == [1, 0, 0]
     doc = {"answer": "red", "kind": "relation1"}
-    scores = [utils.short_answer(doc, [t]) for t in ("Red.", " red ", "red circle", "")]
-    assert [s["accuracy"]["score"] for s in scores] == [1, 1, 0, 0]
+    scores = [utils.short_answer(doc, [t]) for t in ("Red.", " red ", "red circle", "circle", "")]
+    assert [s["accuracy"]["score"] for s in scores] == [1, 1, 1, 0, 0]  # it runs on, but says so
+    assert [s["off_format"]["score"] for s in scores] == [0, 0, 1, 0, 0]
     assert all(s["accuracy_relation1"] == s["accuracy"] for s in scores)
 
 

@@ -9,7 +9,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from svl.evaluation.answer_items import Item, choice_items, lettered, listed_options, short_items, yes_no_items
+from svl.evaluation.answer_items import (
+    Item,
+    choice_items,
+    lettered,
+    listed_options,
+    short_items,
+    word_items,
+    yes_no_items,
+)
 from svl.evaluation.task_metrics import (
     above_chance,
     above_chance_parts,
@@ -51,8 +59,8 @@ def choice(doc: dict[str, Any], results: list[str]) -> dict[str, Item]:
 
 
 def short_answer(doc: dict[str, Any], results: list[str]) -> dict[str, Item]:
-    """One-word answer, yes or no where that is asked: items for accuracy, that of the question's kind, and the form."""
-    return _with_kind(doc, _yes_no(doc, results) or short_items(results[0], doc["answer"]))
+    """One word, the first; yes or no where that is asked: items for accuracy, that of the kind, and the form."""
+    return _with_kind(doc, _yes_no(doc, results) or word_items(results[0], doc["answer"]))
 
 
 def read_answer(doc: dict[str, Any], results: list[str]) -> dict[str, Item]:

@@ -9,6 +9,7 @@ from typing import Any
 from svl.evaluation.reading.form import BE, Line, bare, first_line, same_answer, without_markup
 
 LETTERS = "ABCDEFGHIJ"
+RUNNING_ON = "BCDEFGHJ"  # which are no words by themselves
 
 # ---------------------------------------------------------------------------------------------- yes or no
 
@@ -21,8 +22,8 @@ _YES_NO = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 _NOT_NO = re.compile(r"\s+(?:one|idea|clue|answer|image|information)\b|\.?\s*\d|-\w", re.IGNORECASE)  # "No. 5"
-_BOTH = re.compile(  # "yes or no", "No, yes there is"; not "Yes, no doubt"
-    r"""\W*(?:(?:or|and)\b\W*)?(yes|no)\b(?=\W*$|\s*[,.;:!?/|]|\s+(?:there|it|is|or|and|yes|no)\b)""",
+_BOTH = re.compile(  # "yes or no", "No, yes there is"; not "Yes, no doubt", nor what runs on: "yes no", "Yes. No."
+    r"""\s*(?:[,;/|&–—-]\s*(?:or\b|and\b)?|or\b|and\b)\W*(yes|no)\b(?=\W*$|\s*[,.;:!?/|]|\s+(?:there|it|is|or|and|yes|no)\b)""",
     re.VERBOSE | re.IGNORECASE,
 )
 _SAYS_YES_NO = re.compile(
@@ -58,8 +59,12 @@ _APART = re.compile(
         |\s*is\s+(?:the\s+|my\s+)?(?:most\s+)?(?:correct|right|best|true|answer|accurate|likely|appropriate)\b""",
     re.VERBOSE | re.IGNORECASE,
 )
+# an answer that runs on ("B at 2"): not "A red one" and "I think", nor what denies ("B is wrong") or lists ("B C D")
+_RUNS_ON = re.compile(
+    r"\s+(?!(?:and|or|vs|to)\b|[A-J]\s+[A-J]\b)\w(?!.*(?:\bnot\b|n['’]t\b|\bwrong\b|\bincorrect\b|\bfalse\b))"
+)
 _NEXT_LETTER = re.compile(  # of "A, B", "A or B", not that of "B. A dog"
-    r"\W*(?:(?:or|and)\b\W*)?([A-J])(?![\w'’])(?=\s*(?:[^\w\s]|or\b|and\b|[A-J]\b(?!')|$))"
+    r"\s*(?:[^\w\s]\W*(?:(?:or|and)\b\W*)?|(?:or|and)\b\W*)([A-J])(?![\w'’])(?=\s*(?:[^\w\s]|or\b|and\b|[A-J]\b(?!')|$))"
 )
 _LABEL = re.compile(r"(?<![\w'’])\(?([A-J])[.):]\s*\S")
 _SAYS_LETTER = re.compile(
@@ -96,7 +101,8 @@ def _letter_of_line(line: Line, options: Mapping[str, Any]) -> str | None:
         return letter
     if match["letter"] in "ai" and line.follows_verb and not match["close"]:
         return None  # "It is a", cut off
-    if not (match["close"] or _APART.match(rest)):
+    runs_on = match["letter"] in RUNNING_ON and _RUNS_ON.match(match.string, match.end("letter"))
+    if not (match["close"] or _APART.match(rest) or runs_on):
         return None
     following = _NEXT_LETTER.match(rest)
     others = {*_LABEL.findall(rest), *([following[1]] if following else [])}

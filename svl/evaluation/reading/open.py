@@ -38,6 +38,16 @@ def read_short_answer(text: str) -> str | None:
     return line.removesuffix(".").rstrip() or None
 
 
+def read_word(text: str) -> str | None:
+    """The first word of a short answer that should be one ("red" of `a red circle`); None of two: `red or blue`."""
+    found = re.match(
+        r"(?:(?:an?|the)\s+)?(\w[\w.'’-]*)(?!\s*(?:[,/&]|or\b|and\b))(?!\w)",
+        read_short_answer(text) or "",
+        re.IGNORECASE,
+    )
+    return found[1].rstrip(".") if found else None
+
+
 def read_number(text: str) -> Number | None:
     """The one number that an answer gives, as digits or (up to twelve) as a word."""
     answer = re.sub(r"[A-Za-z]+", lambda word: _DIGITS.get(word[0].lower(), word[0]), read_short_answer(text) or "")
