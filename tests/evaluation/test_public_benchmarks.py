@@ -193,6 +193,37 @@ def test_pope_counts_what_was_answered(run):
     assert found["upstream_pope_recall"] == 1
 
 
+def test_pope_by_the_rules_of_its_script_and_of_llava(run):
+    """Of each split two positives and two negatives: all answered yes, all no (in a sentence), and all right."""
+    said = {"random": lambda doc: "It seems so.", "popular": lambda doc: "There is not", "adversarial": ORACLES["pope"]}
+    result, _ = run("pope", lambda doc: said[doc["category"]](doc))
+    found = {name: metric["value"] for name, metric in result["metrics"].items()}
+    by_split = [2 * 2 / (2 * 2 + 2), 0, 1]  # 2 TP / (2 TP + FP + FN)
+    assert found["f1_llava"] == pytest.approx(sum(by_split) / 3)
+    assert found["f1_official"] == pytest.approx(2 * 4 / (2 * 4 + 2 + 2))
+    assert found["f1"] == pytest.approx(2 * 2 / (2 * 2 + 4))  # neither sentence says yes or no
+    assert result["metrics"]["f1_official"]["stderr"] > 0
+    assert 0 < result["metrics"]["f1_llava"]["low"] < result["metrics"]["f1_llava"]["high"] < 1
+
+
+def test_a_final_period_is_no_error_of_chartqa(run):
+    plain, _ = run("chartqa", ORACLES["chartqa"])
+    ended, _ = run("chartqa", lambda doc: f"**{doc['answer']}**.\nThat is all.")
+    assert main(plain) == main(ended) == 1
+    assert (plain["metrics"]["off_format"]["value"], ended["metrics"]["off_format"]["value"]) == (0, 1)
+    assert ended["metrics"]["upstream_relaxed_overall"]["value"] == 0
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_every_benchmark_counts_what_was_only_read_without_its_form(name, run):
+    """All right, but in bold and with more behind: the score of the plain answers, and nothing kept the form."""
+    result, _ = run(name, lambda doc: f"The answer is: **{ORACLES[name](doc)}**\n\nThe picture shows it.")
+    assert main(result) == (1 if name != "mme" else 400)
+    assert result["metrics"]["off_format"]["value"] == 1
+    assert result["metrics"]["off_format"]["low"] > 0.3
+    assert result["metrics"].get("above_chance", {"value": 1})["value"] == pytest.approx(1)
+
+
 def test_no_letter_is_drawn_or_dug_out_of_words(run):
     for name, upstream in (("mmmu", "mmmu_acc"), ("realworldqa", "exact_match"), ("seedbench", "seed_image")):
         words = {"A": "Ape", "B": "Bee", "C": "Cow", "D": "Dog"}

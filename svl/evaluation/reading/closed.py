@@ -97,7 +97,8 @@ def _letter_of_line(line: Line, options: Mapping[str, Any]) -> str | None:
     if match is None or match["letter"].upper() not in options:
         return None
     letter, rest = match["letter"].upper(), match["rest"]
-    if options[letter] and same_answer(rest.strip(" .:,;()-–—=>"), str(options[letter])):
+    behind = rest.strip(" .:,;()-–—=>")
+    if behind and options[letter] is not None and same_answer(behind, str(options[letter])):
         return letter
     if match["letter"] in "ai" and line.follows_verb and not match["close"]:
         return None  # "It is a", cut off
@@ -118,14 +119,14 @@ def _lists_options(text: str, letter: str, options: Mapping[str, Any]) -> bool:
 
 def _option_of_text(text: str, options: Mapping[str, Any]) -> str | None:
     """The one option that has this text."""
-    same = [letter for letter, option in options.items() if option and same_answer(text, str(option))]
+    same = [letter for letter, option in options.items() if option is not None and same_answer(text, str(option))]
     return same[0] if bare(text) and len(same) == 1 else None
 
 
 def _option_of_sentence(text: str, options: Mapping[str, Any]) -> str | None:
     """The one option that a sentence begins with ("Green, as ...") or says that something is ("The leaf is green")."""
     said = bare(text)
-    texts = {letter: re.escape(bare(str(option))) for letter, option in options.items() if option}
+    texts = {letter: re.escape(bare(str(option))) for letter, option in options.items() if option is not None}
     named = [letter for letter, option in texts.items() if option and re.search(rf"(?<!\w){option}(?!\w)", said)]
     if len(named) != 1:
         return None
