@@ -244,6 +244,18 @@ def test_every_benchmark_has_cases_and_a_line_in_the_documentation():
     assert all(len(line.strip("|").split(" | ")) == 4 for line in lines)  # task, its script, here, lmms-eval
 
 
+def test_every_task_tells_its_share_off_format_and_what_is_above_chance():
+    """All of svl's and all bundled ones that ask for answers; above chance, where it says what options there are."""
+    for folder in (benchmarks.OWN, ROOT / "svl" / "demo" / "tasks"):
+        for name in benchmarks.task_files(folder):
+            settings = benchmarks.task_settings(name, str(folder))
+            listed = {entry["metric"]: entry for entry in settings["metric_list"]}
+            if settings["output_type"] == "perplexity":
+                continue
+            assert listed["off_format"]["higher_is_better"] is False
+            assert ("above_chance" in listed) == ("options" in settings), name
+
+
 def test_what_a_strict_script_accepts_is_never_lost():
     """An answer that happens to look like form: a sign that says "It is what it is", a period that belongs to it."""
     for text, answers in (("It is what it is", ["it is what it is"]), ("U.S.", ["U.S."]), ("#love", ["#love"])):

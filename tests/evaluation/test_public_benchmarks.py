@@ -154,6 +154,7 @@ def test_every_benchmark_has_errors_and_a_paired_comparison(name, run, tmp_path)
         known = [m for m, v in result["metrics"].items() if v["value"] is not None and v["stderr"] is not None]
         assert result["metric"] in known
         assert result["metrics"][result["metric"]]["stderr"] > 0
+        assert {"off_format", "above_chance"} & set(result["metrics"]) <= set(known)
     (chosen,) = benchmark(name).tasks.values()
     summary = run_result.summarise({name: entries[0]}, {name: entries[1]}, {name: chosen.scale})
     assert 0 < summary["retained"]["value"] < 1.5
