@@ -120,12 +120,12 @@ def closed(tmp_path, monkeypatch):
     folder = task_folder(tmp_path / "closed", f"  - {metrics}{head}", documents)
     (tmp_path / "closed" / "see.py").write_text(
         "from PIL import Image\n"
-        "from svl.evaluation.answer_items import choice_items, short_items\n"
+        "from svl.evaluation.answer_items import choice_items, lettered, short_items\n"
         "def picture(doc):\n    return [Image.new('RGB', (16, 16), (200, 30, 9 * len(doc['prompt'])))]\n"
-        "def options(doc):\n    return list('ABCD'[:doc['n']])\n"
+        "def options(doc):\n    return ['red', 'green', 'blue', 'round'][:doc['n']]\n"
         "def score(doc, results):\n"
         "    if not doc['n']:\n        return short_items(results[0], doc['answer'])\n"
-        "    return choice_items(results[0], dict.fromkeys(options(doc)), doc['answer'])\n"
+        "    return choice_items(results[0], lettered(options(doc)), doc['answer'])\n"
     )
     return folder, documents
 
@@ -134,7 +134,7 @@ def likeliest(lvlm, document):
     """The option that one plain forward pass each finds likeliest."""
     image = Image.new("RGB", (16, 16), (200, 30, 9 * len(document["prompt"])))
     prompt, losses = lvlm.prompt(document["prompt"], image=True), []
-    for option in "ABCD"[: document["n"]]:
+    for option in ["red", "green", "blue", "round"][: document["n"]]:
         inputs = lvlm.encode([f"{prompt} {option}"], [[image]])
         with torch.inference_mode():
             predicted = lvlm.model(**inputs).logits[0, -2].log_softmax(-1)
@@ -177,14 +177,15 @@ def test_likelihoods_of_models_together_are_those_alone(llava, closed, tmp_path)
 
 
 def test_a_likelihood_as_the_main_metric(llava, closed, tmp_path):
-    folder, _ = closed
+    folder, documents = closed
     chosen = {"include_path": folder, "metric": "likelihood_accuracy", "max_new_tokens": 3}
     with pytest.raises(SvlError, match="must be one of: accuracy, above_chance, off_format"):
         score_task(llava, "custom", tmp_path, **chosen)
     result, rows = score_task(llava, "custom", tmp_path, likelihood=True, **chosen)
-    scores = [row["score"] for row in rows if row["score"] is not None]
-    assert result["metrics"]["likelihood_accuracy"]["value"] == pytest.approx(statistics.fmean(scores))
-    assert [row["score"] for row in rows][-1] is None  # an open question has no options
+    right = [likeliest(llava, d) == d["answer"] for d in documents if d["n"]]
+    assert [row["score"] for row in rows] == [*right, None]  # an open question has no options
+    assert set(right) == {True, False}
+    assert result["metrics"]["likelihood_accuracy"]["value"] == pytest.approx(statistics.fmean(right))
 
 
 def test_public_benchmarks_compare_the_options_that_their_prompts_ask_for():
