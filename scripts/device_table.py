@@ -17,7 +17,7 @@ def lines_of(piece: str, found: dict[str, Any]) -> Iterator[str]:
         for name, row in found.items():
             if name != "removed":
                 yield f"{name:28s} {row['seconds']:8.2f} s{in_gb(row)}"
-    elif piece in ("c", "d"):
+    elif piece in ("c", "d", "i"):
         yield f"{'':34s} {'prefill':>9s} {'decode':>9s} {'answer':>9s} {'ideal':>7s} {'samples/s':>16s} {'paper':>7s}"
         for name, row in found.items():
             yield speed_line(name, row)
@@ -31,7 +31,8 @@ def lines_of(piece: str, found: dict[str, Any]) -> Iterator[str]:
         for name, row in found.items():
             plans = f"{row['equal_plans']} of {row['plans']} plans"
             equal = f"{row['equal_answers']:.1%} of the answers, {plans}"
-            yield f"{name:14s} equal to the first: {equal}; right {row['right']:.1%}"
+            right = f"right {row['right']:.1%}; lock step as one by one: {row['lock_step']:.1%}"
+            yield f"{name:14s} equal to the first: {equal}; {right}"
     else:
         for name, value in found.items():
             shown = f"{value:.3f}" if isinstance(value, float) else value

@@ -207,6 +207,8 @@ def validate_config(cfg: DictConfig) -> dict[str, Any]:
     if cfg.efficiency.repeats and cfg.model.offload:
         raise SvlError("efficiency cannot be measured with model.offload, which leaves layers on disk")
     one_of("evaluator.name", cfg.evaluator.name, ("transformers", "vllm"))
+    if cfg.benchmark.likelihood and cfg.evaluator.name != "transformers":
+        raise SvlError("benchmark.likelihood=true: only evaluator=transformers tells the likelihood of options")
     if cfg.benchmark.tasks:
         _check_evaluator(cfg.evaluator.name)
     return {group: build_method(cfg[group], group) for group in METHODS}

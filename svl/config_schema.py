@@ -85,6 +85,7 @@ class Benchmark:
     batch_size: int = 16
     max_new_tokens: int | None = None  # cap per answer of all tasks; null: each task's
     frames: int = 8  # of a video that are shown
+    likelihood: bool = False  # score closed questions by the likelihood of their options, too: a pass for each
 
 
 @dataclass

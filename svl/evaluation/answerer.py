@@ -23,6 +23,7 @@ from svl.data.pictures import open_picture
 from svl.data.videos import read_frame_folder, read_frames
 from svl.evaluation.lmms_eval_internals import (
     Model,
+    OptionRequest,
     Request,
     generation_arguments,
     likelihood_arguments,
@@ -65,7 +66,8 @@ class Answerer(Model):
         current: the number of the model whose answers are given.
         rows: of the documents, in the data.
         frames: of a video, how many are shown.
-        seconds: the time the last benchmark took: reading images, preparing inputs, generating.
+        seconds: the time the last benchmark took: reading images, preparing inputs, generating (not likelihoods that
+            are asked for besides).
         first_prompt: of the first document, as the model's tokenizer got it.
     """
 
@@ -81,8 +83,9 @@ class Answerer(Model):
         self.current = 0
         self.rows: Sequence[int] = ()
         self.frames = 8
-        self.seconds, self.first_prompt = 0.0, ""
-        self._answers: list[Answers] = []
+        self.first_prompt = ""
+        self._seconds: dict[str, float] = {}  # by type of request, as the answers
+        self._answers: dict[str, list[Answers]] = {}
         self._reader = reader or SharedPrefill(models)
         self._coming: dict[tuple[int, ...], Future[list[Prepared]]] = {}  # by their requests
         self._tokenizing = threading.Lock()  # a tokenizer serves one thread at a time
@@ -99,6 +102,11 @@ class Answerer(Model):
         """What a speed depends on besides the model."""
         facts, count = self.lvlm.device_facts(self.batch_size), processes.process_count()
         return {**facts, "processes": count} if count > 1 else facts
+
+    @property
+    def seconds(self) -> float:
+        """See the class."""
+        return self._seconds.get("generate_until", self._seconds.get("loglikelihood", 0.0))
 
     def generate_until(self, requests: list[Request]) -> list[str]:
         """An answer to each request, in their order."""
@@ -117,9 +125,10 @@ class Answerer(Model):
         """The current model's answers to all requests, in their order."""
         if not requests:
             return []
+        kind = requests[0].request_type
         if self.current == 0:
-            self._answers = self._of_all(requests, cap)
-        return [of_models[self.current] for of_models in self._answers]
+            self._answers[kind] = self._of_all(requests, cap)
+        return [of_models[self.current] for of_models in self._answers[kind]]
 
     def _of_all(self, requests: list[Request], cap: Callable[[Request], int | None]) -> list[Answers]:
         """Every model's answers to all requests, in batches of one cap each."""
@@ -143,7 +152,7 @@ class Answerer(Model):
                 for i, of_models in zip(batch, given, strict=True):
                     answers[i] = of_models
                 bar.update(len(batch))
-        self.seconds = time.perf_counter() - began
+        self._seconds[requests[0].request_type] = time.perf_counter() - began
         return answers
 
     def _batches(
@@ -194,7 +203,7 @@ class Answerer(Model):
             asked = [conversations[i] for i in places]
             texts, lengths = [self.lvlm.render(c) for c in asked], []
             if max_new_tokens is None:
-                continuations = [self._continuation(requests[i]) for i in places]
+                continuations = [self._continuation(requests[i], conversations[i]) for i in places]
                 lengths = [self._tokens_of(p, c) for p, c in zip(texts, continuations, strict=True)]
                 texts = [p + c for p, c in zip(texts, continuations, strict=True)]
             found.append(Prepared(places, self._encode(asked, texts), lengths))
@@ -277,15 +286,19 @@ class Answerer(Model):
     def _messages(self, request: Request) -> list[dict[str, Any]]:
         """The messages of a request as lmms-eval writes them: an image part has a `url`, which is the picture."""
         document = self._document(request)
+        if isinstance(request, OptionRequest) and request.question:
+            request = request.question
         if request.request_type != "loglikelihood":
             return generation_arguments(request).to_messages(document)
         asked = likelihood_arguments(request)
         images = [{"type": "image", "url": image} for image in asked.to_pictures(document) or []]
         return [{"role": "user", "content": [*images, {"type": "text", "text": asked.text}]}]
 
-    def _continuation(self, request: Request) -> str:
-        """The text whose likelihood a request asks for."""
+    def _continuation(self, request: Request, conversation: Conversation) -> str:
+        """The text whose likelihood a request asks for; an option is set apart from a prompt that ends in a word."""
         continuation = likelihood_arguments(request).continuation
+        if isinstance(request, OptionRequest):
+            return f"{'' if self.lvlm.render(conversation)[-1:].isspace() else ' '}{continuation}"
         if isinstance(continuation, str):
             return continuation
         return f" {continuation(self._document(request))}"  # of type loglikelihood: the target

@@ -13,6 +13,8 @@ Files of one's own and those of `svl/evaluation/tasks` may say more than lmms-ev
                        standard errors, intervals and tests. Without it, those that are scored together.
     strata: COLUMN     the metric is a sum over the values of this column: for standard errors.
     images: {name: CONFIGURATION, key: COLUMN}  where the same data set keeps the images, by id.
+    options: FUNCTION  document -> what a closed question may be answered with (`[]`: an open one); with
+                       `benchmark.likelihood`, its metrics as if the likeliest were the answer, as `likelihood_<name>`.
     videos: COLUMN     names the file of a document's video, wherever in a copy of the data (`benchmark.data`) it is.
     bootstrap: true    of a metric: its aggregation has no side effects, so it may be resampled for a standard error.
     parts: FUNCTION    of a metric that is no mean: items -> what each adds to it.
@@ -44,6 +46,8 @@ from svl.text.escaping import for_terminal
 log = logging.getLogger(__name__)
 OWN = Path(__file__).parent / "tasks"
 UPSTREAM = "upstream_"  # before the names of lmms-eval's metrics, where a task has its own beside
+LIKELIHOOD = "likelihood_"  # before the names of a task's metrics, with the likeliest option as the answer
+OFF_FORMAT, ABOVE_CHANCE = "off_format", "above_chance"  # metrics of svl's tasks beside the main one
 LARGE = 64 * 2**20  # bytes from which on a data file counts by its size and its ends
 LOADERS = ("parquet", "json", "csv", "text", "arrow")  # data sets that are files beside the YAML
 # settings of generation that change nothing if they have one of these values
@@ -184,7 +188,7 @@ def check_settings(task: str, options: TaskOptions) -> None:
     one_of(f"output_type of task '{task}'", kind, OUTPUTS)
     if "class" in settings:
         raise SvlError(f"task '{task}' is a class of lmms-eval's; only tasks that their YAML describes can be scored")
-    check_metric(task, options.metric, options.include_path)
+    check_metric(task, options.metric, options.include_path, options.likelihood)
     if kind != "perplexity":
         check_style(task, options.style, options.include_path)
         _check_few_shot(task, settings)
@@ -242,13 +246,20 @@ def dataset_arguments(settings: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def check_metric(task: str, metric: str, include_path: str | None) -> None:
-    """Raise SvlError unless `task` (or what it includes or changes) lists `metric`."""
+def check_metric(task: str, metric: str, include_path: str | None, likelihood: bool = False) -> None:
+    """Raise SvlError unless `task` (or what it includes or changes) lists `metric`; with `likelihood`, those of it."""
     config = task_settings(task, include_path)
     listed = [entry["metric"] for entry in config.get("metric_list") or []]
+    if likelihood and "options" in config:
+        listed += [LIKELIHOOD + name for name in listed if has_likelihood(name)]
     if (name := config.get("upstream")) and "process_results" in config:
         listed += [UPSTREAM + entry["metric"] for entry in task_settings(name, None)["metric_list"]]
     one_of(f"benchmark.tasks.{task}.metric", metric.partition(",")[0], listed)
+
+
+def has_likelihood(metric: str) -> bool:
+    """Whether a metric of closed questions is also scored by the likelihood of their options."""
+    return metric != OFF_FORMAT and not metric.startswith(UPSTREAM)
 
 
 def check_style(task: str, style: str, include_path: str | None) -> None:

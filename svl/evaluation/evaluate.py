@@ -13,6 +13,8 @@ Decisions (lmms-eval is pinned to 0.7.3; its stock adapters are not used, they t
 * Of the first questions answered wrong, small images are kept: of whatever two models answer differently, one of them
   has the image, for as long as there are few.
 * Where svl/evaluation/tasks corrects lmms-eval, the metrics of both are computed, from the same answers.
+* With `likelihood`, the options of closed questions are compared after the same prompt, too: a task's metrics as if the
+  likeliest were the answer. Answers and their time are those without.
 * Standard errors: from every document's part in a metric where it is a mean or the task says what the parts are; a
   bootstrap where the task marks a metric with `bootstrap: true`, that is, says that its aggregation has no side
   effects; else None, as for a value that is undefined in some resample. Documents of one `unit` (questions on one

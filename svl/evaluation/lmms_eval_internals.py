@@ -16,6 +16,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -37,6 +38,7 @@ __all__ = [
     "GenerationTask",
     "LikelihoodTask",
     "Model",
+    "OptionRequest",
     "Request",
     "data_cache_folder",
     "generation_arguments",
@@ -60,10 +62,42 @@ loguru.logger.configure(handlers=[{"sink": _to_logging, "level": "WARNING", "for
 
 
 class GenerationTask(ConfigurableMessagesTask):
-    """A task that asks for generated answers."""
+    """A task that asks for generated answers.
 
+    Attributes:
+        options_of: of a document, the answers whose likelihood is asked for besides; None: of none.
+        likely: what the names of metrics begin with that are scored as if the likeliest option were the answer.
+    """
+
+    options_of: Callable[[Mapping[str, Any]], list[str]] | None = None
+    likely = ""
     download = ConfigurableMessagesTask.download.__wrapped__
-    process_results = ConfigurableMessagesTask.process_results.__wrapped__
+
+    def construct_requests(self, doc_id: int, ctx: str, **more: Any) -> list[Request]:
+        """As upstream; then one request for each option."""
+        question = super().construct_requests(doc_id, ctx, **more)
+        text, _, _, *where = question.args
+        if self.options_of is None:
+            return [question]
+        document = self.dataset_no_image[where[-1]][doc_id]
+        return [question] + [
+            OptionRequest(
+                "loglikelihood", (text, option, self.doc_to_visual, *where), i, question.metadata, question=question
+            )
+            for i, option in enumerate(self.options_of(document), 1)
+        ]
+
+    def process_results(self, doc: Any, results: list[Any], full_docs: Any = None) -> Any:
+        """As upstream, of the generated answer and of the likeliest option; of the latter, metrics that are listed."""
+        score = ConfigurableMessagesTask.process_results.__wrapped__
+        answer, *likelihoods = results
+        items = score(self, doc, [answer], full_docs)
+        if likelihoods and self.options_of is not None:
+            losses = [loss for loss, _ in likelihoods]
+            likeliest = self.options_of(doc)[losses.index(min(losses))]
+            found = score(self, doc, [likeliest], full_docs).items()
+            items |= {self.likely + name: item for name, item in found if self.likely + name in self.aggregation()}
+        return items
 
 
 class LikelihoodTask(ConfigurableTask):
@@ -105,6 +139,17 @@ class LikelihoodArguments(NamedTuple):
     doc_id: int
     task: str
     split: str
+
+
+@dataclass
+class OptionRequest(Request):
+    """A request for the likelihood of an option as the answer to a question.
+
+    Attributes:
+        question: the request for a generated answer.
+    """
+
+    question: Request | None = None
 
 
 def generation_arguments(request: Request) -> GenerationArguments:

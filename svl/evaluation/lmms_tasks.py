@@ -184,7 +184,9 @@ def load_task(task: str, options: TaskOptions) -> ScoredTask:
     config = read_task_config(task, options.include_path)
     config["dataset_kwargs"] = benchmarks.dataset_arguments(config) or None
     kind = config.get("output_type", "generate_until")
-    own = {name: config.pop(name, None) for name in ("together", "unit", "strata", "images", "videos")}
+    own = {name: config.pop(name, None) for name in ("together", "unit", "strata", "images", "videos", "options")}
+    if options.likelihood and own["options"]:
+        config["metric_list"] = with_likelihoods(config["metric_list"])
     if kind == "generate_until":
         config["generation_kwargs"] = greedy_settings(config.get("generation_kwargs") or {}, options.max_new_tokens)
     hint = benchmarks.data_hint(config)
@@ -197,6 +199,8 @@ def load_task(task: str, options: TaskOptions) -> ScoredTask:
             config["doc_to_visual"] = video_lookup(copy, own["videos"])
         config |= data_settings(config, options.data)
         loaded = TASKS[kind](config=config, model_name=options.style)
+    if options.likelihood and own["options"]:
+        loaded.options_of, loaded.likely = own["options"], benchmarks.LIKELIHOOD
     loaded.set_config("num_fewshot", loaded.config.num_fewshot or 0)
     loaded.set_fewshot_seed(0)
     unit = by_function_or_column(loaded, task, own["unit"] or own["together"])
@@ -235,6 +239,12 @@ def read_task_config(task: str, include_path: str | None) -> dict[str, Any]:
         return config
     original = load_yaml_config(str(benchmarks.find_task(config.pop("upstream"), None)))
     return corrected_config(original, config)
+
+
+def with_likelihoods(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A task's metrics, and beside each that of the likeliest options."""
+    beside = [entry for entry in entries if benchmarks.has_likelihood(entry["metric"])]
+    return [*entries, *({**entry, "metric": benchmarks.LIKELIHOOD + entry["metric"]} for entry in beside)]
 
 
 def greedy_settings(settings: dict[str, Any], max_new_tokens: int | None) -> dict[str, Any]:

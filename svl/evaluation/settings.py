@@ -21,6 +21,7 @@ class TaskOptions:
         include_path: folder with the task's YAML; None for the tasks of svl and those that come with lmms-eval.
         data: folder with copies of data sets; None for the hub (or its cache).
         frames: of a video, how many are shown.
+        likelihood: besides, the options of closed questions are compared by their likelihood.
         description: what the progress bar says; the task's name if empty.
     """
 
@@ -32,6 +33,7 @@ class TaskOptions:
     include_path: str | None = None
     data: str | None = None
     frames: int = 8
+    likelihood: bool = False
     description: str = ""
 
     def __post_init__(self) -> None:

@@ -1,8 +1,7 @@
 """Metrics of the tasks of svl and of its demo, as functions of the scored answers (items) of all documents.
 
-An item is a dict: `score` is 0 or 1, `answer` what was read, and some metrics need more of it. An answer that could not
-be read is wrong: it is never left out and never replaced by a random choice. A metric that is not defined is NaN,
-never 0.
+Items are made by svl.evaluation.answer_items. An answer that could not be read is wrong: it is never left out and never
+replaced by a random choice. A metric that is not defined is NaN, never 0.
 
 Where a metric is no plain mean, a `parts` function gives every item's share of it: they sum up to the metric, so that
 standard errors and comparisons with another model can be computed sample by sample.
@@ -11,26 +10,11 @@ standard errors and comparisons with another model can be computed sample by sam
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from svl.evaluation.reading import normalise, read_yes_no
-
-Item = dict[str, Any]
-YES_NO_METRICS = ("accuracy", "precision", "recall", "f1", "yes_ratio")
-
-
-def scored(answer: str | None, right: str, /, **more: Any) -> Item:
-    """The item of an answer that was read (None: could not be), by what is right."""
-    return {"score": float(answer == right), "answer": answer, **more}
-
-
-def yes_no_items(text: str, target: str) -> dict[str, Item]:
-    """The items of an answer to a yes-or-no question: one for each of YES_NO_METRICS."""
-    wanted = normalise(target)
-    return dict.fromkeys(YES_NO_METRICS, scored(read_yes_no(text), wanted, target=wanted))
-
+from svl.evaluation.answer_items import Item
 
 # ---------------------------------------------------------------------------------------- shares of answers
 
@@ -113,6 +97,20 @@ def _ratio(part: float, whole: int) -> float:
     return part / whole if whole else math.nan
 
 
+# ------------------------------------------------------------------------------------------- above chance
+
+
+def above_chance(items: Sequence[Item]) -> float:
+    """(accuracy - chance) / (1 - chance): 0 of guesses, 1 if all is right; `chance` of an item is 1 / its options."""
+    return math.fsum(above_chance_parts(items)) if items else math.nan
+
+
+def above_chance_parts(items: Sequence[Item]) -> list[float]:
+    """Shares of `above_chance`: how much better than a guess each answer is, by what all could be."""
+    most = math.fsum(1 - item["chance"] for item in items)
+    return [(item["score"] - item["chance"]) / most for item in items]
+
+
 # ------------------------------------------------------------------------------------------------------ MME
 
 
@@ -137,6 +135,24 @@ def mme_parts(items: Sequence[Item]) -> list[float]:
     return parts
 
 
+MME_CHANCE = 100 * 1 / 2 + 100 * 1 / 4  # points of guesses in a category: each answer, both of an image
+
+
+def mme_above_chance(items: Sequence[Item]) -> float:
+    """The MME score as a share of what is to be had above guesses: 0 of these, 1 if all is right."""
+    return math.fsum(mme_above_chance_parts(items)) if items else math.nan
+
+
+def mme_above_chance_parts(items: Sequence[Item]) -> list[float]:
+    """Shares of `mme_above_chance`."""
+    counts = Counter(item["category"] for item in items)
+    most = (200 - MME_CHANCE) * len(counts)
+    return [
+        (points - MME_CHANCE / counts[item["category"]]) / most
+        for points, item in zip(mme_parts(items), items, strict=True)
+    ]
+
+
 # -------------------------------------------------------------------------------------------------- MMBench
 
 
@@ -157,3 +173,23 @@ def circular_parts(items: Sequence[Item]) -> list[float]:
         questions[item["question"]].append(item["score"])
     rotations = (questions[item["question"]] for item in items)
     return [float(all(scores)) / len(scores) / len(questions) for scores in rotations]
+
+
+def circular_above_chance(items: Sequence[Item]) -> float:
+    """`above_chance` of CircularEval, where a guess has to be right in every rotation."""
+    return math.fsum(circular_above_chance_parts(items)) if items else math.nan
+
+
+def circular_above_chance_parts(items: Sequence[Item]) -> list[float]:
+    """Shares of `circular_above_chance`, each rotation an equal part of its question's."""
+    questions: dict[Any, list[Item]] = defaultdict(list)
+    for item in items:
+        questions[item["question"]].append(item)
+    chances = {question: math.prod(turn["chance"] for turn in turns) for question, turns in questions.items()}
+    most = math.fsum(1 - chance for chance in chances.values())
+    parts = []
+    for item in items:
+        turns = questions[item["question"]]
+        is_right = all(turn["score"] for turn in turns)
+        parts.append((is_right - chances[item["question"]]) / len(turns) / most)
+    return parts

@@ -25,7 +25,8 @@ def corrected_config(original: dict[str, Any], own: dict[str, Any]) -> dict[str,
     upstream = UpstreamScoring(own["task"], theirs)
 
     def both(document: Mapping[str, Any], answers: list[str]) -> dict[str, Any]:
-        return {**upstream.items(document, answers), **ours(document, answers)}
+        items = ours(document, answers)  # first: some of lmms-eval's change the document
+        return {**upstream.items(document, answers), **items}
 
     beside = [upstream.entry(entry) for entry in entries]
     return {**original, **own, "metric_list": [*own["metric_list"], *beside], "process_results": both}

@@ -15,6 +15,7 @@ def table_notes(section: Section) -> list[str]:
     notes = [
         f"Benchmarks: {tasks or 'none'}.",
         "±: standard error over the samples; in rows of several seeds, standard deviation over the seeds.",
+        *_beside_notes(section),
         "Retained: average relative to the dense average.",
         "Bold: the best at that ratio and all that are not significantly worse (95 %, paired by question if possible).",
         *_speed_notes(section),
@@ -26,6 +27,18 @@ def table_notes(section: Section) -> list[str]:
     if (versions := len({run.versions for run in section.runs})) > 1:
         notes.append(f"Caution: the runs were made with {versions} different sets of versions.")
     return [*notes, *_pair_notes(section), *_seed_notes(section), *published_notes(section)]
+
+
+MEANINGS = {
+    "likelihood": "the average if the likeliest option were the answer, of benchmarks with closed questions",
+    "above_chance": "(accuracy - chance) / (1 - chance) of yes-or-no and multiple-choice questions, 0 for guesses",
+    "off_format": "answers that are read only because markup, leading words or what follows was taken away",
+}
+
+
+def _beside_notes(section: Section) -> list[str]:
+    """What the averages besides that of the main metrics are."""
+    return [f"{name.replace('_', ' ').capitalize()}: {MEANINGS[name]}." for name in section.metrics_beside]
 
 
 def _pair_notes(section: Section) -> list[str]:

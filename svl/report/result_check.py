@@ -43,6 +43,7 @@ OPTIONAL: dict[str, Kinds] = {
     "cost.params_dense": (int, NULL),
     "cost.samples_per_second": (Real, NULL),
     "cost.samples_per_second_dense": (Real, NULL),
+    "beside": (Mapping, NULL),
     "efficiency": (Mapping, NULL),
     "efficiency.speedup": (Mapping,),
     "efficiency.speedup.total": (Mapping,),
@@ -92,8 +93,9 @@ def _problem_of_parts(result: Mapping[str, Any]) -> str | None:
     for name, keys in (result.get("keys") or {}).items():
         if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
             return f"the keys of '{name}' are no list of names"
-    for name in ("average", "retained"):
-        if not _is_estimate(result[name] or {}):
+    averages = {name: result[name] or {} for name in ("average", "retained")} | dict(result.get("beside") or {})
+    for name, estimate in averages.items():
+        if not isinstance(estimate, Mapping) or not _is_estimate(estimate):
             return f"'{name}' has something else than numbers"
     for task, score in result["scores"].items():
         if problem := _problem_of_score(score):

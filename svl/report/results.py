@@ -66,6 +66,10 @@ class Run:
         score = self.result["scores"][task]
         return score["metrics"][score["metric"]]
 
+    def beside(self, name: str) -> Mapping[str, Any]:
+        """The average of another metric than the main ones ("off_format"), as `main_metric`; empty where unknown."""
+        return (self.result.get("beside") or {}).get(name) or {}
+
     def settings(self) -> Iterator[tuple[str, str]]:
         """Settings of its methods and of what else tells runs apart, as ("selector.p", "0.5"); only of what it used."""
         for group, settings in sorted(self.result["settings"].items()):
@@ -82,8 +86,8 @@ class Run:
                 is_main = int(name == score["metric"])
                 values = [metric.get(part) for part in ESTIMATE]
                 yield "eval", task, name, is_main, score["n"], *values
-        for name in ("average", "retained"):
-            metric = result[name] or {}
+        averages = {name: result[name] or {} for name in ("average", "retained")} | (result.get("beside") or {})
+        for name, metric in averages.items():
             yield "eval", "", name, 0, "", *(metric.get(part) for part in ESTIMATE)
         for group in ("cost", "seconds"):
             for name, value in result[group].items():

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from svl.core import Plan
 from svl.report.results import Run
 
+BESIDE = ("likelihood", "above_chance", "off_format")  # averages besides that of the main metrics, as tables show them
 NORMAL_95 = 1.96  # a 95 % interval of a normal distribution, in standard errors on either side
 
 
@@ -198,6 +199,10 @@ class Row:
         """Main metric of a benchmark, or the average over all (None)."""
         return pool_estimates([Estimate.of(run.main_metric(task)) for run in self.runs])
 
+    def beside(self, name: str) -> Estimate:
+        """The average over the benchmarks of another metric than the main ones."""
+        return pool_estimates([Estimate.of(run.beside(name)) for run in self.runs])
+
     @property
     def retained(self) -> Estimate:
         """The average as a fraction of the dense one."""
@@ -261,6 +266,15 @@ class Section:
     def dense(self, task: str | None) -> float | None:
         """The unpruned model's main metric of a benchmark, or its average (None)."""
         return self.last.main_metric(task).get("dense")
+
+    @property
+    def metrics_beside(self) -> list[str]:
+        """Names of the averages that any run has besides that of the main metrics."""
+        return [name for name in BESIDE if any(run.beside(name) for run in self.runs)]
+
+    def dense_beside(self, name: str) -> float | None:
+        """The unpruned model's average of another metric than the main ones, in the newest run that has it."""
+        return next((found["dense"] for run in reversed(self.runs) if (found := run.beside(name))), None)
 
     def lower_is_better(self, task: str | None) -> bool:
         """Whether lower values of a benchmark (None: of any) are better."""

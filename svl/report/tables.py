@@ -84,30 +84,31 @@ def section_table(section: Section, store: Store) -> Table:
     """
     published = paper.numbers(section.model)
     scores = _score_columns(section)
-    beside = _paper_columns(section, published)
+    printed = _paper_columns(section, published)
     columns = (
         Column("strategy"),
         Column("ratio"),
         Column("removed"),
         *scores.values(),
+        *(Column(name.replace("_", " "), "%", MEASURED) for name in section.metrics_beside),
         Column("retained", "%", MEASURED, is_score=True),
         Column("params", "", MEASURED),
         Column("speed", "", MEASURED),
-        *beside.values(),
+        *printed.values(),
     )
 
     def paper_cells(row: Row | None) -> list[Cell]:
         if published is None:
             return []
-        values = [published.value(row, task, section.tasks) for task in beside]
+        values = [published.value(row, task, section.tasks) for task in printed]
         return [
-            _score_cell(Estimate(value), _places(section, task)) for task, value in zip(beside, values, strict=True)
+            _score_cell(Estimate(value), _places(section, task)) for task, value in zip(printed, values, strict=True)
         ]
 
     lines = [Line(None, (*_dense_cells(section), *paper_cells(None)))]
     lines += [Line(row, (*_row_cells(section, row), *paper_cells(row))) for row in section.rows]
     notes = table_notes(section)
-    if published and beside:
+    if published and printed:
         notes.append(f"Paper: numbers for {published.model} printed in {paper.SOURCE}; not measured here.")
     return Table(section.title, columns, tuple(_with_best(columns, lines, store)), tuple(notes))
 
@@ -163,6 +164,7 @@ def _dense_cells(section: Section) -> list[Cell]:
         Cell("0 %", 0.0),
         Cell(f"0 / {cost['layers_dense']}", 0),
         *scores,
+        *(_score_cell(Estimate(section.dense_beside(name)).times(100)) for name in section.metrics_beside),
         UNKNOWN if section.lower_is_better(None) else Cell("100.0", 100.0),
         _count_cell(cost.get("params_dense")),
         Cell("×1.00", 1.0),
@@ -183,6 +185,7 @@ def _row_cells(section: Section, row: Row) -> list[Cell]:
         Cell(f"{100 * row.ratio:g} %", 100 * row.ratio),
         Cell(f"{n_remove} / {cost['layers_dense']}", n_remove),
         *scores,
+        *(_score_cell(row.beside(name).times(100)) for name in section.metrics_beside),
         _score_cell(row.retained.times(100)),
         _count_cell(cost.get("params")),
         UNKNOWN if speed is None else Cell(f"×{speed:.2f}", speed),

@@ -87,6 +87,7 @@ def task_options(benchmark: DictConfig) -> dict[str, TaskOptions]:
             include_path=benchmark.include_path,
             data=benchmark.data,
             frames=benchmark.frames,
+            likelihood=benchmark.likelihood,
             description=f"  {task}",
         )
         for task, settings in benchmark.tasks.items()

@@ -38,9 +38,15 @@ STAGE_CODE = {
     "probe": ("svl.calibration.removal_probe",),
     "patch": ("svl.calibration.activations",),
     "check": ("svl.pruning.selfcheck", "svl.pruning.surgery"),
-    "answers": ("svl.evaluation.evaluate", "svl.evaluation.task_metrics", "svl.pruning.surgery"),
+    "answers": (
+        "svl.evaluation.evaluate",
+        "svl.evaluation.answer_items",
+        "svl.evaluation.task_metrics",
+        "svl.pruning.surgery",
+    ),
     "answers of vllm": (
         "svl.evaluation.evaluate",
+        "svl.evaluation.answer_items",
         "svl.evaluation.task_metrics",
         "svl.evaluation.vllm",
         "svl.checkpoints.export",

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from svl.core import Plan
+from svl.evaluation.benchmarks import ABOVE_CHANCE, LIKELIHOOD, OFF_FORMAT
 from svl.evaluation.score_statistics import change_error, compare_answers
 from svl.store.artifacts import Entry
 
@@ -102,7 +103,9 @@ def summarise(pruned: Mapping[str, Entry], dense: Mapping[str, Entry], scales: M
     """`scores`, `average` (mean over tasks of main metric / scale) and `retained` (average / dense average).
 
     The last two are None without tasks, or where a main metric is undefined for this model; a share of a loss means
-    nothing, so `retained` is None for tasks whose lower values are better, too.
+    nothing, so `retained` is None for tasks whose lower values are better, too. `beside` has the means of other metrics
+    over the tasks that have them: `likelihood` (main metric / scale, of the likeliest options), `above_chance` and
+    `off_format`.
     """
     scores: dict[str, Any] = {}
     for task, entry in pruned.items():
@@ -111,18 +114,36 @@ def summarise(pruned: Mapping[str, Entry], dense: Mapping[str, Entry], scales: M
         scores[task] = {"metric": entry.output["metric"], "n": entry.output["n"], "metrics": metrics}
         scores[task] |= {name: entry.output[name] for name in ("higher_is_better", "prompt") if name in entry.output}
         scores[task]["change"] = compare_answers(entry, dense[task])
+    beside = averages_beside(scores, scales)
     main = {task: score["metrics"][score["metric"]] for task, score in scores.items()}
     value = _mean([m["value"] for m in main.values()], scales)
     reference = _mean([m["dense"] for m in main.values()], scales)
     if value is None or reference is None:
-        return {"scores": scores, "average": None, "retained": None}
+        return {"scores": scores, "average": None, "retained": None, "beside": beside}
     average = {"value": value, "stderr": _error([m["stderr"] for m in main.values()], scales), "dense": reference}
     if reference == 0 or not all(score.get("higher_is_better", True) for score in scores.values()):
-        return {"scores": scores, "average": average, "retained": None}
+        return {"scores": scores, "average": average, "retained": None, "beside": beside}
     share = value / reference
     change = _error([change_error(pruned[task], dense[task], share) for task in pruned], scales)
     retained = {"value": share, "stderr": None if change is None else change / reference}
-    return {"scores": scores, "average": average, "retained": retained}
+    return {"scores": scores, "average": average, "retained": retained, "beside": beside}
+
+
+def averages_beside(scores: Mapping[str, Any], scales: Mapping[str, float]) -> dict[str, Any]:
+    """See `summarise`: {name: {"value", "stderr", "dense"}} of what any of the tasks has."""
+    found = {}
+    for name in ("likelihood", ABOVE_CHANCE, OFF_FORMAT):
+        metrics, units = {}, {}
+        for task, score in scores.items():
+            metric = LIKELIHOOD + score["metric"] if name == "likelihood" else name
+            if metric in score["metrics"]:
+                metrics[task] = score["metrics"][metric]
+                units[task] = scales[task] if name == "likelihood" else 1.0
+        if metrics:
+            value, dense = (_mean([m[part] for m in metrics.values()], units) for part in ("value", "dense"))
+            stderr = _error([m["stderr"] for m in metrics.values()], units)
+            found[name] = {"value": value, "stderr": stderr, "dense": dense}
+    return found
 
 
 def _mean(values: list[float | None], scales: Mapping[str, float]) -> float | None:

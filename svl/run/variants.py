@@ -141,6 +141,8 @@ class ModelVariant:
             inputs["frames"] = options.frames
         if not self.answers(task):
             return {**inputs, "code": stage_code("perplexity")}
+        if options.likelihood:
+            inputs["likelihood"] = True
         if setup.uses_vllm:
             evaluator = redact_values(plain_values(setup.cfg.evaluator))  # the key's inputs are written down
             return {**inputs, "code": stage_code("answers of vllm"), "evaluator": evaluator}

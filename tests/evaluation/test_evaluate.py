@@ -89,7 +89,7 @@ def test_oracle_scores_all_and_its_opposite_none(name, run, data, monkeypatch):
     result, samples = run(f"svl_demo_{name}", batch_size=500)
     assert result["n"] == len(data[name]) == len(samples)
     for metric, found in result["metrics"].items():
-        assert found["value"] == (0.5 if metric == "yes_ratio" else 1)
+        assert found["value"] == {"yes_ratio": 0.5, "off_format": 0}.get(metric, 1)
         assert (found["stderr"] > 0) == (metric == "yes_ratio")
     assert all(s["score"] == 1 and s["prediction"] == s["target"] for s in samples)
 
@@ -203,7 +203,9 @@ def test_mistakes_are_explained(run, monkeypatch):
     monkeypatch.setattr(Answerer, "answer", lambda self, c, n: pytest.fail("asked nevertheless"))
     with pytest.raises(SvlError, match="did you mean 'svl_demo_existence'"):
         run("svl_demo_existance")
-    with pytest.raises(SvlError, match=r"accuracy, precision, recall, f1, yes_ratio .did you mean 'accuracy'"):
+    with pytest.raises(
+        SvlError, match=r"accuracy, precision, recall, f1, yes_ratio, above_chance, off_format .did you mean 'accuracy'"
+    ):
         run("svl_demo_existence", metric="acuracy")
     with pytest.raises(SvlError, match="does not exist"):
         run("svl_demo_existence", include_path="nowhere")

@@ -122,6 +122,11 @@ def stored(folder: Path) -> dict[tuple[Any, ...], Any]:
     return found
 
 
+def taken_out(metrics: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """The metrics whose names begin so; they are no longer among the others."""
+    return {name: metrics.pop(name) for name in list(metrics) if name.startswith(prefix)}
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Path:
     """The folder of a run in one process."""
@@ -131,20 +136,26 @@ def alone(tmp_path_factory) -> Path:
     return folder
 
 
-def test_two_processes_give_what_one_gives(alone, fork_server, tmp_path):
+def test_two_processes_give_what_one_gives(alone, demo, fork_server, tmp_path):
+    """Answers, scores and, asked for besides, likelihoods."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    both = [fork_server.start(*COMMON, cwd=tmp_path, **meeting, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
+    words = (*COMMON, "benchmark.likelihood=true")
+    both = [fork_server.start(*words, cwd=tmp_path, **meeting, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
     assert [fork_server.wait(run) for run in both] == [0, 0], "".join(map(fork_server.log, both))
-    assert stored(tmp_path) == stored(alone)
+    found = stored(tmp_path)
+    likely = {key: taken_out(output["metrics"], "likelihood_") for key, (output, _) in found.items()}
+    assert found == stored(alone)
+    plain, _ = score_task(demo, "svl_demo_choice", tmp_path, limit=17, likelihood=True)
+    assert likely["svl_demo_choice", ()] == taken_out(plain["metrics"], "likelihood_") != {}
     # By torchrun itself, when everything is stored: nothing to do together.
     start = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "svl")
     done = subprocess.run(
-        [sys.executable, *start, *COMMON], env=ENVIRONMENT, capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, *start, *words], env=ENVIRONMENT, capture_output=True, text=True, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
-    assert stored(tmp_path) == stored(alone)
+    assert len(stored(tmp_path)) == len(found)
     pages = [file.read_text() for file in (tmp_path / "out").rglob("flips.md")]
     assert len(pages) == 2  # of the first process only
     assert pages[0] == pages[1]
@@ -261,6 +272,9 @@ def test_vllm_that_is_not_installed_is_named():
         config.validate_config(cfg)
     with pytest.raises(SvlError, match="evaluator=vllm needs vLLM"):
         vllm_answerer("x", 1, {})
+    cfg.benchmark.likelihood = True
+    with pytest.raises(SvlError, match="likelihood=true: only evaluator=transformers"):
+        config.validate_config(cfg)
 
 
 def test_vllm_is_given_the_pictures_that_other_evaluators_are(checkpoint, tmp_path, monkeypatch):

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import statistics
 
 import pytest
 import torch
-from helpers.tasks import score_task
+from helpers.tasks import benchmark, score_task, script, task_folder
 from PIL import Image
 
+from svl.core import Plan, SvlError
+from svl.evaluation.settings import TaskOptions
+from svl.pruning.surgery import apply
+
 pytest.importorskip("lmms_eval")
+evaluation = importlib.import_module("svl.evaluation.evaluate")
+read_task_config = importlib.import_module("svl.evaluation.lmms_tasks").read_task_config
 
 
 def test_likelihoods(llava, tmp_path, monkeypatch):
@@ -84,3 +91,116 @@ def test_one_likelihood_each(llava, tmp_path, monkeypatch):
     assert result["metrics"]["acc"]["value"] == statistics.fmean(greedy)
     # lmms-eval's "perplexity" is exp(-mean) of what it takes for a log-likelihood, and gets a loss
     assert abs(math.log(result["metrics"]["perplexity"]["value"])) == pytest.approx(statistics.fmean(losses), rel=1e-4)
+
+
+# --------------------------------------------------------------------------------- besides generated answers
+
+
+@pytest.fixture
+def closed(tmp_path, monkeypatch):
+    """A folder with a task of closed questions and an open one, and its documents."""
+    monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path / "cache"))
+    words = ["red", "green", "blue", "round", "left"]
+    documents = [
+        {
+            "prompt": f"what is {words[i]} of the gray square",
+            "answer": "A" if i % 2 else "C",
+            "n": 2 + i % 3,
+            "kind": "x",
+        }
+        for i in range(5)
+    ] + [{"prompt": "what is there", "answer": "red", "n": 0, "kind": "x"}]
+    body = (
+        "doc_to_visual: !function see.picture\noptions: !function see.options\nprocess_results: !function see.score\n"
+        "  - {metric: above_chance, aggregation: !function utils.above_chance, higher_is_better: true, "
+        "parts: !function utils.above_chance_parts}\n"
+        "  - {metric: off_format, aggregation: !function utils.accuracy, higher_is_better: false}\n"
+    )
+    head, _, metrics = body.partition("  - ")
+    folder = task_folder(tmp_path / "closed", f"  - {metrics}{head}", documents)
+    (tmp_path / "closed" / "see.py").write_text(
+        "from PIL import Image\n"
+        "from svl.evaluation.answer_items import choice_items, lettered, short_items\n"
+        "def picture(doc):\n    return [Image.new('RGB', (16, 16), (200, 30, 9 * len(doc['prompt'])))]\n"
+        "def options(doc):\n    return ['red', 'green', 'blue', 'round'][:doc['n']]\n"
+        "def score(doc, results):\n"
+        "    if not doc['n']:\n        return short_items(results[0], doc['answer'])\n"
+        "    return choice_items(results[0], lettered(options(doc)), doc['answer'])\n"
+    )
+    return folder, documents
+
+
+def likeliest(lvlm, document):
+    """The option that one plain forward pass each finds likeliest."""
+    image = Image.new("RGB", (16, 16), (200, 30, 9 * len(document["prompt"])))
+    prompt, losses = lvlm.prompt(document["prompt"], image=True), []
+    for option in ["red", "green", "blue", "round"][: document["n"]]:
+        inputs = lvlm.encode([f"{prompt} {option}"], [[image]])
+        with torch.inference_mode():
+            predicted = lvlm.model(**inputs).logits[0, -2].log_softmax(-1)
+        losses.append(-predicted[inputs["input_ids"][0, -1]].item())
+    return "ABCD"[losses.index(min(losses))]
+
+
+def test_options_of_questions_with_generated_answers(llava, closed, tmp_path):
+    """Beside answers that stay the same: what they would count if the likeliest options were the answers."""
+    folder, documents = closed
+    plain, rows = score_task(llava, "custom", tmp_path, include_path=folder, max_new_tokens=3)
+    assert not any("likelihood" in name for name in plain["metrics"])
+    for size in (1, 8):
+        result, same = score_task(
+            llava, "custom", tmp_path, include_path=folder, max_new_tokens=3, likelihood=True, batch_size=size
+        )
+        assert same == rows
+        assert {name: m for name, m in result["metrics"].items() if "likelihood" not in name} == plain["metrics"]
+        right = [likeliest(llava, d) == d["answer"] for d in documents if d["n"]]
+        found = result["metrics"]["likelihood_accuracy"]
+        assert found["value"] == pytest.approx(statistics.fmean(right))
+        assert found["stderr"] == pytest.approx(statistics.stdev(map(float, right)) / 5**0.5)
+        chance = statistics.fmean(1 / d["n"] for d in documents if d["n"])
+        assert result["metrics"]["likelihood_above_chance"]["value"] == pytest.approx(
+            (statistics.fmean(right) - chance) / (1 - chance)
+        )
+        assert "likelihood_off_format" not in result["metrics"]
+
+
+def test_likelihoods_of_models_together_are_those_alone(llava, closed, tmp_path):
+    folder, _ = closed
+    models = [llava, apply(llava, Plan(4, (3,))), apply(llava, Plan(4, (1,)))]
+    options = TaskOptions("accuracy", include_path=folder, max_new_tokens=3, likelihood=True, batch_size=4)
+    folders = [tmp_path / name for name in "abc"]
+    for place in folders:
+        place.mkdir()
+    together = evaluation.evaluate_together(models, "custom", options, folders)
+    alone = [evaluation.evaluate(model, "custom", options, tmp_path) for model in models]
+    assert [found["metrics"] for found in together] == [found["metrics"] for found in alone]
+
+
+def test_a_likelihood_as_the_main_metric(llava, closed, tmp_path):
+    folder, documents = closed
+    chosen = {"include_path": folder, "metric": "likelihood_accuracy", "max_new_tokens": 3}
+    with pytest.raises(SvlError, match="must be one of: accuracy, above_chance, off_format"):
+        score_task(llava, "custom", tmp_path, **chosen)
+    result, rows = score_task(llava, "custom", tmp_path, likelihood=True, **chosen)
+    right = [likeliest(llava, d) == d["answer"] for d in documents if d["n"]]
+    assert [row["score"] for row in rows] == [*right, None]  # an open question has no options
+    assert set(right) == {True, False}
+    assert result["metrics"]["likelihood_accuracy"]["value"] == pytest.approx(statistics.fmean(right))
+
+
+def test_public_benchmarks_compare_the_options_that_their_prompts_ask_for():
+    """Every option reads as itself, and the right one is right, in every benchmark with closed questions."""
+    standins = script("make_standins")
+    tables = {name: getattr(standins, name)()[1] for name in ("pope", "mme", "scienceqa", "aokvqa", "mmbench")}
+    tables |= {name: getattr(standins, name)()[1] for name in ("seedbench", "mmstar", "ai2d")}
+    for name, rows in tables.items():
+        settings = read_task_config(f"svl_{name}", None)
+        for row in rows:
+            asked = settings["options"](row)
+            assert 2 <= len(asked) <= 5
+            scored = [settings["process_results"](dict(row), [option]) for option in asked]
+            main = benchmark(name).tasks[f"svl_{name}"].metric
+            items = [found.get("accuracy" if name == "pope" else main) or found["cognition"] for found in scored]
+            assert [item["score"] for item in items].count(1) == 1
+            assert not any(found["off_format"]["score"] for found in scored)
+            assert all(found["above_chance"]["chance"] == 1 / len(asked) for found in scored if "above_chance" in found)

@@ -106,7 +106,7 @@ def test_oracle_scores_all_its_opposite_and_garbage_nothing(name, run):
     assert result["prompt"]["style"] == "default"
     assert "user " in result["prompt"]["first"]  # the chat template of the model
     upstream = [v["value"] for k, v in result["metrics"].items() if k.startswith(benchmarks.UPSTREAM)]
-    assert bool(upstream) == (name in ("pope", "mme", "mmbench", "seedbench", "mmmu", "realworldqa", "mmstar"))
+    assert bool(upstream) == (name != "aokvqa")  # which lmms-eval has not
     if name != "pope":  # whose ratio of answers is none of labels
         assert {v for v in upstream if v is not None} <= {1, 100, 400}
 
@@ -154,6 +154,7 @@ def test_every_benchmark_has_errors_and_a_paired_comparison(name, run, tmp_path)
         known = [m for m, v in result["metrics"].items() if v["value"] is not None and v["stderr"] is not None]
         assert result["metric"] in known
         assert result["metrics"][result["metric"]]["stderr"] > 0
+        assert {"off_format", "above_chance"} & set(result["metrics"]) <= set(known)
     (chosen,) = benchmark(name).tasks.values()
     summary = run_result.summarise({name: entries[0]}, {name: entries[1]}, {name: chosen.scale})
     assert 0 < summary["retained"]["value"] < 1.5
@@ -191,6 +192,37 @@ def test_pope_counts_what_was_answered(run):
     found = {name: metric["value"] for name, metric in result["metrics"].items()}
     assert found["recall"] == pytest.approx(1 / 6)  # unreadable answers are misses
     assert found["upstream_pope_recall"] == 1
+
+
+def test_pope_by_the_rules_of_its_script_and_of_llava(run):
+    """Of each split two positives and two negatives: all answered yes, all no (in a sentence), and all right."""
+    said = {"random": lambda doc: "It seems so.", "popular": lambda doc: "There is not", "adversarial": ORACLES["pope"]}
+    result, _ = run("pope", lambda doc: said[doc["category"]](doc))
+    found = {name: metric["value"] for name, metric in result["metrics"].items()}
+    by_split = [2 * 2 / (2 * 2 + 2), 0, 1]  # 2 TP / (2 TP + FP + FN)
+    assert found["f1_llava"] == pytest.approx(sum(by_split) / 3)
+    assert found["f1_official"] == pytest.approx(2 * 4 / (2 * 4 + 2 + 2))
+    assert found["f1"] == pytest.approx(2 * 2 / (2 * 2 + 4))  # neither sentence says yes or no
+    assert result["metrics"]["f1_official"]["stderr"] > 0
+    assert 0 < result["metrics"]["f1_llava"]["low"] < result["metrics"]["f1_llava"]["high"] < 1
+
+
+def test_a_final_period_is_no_error_of_chartqa(run):
+    plain, _ = run("chartqa", ORACLES["chartqa"])
+    ended, _ = run("chartqa", lambda doc: f"**{doc['answer']}**.\nThat is all.")
+    assert main(plain) == main(ended) == 1
+    assert (plain["metrics"]["off_format"]["value"], ended["metrics"]["off_format"]["value"]) == (0, 1)
+    assert ended["metrics"]["upstream_relaxed_overall"]["value"] == 0
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_every_benchmark_counts_what_was_only_read_without_its_form(name, run):
+    """All right, but in bold and with more behind: the score of the plain answers, and nothing kept the form."""
+    result, _ = run(name, lambda doc: f"The answer is: **{ORACLES[name](doc)}**\n\nThe picture shows it.")
+    assert main(result) == (1 if name != "mme" else 400)
+    assert result["metrics"]["off_format"]["value"] == 1
+    assert result["metrics"]["off_format"]["low"] > 0.3
+    assert result["metrics"].get("above_chance", {"value": 1})["value"] == pytest.approx(1)
 
 
 def test_no_letter_is_drawn_or_dug_out_of_words(run):

@@ -34,6 +34,34 @@ def test_table(store):
     assert r"demo\_yes (accuracy, n = 100), demo\_no" in lines[9]
 
 
+def test_form_chance_and_likelihood_have_columns_where_they_are_known(store):
+    """Averages in percent beside the leading one, with what they mean below; "–" where a run has none."""
+    beside = {
+        "likelihood": {"value": 0.71, "stderr": 0.02, "dense": 0.92},
+        "above_chance": {"value": 0.452, "stderr": 0.03, "dense": 0.8},
+        "off_format": {"value": 0.125, "stderr": 0.01, "dense": 0.0},
+    }
+    only_form = {"off_format": {"value": 0.5, "stderr": None, "dense": 0.0}}
+    store.add(result("tail", beside=only_form), result("sleb"), result("short_lvlm", beside=beside))
+    store.add(*(result("random", seed=s, beside={"off_format": {"value": s / 4, "dense": 0.0}}) for s in range(2)))
+    (table,) = Report.read(store, "demo").tables
+    heads = [column.head for column in table.columns]
+    first = heads.index("average %") + 1
+    assert heads[first : first + 4] == ["likelihood %", "above chance %", "off format %", "retained %"]
+    cells = {line.cells[0].text: [cell.text for cell in line.cells[first : first + 3]] for line in table.lines}
+    assert cells == {
+        "dense": ["92.0", "80.0", "0.0"],  # of the newest run that has them
+        "short_lvlm": ["71.0", "45.2", "12.5"],
+        "sleb": ["–", "–", "–"],
+        "tail": ["–", "–", "50.0"],
+        "random (2 seeds)": ["–", "–", "12.5"],
+    }
+    said = [note.partition(":")[0] for note in table.notes]
+    assert {"Likelihood", "Above chance", "Off format"} <= set(said)
+    assert "measured: off format %" in table_writers.as_csv(table)
+    assert main(["experiment=demo"]) == 0
+
+
 def test_terminal_shows_every_number(store):
     demo(store)
     out = io.StringIO()

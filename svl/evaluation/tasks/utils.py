@@ -1,21 +1,32 @@
 """Scoring of the benchmarks that svl corrects (docs/benchmarks.md says what and why), as lmms-eval task code.
 
-`process_results` functions give one item per metric, aggregations and `parts` functions take the items of all rows
-(svl.evaluation.task_metrics). Answers are read by svl.evaluation.reading.
+`process_results` functions give one item per metric (svl.evaluation.answer_items), aggregations and `parts` functions
+take the items of all rows (svl.evaluation.task_metrics). Answers are read by svl.evaluation.reading, and what a strict
+script accepts as it stands counts, too. `..._options` functions give what a closed question may be answered with.
 """
 
 from __future__ import annotations
 
 import ast
-import re
-from collections.abc import Mapping
 from typing import Any
 
 from svl.data.pictures import open_picture
-from svl.evaluation.reading import normalise, read_choice, read_yes_no
-from svl.evaluation.task_metrics import (
+from svl.evaluation.answer_items import (
     Item,
+    choice_items,
+    lettered,
+    listed_options,
+    off_format,
+    short_items,
+    yes_no_items,
+)
+from svl.evaluation.reading import LETTERS, read_number, read_short_answer, same_answer
+from svl.evaluation.task_metrics import (
+    above_chance,
+    above_chance_parts,
     accuracy,
+    circular_above_chance,
+    circular_above_chance_parts,
     circular_accuracy,
     circular_parts,
     count,
@@ -26,18 +37,22 @@ from svl.evaluation.task_metrics import (
     f1,
     f1_parts,
     f1_splits,
+    mme_above_chance,
+    mme_above_chance_parts,
     mme_parts,
     mme_score,
     precision,
     recall,
-    scored,
-    yes_no_items,
     yes_ratio,
 )
 
 # what the YAML files name besides the functions below
 __all__ = [
+    "above_chance",
+    "above_chance_parts",
     "accuracy",
+    "circular_above_chance",
+    "circular_above_chance_parts",
     "circular_accuracy",
     "circular_parts",
     "count",
@@ -48,6 +63,8 @@ __all__ = [
     "f1",
     "f1_parts",
     "f1_splits",
+    "mme_above_chance",
+    "mme_above_chance_parts",
     "mme_parts",
     "mme_score",
     "precision",
@@ -55,34 +72,48 @@ __all__ = [
     "yes_ratio",
 ]
 
-LETTERS = "ABCDEFGHIJ"
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
-_LISTED = re.compile(r"^\s*([A-J])[.:)]\s+(.+?)\s*$", re.MULTILINE)
-
-
-def _choice(text: str, options: Mapping[str, Any], target: str) -> dict[str, Item]:
-    return {"accuracy": scored(read_choice(text, options), target)}
-
-
-def lettered(choices: list[Any]) -> dict[str, Any]:
-    """{"A": first choice, ...}."""
-    return dict(zip(LETTERS, choices, strict=False))
+TOLERANCE = 0.05  # of numbers, as a share of what is right (relaxed accuracy)
 
 
 # ------------------------------------------------------------------------------------- yes or no: POPE, MME
 
 
 def pope(doc: dict[str, Any], results: list[str]) -> dict[str, Item]:
-    """Items of a yes-or-no question; besides, `f1_splits` for the mean over random, popular and adversarial ones."""
+    """Items of a yes-or-no question; besides, the F1 score as others have it.
+
+    `f1_splits` is the mean over random, popular and adversarial questions; `f1_official` is read by POPE's own script,
+    over all questions; `f1_llava` by LLaVA's eval_pope.py, the same rule, which is reported by split: their mean.
+    """
     items = yes_no_items(results[0], doc["answer"])
-    return {**items, "f1_splits": {**items["f1"], "split": doc.get("category")}}
+    by_script = {**items["f1"], "answer": pope_script_answer(results[0])}
+    split = {"split": doc.get("category")}
+    return {
+        **items,
+        "f1_splits": {**items["f1"], **split},
+        "f1_official": by_script,
+        "f1_llava": {**by_script, **split},
+    }
+
+
+def pope_script_answer(text: str) -> str:
+    """What the scripts of POPE and LLaVA take an answer for: "no" if its first sentence says so, else "yes"."""
+    words = text.partition(".")[0].replace(",", "").split(" ")
+    return "no" if {"No", "not", "no"} & set(words) else "yes"
+
+
+def yes_no_options(doc: dict[str, Any]) -> list[str]:
+    """The two answers to a question of POPE or MME."""
+    return ["Yes", "No"]
 
 
 def mme(doc: dict[str, Any], results: list[str]) -> dict[str, Item]:
-    """An item for `perception` or `cognition`, and for `total`."""
-    pair = {"pair": str(doc["question_id"]), "category": doc["category"]}
-    found = scored(read_yes_no(results[0]), normalise(doc["answer"]), **pair)
-    return {"cognition" if doc["category"] in COGNITION else "perception": found, "total": found}
+    """An item for `perception` (with `above_chance`) or `cognition`, for `total`, and for the form."""
+    items = yes_no_items(results[0], doc["answer"], pair=str(doc["question_id"]), category=doc["category"])
+    found = {"total": items["accuracy"], "off_format": items["off_format"]}
+    if doc["category"] in COGNITION:
+        return {"cognition": items["accuracy"], **found}
+    return {"perception": items["accuracy"], "above_chance": items["above_chance"], **found}
 
 
 def mme_pair(doc: dict[str, Any]) -> str:
@@ -106,7 +137,32 @@ def aokvqa_target(doc: dict[str, Any]) -> str:
 
 def aokvqa(doc: dict[str, Any], results: list[str]) -> dict[str, Item]:
     """Multiple choice of A-OKVQA."""
-    return _choice(results[0], lettered(doc["choices"]), aokvqa_target(doc))
+    return choice_items(results[0], lettered(doc["choices"]), aokvqa_target(doc))
+
+
+def choices_options(doc: dict[str, Any]) -> list[str]:
+    """The letters of A-OKVQA and ScienceQA."""
+    return list(lettered(doc["choices"]))
+
+
+def scienceqa(doc: dict[str, Any], results: list[str]) -> dict[str, Item]:
+    """Multiple choice of ScienceQA."""
+    return choice_items(results[0], lettered(doc["choices"]), LETTERS[doc["answer"]], "exact_match")
+
+
+def ai2d(doc: dict[str, Any], results: list[str]) -> dict[str, Item]:
+    """Multiple choice of AI2D; lmms-eval's own metric takes "B" and "B. ..." ."""
+    target, text = LETTERS[int(doc["answer"])], results[0]
+    as_upstream = text[0] if text[1:2] == "." and text[0].isupper() else text
+    return {
+        **choice_items(text, lettered(doc["options"]), target, "exact_match"),
+        "upstream_exact_match": _upstream_exact_match(as_upstream, target),
+    }
+
+
+def ai2d_options(doc: dict[str, Any]) -> list[str]:
+    """The letters of AI2D."""
+    return list(lettered(doc["options"]))
 
 
 def image(doc: dict[str, Any]) -> list[Any]:
@@ -130,9 +186,13 @@ def mmbench_question(doc: dict[str, Any]) -> int:
 
 def mmbench(doc: dict[str, Any], results: list[str]) -> dict[str, Item]:
     """One rotation of a question."""
-    options = {letter: doc[letter] for letter in "ABCDE" if doc.get(letter) and doc[letter] != "nan"}
-    found = scored(read_choice(results[0], options), doc["answer"], question=mmbench_question(doc))
-    return {"accuracy": found}
+    options = {letter: doc[letter] for letter in mmbench_options(doc)}
+    return choice_items(results[0], options, doc["answer"], question=mmbench_question(doc))
+
+
+def mmbench_options(doc: dict[str, Any]) -> list[str]:
+    """The letters of a question's options, two to five."""
+    return [letter for letter in "ABCDE" if doc.get(letter) and doc[letter] != "nan"]
 
 
 def images_only(dataset: Any) -> Any:
@@ -142,43 +202,140 @@ def images_only(dataset: Any) -> Any:
 
 def seedbench(doc: dict[str, Any], results: list[str]) -> dict[str, Item]:
     """Multiple choice of SEED-Bench."""
-    return _choice(results[0], lettered([doc[f"choice_{c}"] for c in "abcd"]), doc["answer"].strip().upper())
+    options = lettered([doc[f"choice_{c}"] for c in "abcd"])
+    return choice_items(results[0], options, doc["answer"].strip().upper())
+
+
+def four_letters(doc: dict[str, Any]) -> list[str]:
+    """The letters of SEED-Bench, MMStar and Video-MME."""
+    return list("ABCD")
 
 
 def videomme(doc: dict[str, Any], results: list[str]) -> dict[str, Item]:
     """Multiple choice of Video-MME, whose options are written with their letters."""
-    return _choice(results[0], dict.fromkeys("ABCD"), doc["answer"].strip().upper())
+    options = {**dict.fromkeys("ABCD"), **listed_options("\n".join(doc["options"]))}
+    return choice_items(results[0], options, doc["answer"].strip().upper())
 
 
 def mvbench(doc: dict[str, Any], results: list[str]) -> dict[str, Item]:
     """Multiple choice of MVBench, whose answer is one of the candidates."""
     options = lettered(doc["candidates"])
     target = next(letter for letter, text in options.items() if text == doc["answer"])
-    return _choice(results[0], options, target)
+    return choice_items(results[0], options, target)
+
+
+def mvbench_options(doc: dict[str, Any]) -> list[str]:
+    """The candidates' letters, in brackets as the question has them."""
+    return [f"({letter})" for letter in lettered(doc["candidates"])]
 
 
 def mmstar(doc: dict[str, Any], results: list[str]) -> dict[str, Item]:
     """Multiple choice of MMStar, whose options are part of the question's text."""
-    return _choice(results[0], dict.fromkeys("ABCD"), doc["answer"].strip().upper())
+    return choice_items(results[0], dict.fromkeys("ABCD"), doc["answer"].strip().upper())
 
 
 def realworldqa(doc: dict[str, Any], results: list[str]) -> dict[str, Item]:
-    """A letter where the answer is one, else a word or number, exactly."""
-    target = doc["answer"].strip()
-    if target in tuple("ABCD"):
-        options = {**dict.fromkeys("ABCD"), **dict(_LISTED.findall(doc["question"]))}
-        return _choice(results[0], options, target)
-    return {"accuracy": scored(normalise(results[0]), normalise(target))}
+    """A letter where the answer is one, else a word or number."""
+    if letters := realworldqa_options(doc):
+        options = {**dict.fromkeys(letters), **listed_options(doc["question"])}
+        return choice_items(results[0], options, doc["answer"].strip())
+    return short_items(results[0], doc["answer"])
+
+
+def realworldqa_options(doc: dict[str, Any]) -> list[str]:
+    """The letters that a question lists (else A to D) where its answer is one."""
+    listed = listed_options(doc["question"])
+    if doc["answer"].strip() not in tuple("ABCD"):
+        return []
+    return list(listed) if doc["answer"].strip() in listed else list("ABCD")
 
 
 def mmmu(doc: dict[str, Any], results: list[str]) -> dict[str, Item]:
-    """Multiple choice as everywhere here; open questions as lmms-eval scores them."""
-    if doc["question_type"] == "multiple-choice":
-        return _choice(results[0], lettered(ast.literal_eval(doc["options"])), doc["answer"])
+    """Multiple choice as everywhere here; open questions by MMMU's own rule, as lmms-eval has it."""
+    if mmmu_options(doc):
+        return choice_items(results[0], lettered(ast.literal_eval(doc["options"])), doc["answer"])
     from lmms_eval.tasks.mmmu.utils import eval_open, parse_open_response
 
     target = doc["answer"]
     if target.startswith("["):
         target = ast.literal_eval(target)
-    right = eval_open(target, parse_open_response(results[0]))
-    return {"accuracy": {"score": float(right), "answer": results[0]}}
+    readings = [results[0], read_short_answer(results[0]) or ""]
+    right = any(eval_open(target, parse_open_response(text)) for text in readings)
+    found = {"score": float(right), "answer": results[0]}
+    return {"accuracy": found, **off_format(results[0], read_short_answer(results[0]))}
+
+
+def mmmu_options(doc: dict[str, Any]) -> list[str]:
+    """The letters of a multiple-choice question."""
+    if doc["question_type"] != "multiple-choice":
+        return []
+    return list(lettered(ast.literal_eval(doc["options"])))
+
+
+# ------------------------------------------------------------------------------------------ short answers
+
+
+def _upstream_exact_match(text: str, target: str) -> Item:
+    """What lmms-eval's `exact_match` makes of an answer, but for case and punctuation."""
+    from lmms_eval.api.metrics import exact_match_hf_evaluate
+
+    found = exact_match_hf_evaluate([text], [target], ignore_case=True, ignore_punctuation=True)
+    return {"score": float(found["exact_match"]), "answer": text}
+
+
+def gqa(doc: dict[str, Any], results: list[str]) -> dict[str, Item]:
+    """One word or phrase, exactly, but for case, punctuation, and an article."""
+    items, strict = (
+        short_items(results[0], doc["answer"], "exact_match"),
+        _upstream_exact_match(results[0], doc["answer"]),
+    )
+    items["exact_match"]["score"] = max(items["exact_match"]["score"], strict["score"])
+    return {**items, "upstream_exact_match": strict}
+
+
+def vqa(doc: dict[str, Any], results: list[str]) -> dict[str, Item]:
+    """VQA accuracy of TextVQA and VizWiz: how many of the other people agree, at most three, left out one by one."""
+    from lmms_eval.tasks.textvqa.utils import EvalAIAnswerProcessor
+
+    process, answer = EvalAIAnswerProcessor(), read_short_answer(results[0])
+    given = [process(text) for text in doc["answers"]]
+    scores = [0.0]
+    for text in {process(results[0]), process(answer or "")}:
+        others = [given.count(text) - (own == text) for own in given]
+        scores.append(sum(min(1, n / 3) for n in others) / len(given))
+    return {"exact_match": {"score": max(scores), "answer": answer}, **off_format(results[0], answer)}
+
+
+def docvqa(doc: dict[str, Any], results: list[str]) -> dict[str, Item]:
+    """ANLS: how similar the answer is to the nearest right one, from a half on."""
+    from lmms_eval.api.metrics import anls
+
+    answer = read_short_answer(results[0])
+    strict, read = (anls(doc["answers"], [text])["anls"] for text in (results[0], answer or ""))
+    found = {"score": float(max(strict, read)), "answer": answer}
+    return {
+        "anls": found,
+        "upstream_anls": {"score": float(strict), "answer": results[0]},
+        **off_format(results[0], answer),
+    }
+
+
+def chartqa(doc: dict[str, Any], results: list[str]) -> dict[str, Item]:
+    """Relaxed accuracy: numbers within 5 %, other answers exactly."""
+    answer = read_short_answer(results[0])
+    found = {"score": float(is_relaxed_match(results[0], doc["answer"])), "answer": answer}
+    split = "relaxed_human_split" if doc["type"] == "human_test" else "relaxed_augmented_split"
+    return {"relaxed_overall": found, split: found, **off_format(results[0], answer)}
+
+
+def is_relaxed_match(text: str, target: str) -> bool:
+    """Whether an answer is right by ChartQA's rule, as it stands or as it is read; a unit may be left out."""
+    from lmms_eval.tasks.chartqa.utils import relaxed_correctness
+
+    answer = read_short_answer(text) or ""
+    if relaxed_correctness(text, target) or relaxed_correctness(answer, target) or same_answer(answer, target):
+        return True
+    found, right = read_number(text), read_number(target)
+    if found is None or right is None or (found.unit and right.unit and found.unit != right.unit):
+        return False
+    return abs(found.value - right.value) <= TOLERANCE * abs(right.value)

@@ -1,0 +1,81 @@
+"""From an answer to the items of its task's metrics: read, compared with what is right, and whether it kept the form.
+
+An item is a dict: `score` is right (1) or wrong (0) or a share of right, `answer` what was read (None: nothing could
+be, which is wrong), and some metrics need more of it (svl.evaluation.task_metrics).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from svl.evaluation.reading import (
+    LETTERS,
+    is_off_format,
+    normalise,
+    read_choice,
+    read_short_answer,
+    read_word,
+    read_yes_no,
+    same_answer,
+)
+
+Item = dict[str, Any]
+YES_NO_METRICS = ("accuracy", "precision", "recall", "f1", "yes_ratio")
+
+_LISTED = re.compile(r"^\s*\(?([A-J])[.:)]\s+(.+?)\s*$", re.MULTILINE)
+
+
+def scored(answer: str | None, right: str, /, **more: Any) -> Item:
+    """The item of an answer that was read (None: could not be), by what is right."""
+    return {"score": float(answer == right), "answer": answer, **more}
+
+
+def off_format(text: str, answer: str | None) -> dict[str, Item]:
+    """The item of an answer's form: 1 if it was read only because form was taken away."""
+    return {"off_format": {"score": float(is_off_format(text, answer)), "answer": answer}}
+
+
+def yes_no_items(text: str, target: str, **more: Any) -> dict[str, Item]:
+    """The items of an answer to a yes-or-no question: one for each of YES_NO_METRICS, for its form, above chance."""
+    wanted, answer = normalise(target), read_yes_no(text)
+    found = scored(answer, wanted, target=wanted, **more)
+    return {
+        **dict.fromkeys(YES_NO_METRICS, found),
+        "above_chance": {**found, "chance": 1 / 2},
+        **off_format(text, answer),
+    }
+
+
+def choice_items(
+    text: str, options: Mapping[str, Any], target: str, metric: str = "accuracy", **more: Any
+) -> dict[str, Item]:
+    """The items of an answer that chooses one of lettered `options`: for `metric`, for its form, above chance."""
+    answer = read_choice(text, options)
+    found = scored(answer, target, **more)
+    return {metric: found, "above_chance": {**found, "chance": 1 / len(options)}, **off_format(text, answer)}
+
+
+def short_items(text: str, target: str, metric: str = "accuracy") -> dict[str, Item]:
+    """The items of an answer in one's own words, compared as a whole: for `metric`, and for its form."""
+    answer = read_short_answer(text)
+    is_right = answer is not None and same_answer(answer, target)
+    return {metric: {"score": float(is_right), "answer": answer}, **off_format(text, answer)}
+
+
+def word_items(text: str, target: str) -> dict[str, Item]:
+    """The items of an answer that should be one word: for accuracy, and for its form."""
+    answer = read_word(text)
+    found = {"score": float(answer is not None and same_answer(answer, target)), "answer": answer}
+    return {"accuracy": found, **off_format(text, answer)}
+
+
+def lettered(choices: Sequence[Any]) -> dict[str, Any]:
+    """{"A": first choice, ...}."""
+    return dict(zip(LETTERS, choices, strict=False))
+
+
+def listed_options(question: str) -> dict[str, str]:
+    """The options that a question's text lists, a line each ("A. red")."""
+    return dict(_LISTED.findall(question))
