@@ -11,8 +11,8 @@ printed and written to OUT/table.txt. `--small` takes tiny shapes, for a trial o
 
 (a) calibration against the plain forward pass; (b) compensations; (c) dense and pruned models of 7B and 13B: prefill,
 decode, samples per second (13B: i); (d) int8, FastV and both; (e) plans evaluated one by one and in lock step;
-(f) answers and plans on the device against the CPU; (g) a checkpoint from disk to disk, and whether it computes what was scored;
-(h) the tests marked `gpu`.
+(f) answers and plans on the device against the CPU; (g) a checkpoint from disk to disk, and whether it computes what
+was scored; (h) the tests marked `gpu`.
 """
 
 from __future__ import annotations
