@@ -46,9 +46,9 @@ def cosine_hooks(lvlm: Lvlm, cosines: dict[int, Tensor]) -> Iterator[None]:
     def hook(i: int) -> Callable[..., None]:
         def measure_cosine(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             before, after = first_argument(args, kwargs), first_output(output)
-            product = norm(before)
+            product = norm(before).to(after.device)  # the layer's own: the state may come from another
             last[:] = [(after, norm(after))]
-            dot = torch.linalg.vecdot(before.float(), after.float())
+            dot = torch.linalg.vecdot(before.to(after.device).float(), after.float())
             cosines[i] = dot / (product * last[0][1]).clamp(min=torch.finfo(torch.float32).tiny)  # 0 for zero states
 
         return measure_cosine

@@ -27,7 +27,9 @@ from svl.calibration.logits import LogitTail, find_logit_tail
 from svl.core import Patch, Plan, SvlError
 from svl.core.errors import out_of_memory
 from svl.data.samples import Sample, Samples
+from svl.models.devices import fp64_device
 from svl.models.lvlm import Lvlm, Progress
+from svl.models.placement import stored_tensor
 from svl.pruning import surgery
 
 Remember = Callable[[str, dict[str, Any], Callable[[], Any]], Any]
@@ -153,7 +155,12 @@ class ModelProbe:
 
         Takes memory for one gradient of the decoder in fp32.
         """
-        groups = {i: _weights(self.layers[i]) for i in range(self.start, self.n_layers)}
+        if any(p.is_meta for layer in self.layers for p in layer.parameters()):
+            raise SvlError(
+                f"gradients need all of '{self.lvlm.name}' in memory, but model.device_map leaves layers elsewhere: "
+                "choose another map, or another strategy"
+            )
+        groups = {i: [p for _, p in _weights(self.layers[i])] for i in range(self.start, self.n_layers)}
 
         def compute() -> list[float]:
             weights = [w for group in groups.values() for w in group]
@@ -164,8 +171,9 @@ class ModelProbe:
                     state = sample.state
                     for i in groups:
                         state = self._run(self.layers[i], i, state, sample)
-                    logits = self.tail.logits(state[0, sample.positions])
-                    loss = F.cross_entropy(logits.float(), sample.targets, reduction="sum") / tokens
+                    logits = self.tail.logits(state[0, sample.positions.to(state.device)])
+                    targets = sample.targets.to(logits.device)
+                    loss = F.cross_entropy(logits.float(), targets, reduction="sum") / tokens
                     for total, gradient in zip(sums, torch.autograd.grad(loss, weights), strict=True):
                         total += gradient
             parts = iter([_size(w.detach().float() * g, 1) for w, g in zip(weights, sums, strict=True)])
@@ -176,7 +184,10 @@ class ModelProbe:
 
     def magnitude(self, power: int) -> list[float]:
         """See `core.RemovalProbe`."""
-        return [sum(_size(w.detach().float(), power) for w in _weights(layer)) for layer in self.layers]
+        return [
+            sum(_size(stored_tensor(layer, name).float(), power) for name, _ in _weights(layer))
+            for layer in self.layers
+        ]
 
     def _record(self, sample: Sample) -> ScoredSample:
         """Run one sample through the dense model and keep what its layers are called with."""
@@ -219,7 +230,7 @@ class ModelProbe:
                 base: Tensor | None = None
                 for logits, i in self._logits(states, rows, sample.positions):
                     base = logits if base is None else base  # the first row
-                    total[i] += measure(logits, base, sample.targets)
+                    total[i] += measure(logits, base, sample.targets.to(logits.device))
                 tokens += len(sample.targets)
             for i, value in total.items():
                 _finite(value, f"the {what} of '{self.lvlm.name}'" + ("" if i == BASE else f" without layer {i}"))
@@ -253,7 +264,7 @@ class ModelProbe:
                     continue
                 after = self._run(self.layers[i], i, states, sample)
                 if i in tried:
-                    after, rows = torch.cat([after, states[:1]]), (*rows, i)
+                    after, rows = torch.cat([after, states[:1].to(after.device)]), (*rows, i)
                 states = after
             yield sample, rows, states
 
@@ -268,14 +279,15 @@ class ModelProbe:
 
     def _logits(self, states: Tensor, rows: tuple[int, ...], positions: Tensor) -> Iterator[tuple[Tensor, int]]:
         """Logits [n, vocabulary] at `positions`, row by row."""
-        step = max(1, TOKENS // len(positions))
+        step, positions = max(1, TOKENS // len(positions)), positions.to(states.device)
         for first in range(0, len(rows), step):
             logits = self.tail.logits(states[first : first + step, positions]).float()
             yield from zip(logits, rows[first : first + step], strict=True)
 
 
 def _size(tensor: Tensor, power: int) -> float:
-    return float(tensor.abs().pow(power).sum(dtype=torch.float64))
+    """Sum of |x|^power over a tensor, in fp64."""
+    return float(tensor.abs().pow(power).to(fp64_device(tensor.device)).sum(dtype=torch.float64))
 
 
 def _finite(value: float, what: str) -> float:
@@ -284,9 +296,9 @@ def _finite(value: float, what: str) -> float:
     return value
 
 
-def _weights(layer: nn.Module) -> list[nn.Parameter]:
-    """A layer's weights: matrices and norms, not biases."""
-    return [p for name, p in layer.named_parameters() if not name.endswith("bias")]
+def _weights(layer: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """A layer's weights with their names: matrices and norms, not biases."""
+    return [(name, p) for name, p in layer.named_parameters() if not name.endswith("bias")]
 
 
 @contextmanager

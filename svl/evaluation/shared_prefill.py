@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput
 from svl.core import SvlError
 from svl.models.anatomy import NOT_DECODER
 from svl.models.lvlm import Lvlm
+from svl.models.placement import tensor_identities
 
 Identity = tuple[Any, ...]  # of a module: its class and its tensors in memory
 Forward = Callable[..., Any]
@@ -137,8 +138,7 @@ class SharedPrefill:
 
 
 def _identity(module: nn.Module) -> Identity:
-    tensors = (*module.named_parameters(), *module.named_buffers())
-    return (type(module), *((name, t.data_ptr(), t.shape, t.stride()) for name, t in tensors))
+    return (type(module), *tensor_identities(module))
 
 
 def _towers(lvlm: Lvlm) -> list[nn.Module]:

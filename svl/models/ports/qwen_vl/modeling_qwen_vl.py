@@ -25,6 +25,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, eager_attenti
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from svl.models.devices import fp64_device
 from svl.models.ports.qwen_vl.configuration_qwen_vl import QwenVLConfig, QwenVLVisionConfig
 
 POSITIONS = 256  # rows of the tower's table of positions, at any image size
@@ -299,7 +300,8 @@ class QwenVLModel(QwenVLPreTrainedModel):
         angles = torch.cat([freqs, freqs], -1)
         scale = None
         if config.use_logn_attn and stop > config.seq_length:
-            scale = ((positions + 1).double().log() / math.log(config.seq_length)).clamp(min=1).float()[:, None]
+            lengths = torch.arange(start + 1, stop + 1, dtype=torch.float64, device=fp64_device(device))
+            scale = (lengths.log() / math.log(config.seq_length)).clamp(min=1).float().to(device)[:, None]
         return angles.cos(), angles.sin(), scale
 
     @capture_outputs
