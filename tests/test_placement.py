@@ -136,10 +136,9 @@ def test_patches_land_where_the_layer_lies(pair, samples, encode):
 
 @families.every
 def test_every_family_is_pruned_where_it_lies(family, tmp_path):
-    """Every second part on disk: whatever a model does between its layers, and whatever it packs beside them."""
+    """Every second layer on disk, whatever kinds of layers there are and whatever goes on between them."""
     lvlm, made = families.lvlm_of(family)
-    places = {name: "disk" for name in map_over(lvlm, ["disk"]) if not any(c in name for c in "13")}
-    places = {name: places.get(name, "cpu") for name in map_over(lvlm, ["cpu"])}
+    places = map_over(lvlm, ["cpu", "disk"] * (lvlm.anatomy.n_layers // 2), others="cpu")
     model = dispatch_model(copy.deepcopy(lvlm.model), places, offload_dir=tmp_path, skip_keys=["past_key_values"])
     plan = Plan(lvlm.anatomy.n_layers, lvlm.anatomy.removable[:2])
     spread = replace(lvlm, model=model)

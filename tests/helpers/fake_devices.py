@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_map
 
 NAMES = ("fake:0", "fake:1", "fake:2")
 CPU = torch.device("cpu")
@@ -118,35 +118,43 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An operation on fake devices, on the CPU."""
     if State.broken:
         raise RuntimeError(State.broken)
-    name = func._schema.name
-    device = _device_of(name, args, kwargs)
-    result = func(*tree_map(_inner, args), **tree_map(_inner, kwargs))
+    name, given = func._schema.name, []
+    inner_args, inner_kwargs = _unwrapped(args, given), {k: _unwrapped(v, given) for k, v in kwargs.items()}
+    device = _device_of(name, given)
+    result = func(*inner_args, **inner_kwargs)
     if name.endswith("_") and func._schema.is_mutable:
         return args[0]
-    if device == CPU:
-        return result
-    if lacking := {x.dtype for x in tree_leaves(result) if isinstance(x, Tensor)} & State.lacks:
-        raise TypeError(f"{device} has no {lacking.pop()} ({name})")
-    return tree_map_only(Tensor, lambda x: FakeTensor(x, device), result)
+    return result if device == CPU else _wrapped(result, device, name)
 
 
-def _device_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
-    """Where an operation computes; raises RuntimeError if its tensors are on several devices."""
-    given = tree_leaves((args, kwargs))
-    for asked in given:
-        if isinstance(asked, torch.device):
-            return CPU if asked.type == "cpu" else torch.device("fake", asked.index or 0)
-    tensors = [x for x in given if isinstance(x, Tensor)]
-    if name in COPIES:
-        return args[0].device
-    fixed = [x for x in tensors if x.device != CPU or (x.ndim > 0 and (name not in INDEXED or x is args[0]))]
-    if len(found := {str(x.device) for x in fixed}) > 1:
-        raise RuntimeError(f"{name} of tensors on different devices: {', '.join(sorted(found))}")
-    return (fixed or tensors)[0].device
-
-
-def _inner(x: Any) -> Any:
-    """What stands for an argument on the CPU."""
+def _unwrapped(x: Any, given: list[Any]) -> Any:
+    """What stands for an argument on the CPU; tensors and devices in it are added to `given`."""
+    if isinstance(x, tuple | list):
+        return type(x)([_unwrapped(part, given) for part in x])
+    if isinstance(x, Tensor | torch.device):
+        given.append(x)
     if isinstance(x, torch.device):
         return CPU
     return x.inner if isinstance(x, FakeTensor) else x
+
+
+def _wrapped(x: Any, device: torch.device, name: str) -> Any:
+    """What an operation gives, on a device."""
+    if isinstance(x, tuple | list):
+        return type(x)([_wrapped(part, device, name) for part in x])
+    if isinstance(x, Tensor) and x.dtype in State.lacks:
+        raise TypeError(f"{device} has no {x.dtype} ({name})")
+    return FakeTensor(x, device) if isinstance(x, Tensor) else x
+
+
+def _device_of(name: str, given: list[Any]) -> torch.device:
+    """Where an operation computes; raises RuntimeError if its tensors are on several devices."""
+    for asked in given:
+        if isinstance(asked, torch.device):
+            return CPU if asked.type == "cpu" else torch.device("fake", asked.index or 0)
+    if name in COPIES:
+        return given[0].device
+    fixed = [x for x in given if x.device != CPU or (x.ndim > 0 and (name not in INDEXED or x is given[0]))]
+    if len(found := {x.device for x in fixed}) > 1:
+        raise RuntimeError(f"{name} of tensors on different devices: {', '.join(sorted(map(str, found)))}")
+    return (fixed or given)[0].device

@@ -19,7 +19,7 @@ def map_over(lvlm: Lvlm, places: Sequence[str], others: str | None = None) -> di
     With `others`, what is no decoder layer goes there.
     """
     layers, n = lvlm.anatomy.layers, lvlm.anatomy.n_layers
-    names = [name for name, _ in (*lvlm.model.named_parameters(), *lvlm.model.named_buffers())]
+    names = [*lvlm.model.state_dict(), *(name for name, _ in lvlm.model.named_buffers())]
     first, last = others or places[0], others or places[-1]
     found = {}
     for name in names:
