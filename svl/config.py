@@ -209,9 +209,7 @@ def validate_config(cfg: DictConfig) -> dict[str, Any]:
     _check_numbers(cfg)
     load_options(cfg.model)
     if cfg.model.offload and cfg.model.device_map is not None:
-        raise SvlError(
-            "model.offload reads layers from disk one by one, model.device_map places them: set one of the two"
-        )
+        raise SvlError("model.offload leaves layers on disk, model.device_map places them: set one of the two")
     if cfg.efficiency.repeats and cfg.model.offload:
         raise SvlError("efficiency cannot be measured with model.offload, which leaves layers on disk")
     one_of("evaluator.name", cfg.evaluator.name, ("transformers", "vllm"))

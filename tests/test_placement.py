@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -10,15 +12,19 @@ import torch
 from accelerate import dispatch_model
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, attach_execution_device_hook
 from helpers import families
+from helpers.commands import QUIET, SMALL, run_svl
 from helpers.fake_devices import FakeTensor, fake_devices
 from helpers.methods import CHOICES, method
 from helpers.references import logits
 from helpers.spread_models import assert_plain, map_over, same
+from hydra import compose, initialize_config_dir
 
 import svl
+from svl import config
 from svl.calibration.activations import Activations
 from svl.calibration.calibrate import calibrate, select
 from svl.calibration.removal_probe import ModelProbe
+from svl.config import CONF
 from svl.core import Patch, Plan, SvlError, Update
 from svl.evaluation.efficiency import measure_efficiency
 from svl.evaluation.settings import EfficiencySettings
@@ -27,6 +33,7 @@ from svl.models import devices, placement
 from svl.models.lvlm import Lvlm
 from svl.pruning.selfcheck import check_surgery, example_inputs
 from svl.pruning.surgery import apply
+from svl.run.setup import RunSetup
 from svl.visual_tokens.fastv import Fastv
 
 PLAN = Plan(4, (1,))
@@ -245,7 +252,7 @@ def test_every_device_is_waited_for_when_speed_is_measured(pair, samples, monkey
     settings = EfficiencySettings(batch_size=2, new_tokens=3, warmup=0, repeats=1)
     found = measure_efficiency(spread, apply(spread, PLAN), samples.samples[0], settings)
     assert waited == {device for device in spread.devices if device.type != "cpu"}
-    assert found["device"]["spread"] == list(map(str, spread.devices))
+    assert set(found["device"]["spread"]) == {*map(str, spread.devices), *spread.model.hf_device_map.values()}
 
 
 # -------------------------------------------------------------------------------- accelerators that lack something
@@ -269,3 +276,72 @@ def results_on(lvlm: Lvlm, samples) -> list:
     states, probe = Activations(lvlm, samples, stats), ModelProbe(lvlm, samples)
     patches = [method("compensation", choice).fit(states, PLAN) for choice in CHOICES["compensation"]]
     return [patches, stats.cosine(), probe.magnitude(2), probe.losses((), (1, 2)), probe.taylor()]
+
+
+# -------------------------------------------------------------------------------------------------------- commands
+
+
+@pytest.mark.slow
+def test_a_run_of_a_model_that_is_partly_on_disk_is_the_same_run(tmp_path):
+    """Its keys, its plan, its scores, and every byte that it exports."""
+    words = ["benchmark=demo", "benchmark.limit=2", "tracker=none", *SMALL, "paths.store=store", "paths.outputs=out"]
+    words += ["compensation=refit", "ratio=0.25", "export.path=pruned"]
+    elsewhere = ["model.device_map=sequential", "model.max_memory={cpu: 8MB}"]
+    found = {}
+    for name, placed in (("one", ["model.device=cpu"]), ("spread", elsewhere)):
+        (tmp_path / name).mkdir()
+        run_svl(*words, *placed, cwd=tmp_path / name)
+        (file,) = (tmp_path / name / "out").rglob("result.json")
+        result = json.loads(file.read_text())
+        assert result["cost"]["device"].get("spread") == (["cpu", "disk"] if name == "spread" else None)
+        weights = {f.name: f.read_bytes() for f in (tmp_path / name / "pruned").glob("*.safetensors")}
+        found[name] = weights | {key: result[key] for key in ("keys", "plan", "scores")}
+    assert "model.safetensors" in found["one"]
+    assert found["spread"] == found["one"]
+
+
+def test_keys_tell_of_the_attention_and_not_of_the_place(tmp_path):
+    config.register_with_hydra()
+    keys = []
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for word in (
+            "model.device=cpu",
+            "model.device_map={lm_head: cpu, model: disk}",
+            "model.attn_implementation=auto",
+            "model.attn_implementation=eager",
+            "model.attn_implementation=sdpa",
+        ):
+            words = ["benchmark=none", "tracker=none", f"paths.store={tmp_path}", f"paths.outputs={tmp_path}", word]
+            keys.append(RunSetup(compose("config", overrides=words)).model)
+    assert keys[0] == keys[1] == keys[2]
+    assert "attn_implementation" not in keys[0]
+    assert keys[3] == keys[0] | {"attn_implementation": "eager"}
+    assert keys[4] == keys[0] | {"attn_implementation": "sdpa"}
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("model.offload=true", r"model\.offload leaves layers on disk.*set one of the two"),
+        ("model.device=cpu", r"model\.device=cpu names one device, model\.device_map several"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_refused_at_once(word, message, tmp_path):
+    refused = run_svl(word, "model.device_map=auto", *QUIET, cwd=tmp_path, code=1)
+    assert re.search(message, refused.stderr)
+    assert "Traceback" not in refused.stderr
+
+
+def test_all_processes_of_torchrun_cannot_take_all_devices(tmp_path):
+    refused = run_svl("model.device_map=auto", *QUIET, cwd=tmp_path, code=1, WORLD_SIZE="2", RANK="0")
+    assert "spreads a model over all devices, but torchrun started 2 processes" in refused.stderr
+
+
+def test_the_doctor_says_where_weights_will_lie(tmp_path):
+    told = run_svl("doctor", "model.device_map={lm_head: cpu, model: disk}", *QUIET, cwd=tmp_path).stdout
+    assert re.search(r"model\.device_map: .* of weights on 'cpu'", told)
+    assert re.search(r"model\.device_map: .* of weights on 'disk'", told)
+    told = run_svl("doctor", "model.device_map=auto", *QUIET, cwd=tmp_path).stdout
+    assert "model.device_map=auto: transformers fills the host, then the disk" in told
+    told = run_svl("doctor", "model.device_map={lm_head: cpu}", *QUIET, cwd=tmp_path, code=1).stdout
+    assert "model.device_map has no place for" in told

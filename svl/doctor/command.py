@@ -136,7 +136,9 @@ def _room(cfg: DictConfig) -> dict[str, int | None]:
     """Bytes that there are: of the device's memory, and of the disk that an export goes to."""
     device = find_device(cfg.model.device)
     memory = None
-    if device.type == "cuda":
+    if cfg.model.device_map is not None:  # device by device, transformers decides
+        memory = None
+    elif device.type == "cuda":
         memory = torch.cuda.mem_get_info(device)[1]
     elif device.type == "cpu":
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

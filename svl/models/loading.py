@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from svl.core.errors import SvlError, did_you_mean, explained
@@ -19,13 +20,12 @@ from svl.models.anatomy import Anatomy, find_anatomy, image_token_id
 from svl.models.devices import find_device
 from svl.models.lvlm import Lvlm
 from svl.models.options import LoadOptions
-from svl.models.placement import load_spread
-from svl.models.size_checks import check_counts, check_size
+from svl.models.placement import load_spread, weights_by_place
+from svl.models.size_checks import check_counts, check_size, described_model
 from svl.models.weight_files import check_index, stored_names
 from svl.text.escaping import for_terminal
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 log = logging.getLogger(__name__)
@@ -65,6 +65,8 @@ def _load(path: str, options: LoadOptions) -> Lvlm:
     if os.path.isdir(path):
         check_index(Path(path))
     check_size(path, config, auto, options)
+    if isinstance(options.device_map, dict) and not options.trust_remote_code:  # whose code may need values
+        weights_by_place(described_model(auto, config, path, torch.bfloat16, options), options.device_map)
     processor, token = load_processor(path, config, options)
     with explained_loading(path), without_report():
         model, info = _read_weights(path, auto, options, device)

@@ -206,7 +206,7 @@ class Lvlm:
     def device_facts(self, batch_size: int) -> dict[str, Any]:
         """What a speed depends on besides the model: type and name of the device, and the batch size."""
         facts = devices.device_facts(self.device, batch_size)
-        return facts if not placement.is_spread(self.model) else {**facts, "spread": list(map(str, self.devices))}
+        return {**facts, "spread": placement.places_of(self.model)} if placement.is_spread(self.model) else facts
 
     def parameters(self) -> int:
         """Number of parameters, tied ones counted once."""

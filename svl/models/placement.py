@@ -21,9 +21,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from svl.core.errors import SvlError, explained
 from svl.models.options import LoadOptions
 
 # ------------------------------------------------------------------------------------------------------- loading
+
+
+def weights_by_place(model: nn.Module, places: Mapping[str, str | int]) -> dict[str | int, int]:
+    """Bytes of a model's weights, which need no values, by where a device map puts them.
+
+    Raises:
+        SvlError: if the map leaves weights out, or names something that is no device.
+    """
+    for place in places.values():
+        if place != "disk":
+            with explained(f"model.device_map names '{place}'"):
+                torch.device(place)
+    sizes: dict[str | int, int] = dict.fromkeys(places.values(), 0)
+    left_out = []
+    for name, tensor in model.state_dict().items():
+        entries = [entry for entry in places if entry in ("", name) or name.startswith(f"{entry}.")]
+        if entries:
+            sizes[places[max(entries, key=len)]] += tensor.nbytes
+        else:
+            left_out.append(name)
+    if left_out:
+        raise SvlError(f"model.device_map has no place for {len(left_out)} weights, {left_out[0]} for one")
+    return sizes
 
 
 def load_spread(load: Callable[..., tuple[Any, Any]], options: LoadOptions) -> tuple[Any, Any]:
@@ -96,6 +120,12 @@ def devices_of(model: Any) -> tuple[torch.device, ...]:
     places = (hook.execution_device for hook in hooks)
     found = (torch.device(place) for place in places if place is not None)
     return tuple(dict.fromkeys([input_device(model), *(found if is_spread(model) else ())]))
+
+
+def places_of(model: nn.Module) -> list[str]:
+    """The devices of a spread model, for records, with "cpu" and "disk" where weights are that visit them."""
+    offloaded = [place for place in device_map(model).values() if place in ("cpu", "disk")]
+    return list(dict.fromkeys([*map(str, devices_of(model)), *offloaded]))
 
 
 def stored_tensor(model: nn.Module, name: str) -> Tensor:

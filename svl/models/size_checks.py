@@ -55,7 +55,7 @@ def described_model(
     dtype: torch.dtype,
     options: LoadOptions,
     *,
-    shapes_only: bool,
+    shapes_only: bool = True,
 ) -> PreTrainedModel:
     """The model that a config describes, without values (see transformers_internals.empty_model).
 
