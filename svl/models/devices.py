@@ -41,6 +41,14 @@ def find_device(device: str) -> torch.device:
     return torch.device("cpu")
 
 
+def numbered_device(device: torch.device) -> torch.device:
+    """The device with its number: without one, an accelerator is the thread's current one, and threads differ in it."""
+    if device.index is not None or device.type in ("cpu", "meta"):
+        return device
+    with explained(f"cannot use model.device='{device}'"):
+        return torch.device(device.type, torch.accelerator.current_device_index())
+
+
 def fp64_device(device: torch.device) -> torch.device:
     """Where sums over tensors of `device` are taken: there if it computes in fp64, else (Apple's MPS) on the CPU."""
     try:

@@ -17,7 +17,7 @@ from torch import nn
 
 from svl.core.errors import SvlError, did_you_mean, explained
 from svl.models.anatomy import Anatomy, find_anatomy, image_token_id
-from svl.models.devices import find_device
+from svl.models.devices import find_device, numbered_device
 from svl.models.lvlm import Lvlm
 from svl.models.options import LoadOptions
 from svl.models.placement import load_spread, weights_by_place
@@ -60,7 +60,7 @@ _last_model: dict[tuple[str, LoadOptions], Lvlm] = {}
 def _load(path: str, options: LoadOptions) -> Lvlm:
     from svl.models.transformers_internals import without_report
 
-    device = None if options.device_map is not None else find_device(options.device)
+    device = None if options.device_map is not None else numbered_device(find_device(options.device))
     config, auto = read_model_config(path, options)
     if os.path.isdir(path):
         check_index(Path(path))

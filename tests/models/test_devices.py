@@ -67,6 +67,13 @@ def test_weights_go_through_host_memory_without_accelerate_and_the_log_says_so(c
     assert {p.device for p in detour.model.parameters()} == {p.device for p in direct.model.parameters()}
 
 
+def test_a_process_loads_to_the_accelerator_that_it_has_taken(checkpoint, monkeypatch):
+    (_, taken, _) = fake_devices()
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 1)
+    lvlm = svl.load(checkpoint("llama"), device="fake")
+    assert {str(t.device) for t in (*lvlm.model.parameters(), *lvlm.model.buffers())} == {taken}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
