@@ -169,6 +169,9 @@ def load_options(model: DictConfig, revision: str | None = None) -> LoadOptions:
     return LoadOptions(
         dtype=model.dtype,
         device=model.device,
+        device_map=resolved_setting(model, "device_map"),
+        max_memory=resolved_setting(model, "max_memory"),
+        attn_implementation=model.attn_implementation,
         revision=revision or model.revision,
         layers=model.layers,
         image_token=model.image_token,
@@ -204,6 +207,9 @@ def validate_config(cfg: DictConfig) -> dict[str, Any]:
             raise SvlError(f"{group}.{key} is not set")
     _check_mappings(cfg)
     _check_numbers(cfg)
+    load_options(cfg.model)
+    if cfg.model.offload and cfg.model.device_map is not None:
+        raise SvlError("model.offload leaves layers on disk, model.device_map places them: set one of the two")
     if cfg.efficiency.repeats and cfg.model.offload:
         raise SvlError("efficiency cannot be measured with model.offload, which leaves layers on disk")
     one_of("evaluator.name", cfg.evaluator.name, ("transformers", "vllm"))

@@ -27,6 +27,9 @@ class Model:
     revision: str | None = None
     dtype: str = "auto"  # auto (as stored) | float32 | bfloat16 | float16
     device: str = "auto"
+    device_map: Any = None  # instead of one device: auto | balanced | balanced_low_0 | sequential | {module: device}
+    max_memory: Any = None  # of device_map: {device: size}, such as {0: 20GiB, cpu: 60GiB}; null: all that is free
+    attn_implementation: str = "auto"  # auto (transformers' choice) | sdpa | eager | flash_attention_2
     offload: bool = False  # leave decoder layers on disk and read each once per calibration pass: for large models
     prompt: str = "chat"  # chat (the template of the checkpoint) | a style of svl.models.prompts
     # its settings, such as `size`: caps visual tokens

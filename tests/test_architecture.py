@@ -52,6 +52,7 @@ OWNERS = {
     "wandb": {"trackers/wandb_writer.py"},
     "mlflow": {"trackers/mlflow.py"},
     "torchao": {"quantization/torchao.py"},
+    "accelerate": {"models/placement.py"},
     "tabulate": {"report/table_writers.py"},
     "jinja2": {"report/page.py"},
 }

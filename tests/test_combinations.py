@@ -3,40 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from helpers.methods import CHOICES, GROUPS, method
 from helpers.pairwise import pairwise
 from helpers.references import close, compensated, logits
-from omegaconf import OmegaConf
 
 from svl.calibration.activations import Activations
 from svl.calibration.calibrate import calibrate, select
 from svl.calibration.removal_probe import ModelProbe
-from svl.config import CONF, build_method
 from svl.core import Plan
 from svl.pruning.surgery import apply
 
-GROUPS = ("strategy", "selector", "compensation")
-CHOICES = {group: [file.stem for file in sorted(Path(CONF, group).glob("*.yaml"))] for group in GROUPS}
 MODELS = ("llava", "qwen", "internvl", "llama")
-# Settings where the defaults do nothing on four layers.
-OPTIONS = {"manual": {"layers": [1, 3]}} | {
-    f"shortened_{score}": {"protected": [0]} for score in ("ppl", "taylor", "magnitude")
-}
 # No picture to select the tokens of.
 IMPOSSIBLE = {("llama", "visual")}
 COMBINATIONS = [
     row for row in pairwise({**CHOICES, "model": MODELS}) if (row["model"], row["selector"]) not in IMPOSSIBLE
 ]
-
-
-def method(group: str, choice: str):
-    """What a configuration file describes, with seed 0."""
-    node = OmegaConf.load(Path(CONF, group, f"{choice}.yaml"))
-    node.pop("defaults", None)
-    node.update(OPTIONS.get(choice, {}))
-    return build_method(OmegaConf.create({"seed": 0, "strategy": {}, group: node})[group], group)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,9 @@ from svl.core import Patch, Plan, Stats, SvlError, TokenTrace, Update, checked_w
 from svl.core.errors import out_of_memory
 from svl.data.samples import Sample, Samples
 from svl.models.anatomy import Writer
+from svl.models.devices import fp64_device
 from svl.models.lvlm import Lvlm, Progress
+from svl.models.placement import stored_tensor
 from svl.pruning import folding, surgery
 
 _States = dict[int, Tensor]
@@ -77,7 +79,10 @@ class Activations:
         plan: Plan | None = None,
         patch: Patch | None = None,
     ) -> Iterator[StreamedStates]:
-        """One forward pass over the set, up to the deepest layer asked about; see `core.HiddenStates`."""
+        """One forward pass over the set, up to the deepest layer asked about; see `core.HiddenStates`.
+
+        All states of a sample are where the model takes its inputs, or on the CPU if that has no fp64.
+        """
         lvlm = surgery.apply(self.lvlm, plan, patch) if plan and plan.removed else self.lvlm
         kept = plan.kept if plan else range(self.n_layers)
         new = {i: sum(k < i for k in kept) for i in range(self.n_layers + 1)}  # the layer that h_i enters
@@ -99,15 +104,16 @@ class Activations:
                 run_decoder(model, inputs)
             return present, states, reads, writes
 
+        place = fp64_device(lvlm.device)
         batches, traces = self.samples.batches(self.batch_size), iter(self.stats.traces)
         with out_of_memory("compensation", f"lower calibration.batch_size (now {self.batch_size})"):
             for present, states, reads, writes in lvlm.map(run, batches, self.show, "compensate"):
-                for b, here in enumerate(present):
+                for b, here in enumerate(present.to(place)):
                     yield StreamedStates(
                         self._weights(traces, here),
-                        {i: states[new[i]][b][here] for i in points},
-                        {key: x[b][here] for key, x in reads.items()},
-                        {key: x[b][here] for key, x in writes.items()},
+                        {i: states[new[i]][b].to(place)[here] for i in points},
+                        {key: x[b].to(place)[here] for key, x in reads.items()},
+                        {key: x[b].to(place)[here] for key, x in writes.items()},
                     )
 
     def _weights(self, traces: Iterator[TokenTrace], present: Tensor) -> Tensor:
@@ -177,19 +183,21 @@ class WalkStep:
     changed: dict[str, Tensor] = field(default_factory=dict)  # parameters of the layer
 
     def rows(self, writer: str) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """See `core.LayerStep`."""
+        """See `core.LayerStep`; on the layer's device, or on the CPU if that has no fp64."""
         layer = self.lvlm.layers[self.layer]
         module = layer.get_submodule(self._writer(writer).module)
         reads: dict[str, Tensor] = {}
         with writer_hook(module, writer, reads, {}):
             for sample in self.walking:
                 out = sample.run(layer, self.layer, sample.pruned, self.changed)
-                yield reads[writer][0].float(), out[0].float(), sample.dense[0].float(), sample.weights[self.layer]
+                place = fp64_device(out.device)
+                x, given, wanted = (h[0].to(place).float() for h in (reads[writer], out, sample.dense))
+                yield x, given, wanted, sample.weights[self.layer].to(place)
 
     def change(self, writer: str, delta: Tensor) -> None:
         """See `core.LayerStep`."""
         (name,) = self._writer(writer).matrices
-        weight = self.changed.get(name, self.lvlm.layers[self.layer].get_parameter(name))
+        weight = self.changed[name] if name in self.changed else stored_tensor(self.lvlm.layers[self.layer], name)
         self.changed[name] = folding.fold_update(weight, Update(delta=delta))
 
     def _writer(self, role: str) -> Writer:

@@ -46,12 +46,20 @@ class Meter:
     emitted: dict[int, Tensor] = field(default_factory=dict)
     queries: dict[int, Tensor] = field(default_factory=dict)
     keys: dict[int, Tensor] = field(default_factory=dict)
-    _visible: dict[tuple[int, bool], tuple[Tensor | None, tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    _visible: list[tuple[Tensor | None, bool, tuple[Tensor, Tensor]]] = field(default_factory=list)
     _causal: dict[int, tuple[Tensor, bool]] = field(default_factory=dict)
+    _copies: dict[torch.device, Tensor] = field(default_factory=dict)
+
+    def modality_on(self, device: torch.device) -> Tensor:
+        """`modality` on a layer's device; what is measured of a layer stays there."""
+        if device not in self._copies:
+            self._copies[device] = self.modality.to(device)
+        return self._copies[device]
 
     def keep(self, layer: int, received: Tensor, emitted: Tensor, visible: tuple[Tensor, Tensor]) -> None:
         """Keep a layer's sums [B, 2, T], and how many queries and keys are visible."""
-        valid = self.modality.sum(1, keepdim=True)  # rows of padding attend to something, too: not measured
+        # rows of padding attend to something, too: not measured
+        valid = self.modality_on(received.device).sum(1, keepdim=True)
         queries, keys = visible
         self.received[layer], self.emitted[layer] = received, emitted * valid
         self.queries[layer], self.keys[layer] = queries * valid, keys * valid
@@ -61,17 +69,21 @@ class Meter:
         if mapless := [i for i in range(n_layers) if i not in self.received]:
             raise SvlError(f"layers {mapless} have no attention map to measure; {WAY_OUT}")
 
-    def visible(self, mask: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
+    def visible(self, mask: Tensor | None, causal: bool, device: torch.device) -> tuple[Tensor, Tensor]:
         """How many queries of each modality see key j, and keys of each modality query i sees, under `mask`."""
-        key = (id(mask), causal)
-        known = self._visible.get(key)
-        if known is None:  # layers of one kind share their mask, so this is done once per kind
-            t = self.modality.shape[-1]
-            whole = torch.ones(t, t, device=self.modality.device)
-            seen = mask[:, 0].float() if mask is not None else whole.tril() if causal else whole
-            counts = (self.modality @ seen, (seen @ self.modality.mT).mT)
-            known = self._visible[key] = (mask, counts)  # holding the mask keeps its id from being reused
-        return known[1]
+        known = [(m, counts) for m, c, counts in self._visible if c == causal and counts[0].device == device]
+        for m, counts in known:
+            if m is mask:  # layers of one kind share their mask, so this is done once per kind
+                return counts
+        for m, counts in known:  # and once per device: there, each layer gets a copy of its own
+            if m is not None and mask is not None and torch.equal(m, mask):
+                return counts
+        modality = self.modality_on(device)
+        whole = torch.ones(modality.shape[-1], modality.shape[-1], device=device)
+        seen = mask[:, 0].float() if mask is not None else whole.tril() if causal else whole
+        counts = (modality @ seen, (seen @ modality.mT).mT)
+        self._visible.append((mask, causal, counts))
+        return counts
 
     def is_causal(self, mask: Tensor) -> bool:
         """Whether no query looks at a later key under `mask`; its device is waited for once, not layer by layer."""
@@ -129,7 +141,7 @@ def measured_attention(
     meter, layer = _current_meter(module, t, k)
     received, emitted = query.new_zeros(b, 2, k, dtype=torch.float32), query.new_zeros(b, 2, t, dtype=torch.float32)
     grouped = query.reshape(b, h_kv, h // h_kv, t, d) * (d**-0.5 if scaling is None else scaling)
-    outputs = []
+    outputs, modality = [], None if meter is None else meter.modality_on(query.device)
     chunk = CHUNK if query.device.type == "cpu" else LARGE_CHUNK
     for start in range(0, t, chunk):
         stop = min(start + chunk, t)
@@ -143,14 +155,14 @@ def measured_attention(
         if hidden is not None:
             score = score.masked_fill_(hidden, torch.finfo(score.dtype).min)
         p = F.softmax(score, dim=-1, dtype=torch.float32)
-        if meter is not None:
+        if modality is not None:
             mean = p.sum((1, 2)) / h
-            received[..., :seen] += meter.modality[..., start:stop] @ mean
-            emitted[..., start:stop] = meter.modality[..., :seen] @ mean.mT
+            received[..., :seen] += modality[..., start:stop] @ mean
+            emitted[..., start:stop] = modality[..., :seen] @ mean.mT
         p = p.to(value.dtype).view(b, h_kv, -1, seen)
         outputs.append((p @ value[:, :, :seen]).view(b, h, stop - start, -1))
     if meter is not None:
-        meter.keep(layer, received, emitted, meter.visible(attention_mask, causal))
+        meter.keep(layer, received, emitted, meter.visible(attention_mask, causal, query.device))
     return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
 
 

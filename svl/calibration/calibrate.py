@@ -132,13 +132,13 @@ def measure_batch(lvlm: Lvlm, batch: Sequence[Sample], statistics: Sequence[str]
     layers = range(lvlm.anatomy.n_layers)
     whole: dict[str, Tensor] = {}  # [B, L, ..., T]
     if cosines:
-        whole["cosine"] = torch.stack([cosines[i] for i in layers], 1).cpu()
+        whole["cosine"] = torch.stack([cosines[i].to(lvlm.device) for i in layers], 1).cpu()
     if states:
         whole["windows"] = window_cosines([states[i] for i in range(len(layers) + 1)]).cpu()
     if meter is not None:
         meter.check_layers(len(layers))
         for name in ("received", "emitted", "queries", "keys"):
-            per_layer = getattr(meter, name)
+            per_layer = {i: x.to(lvlm.device) for i, x in getattr(meter, name).items()}
             same = name in ("queries", "keys") and all(torch.equal(per_layer[0], per_layer[i]) for i in layers)
             whole[name] = torch.stack([per_layer[i] for i in (range(1) if same else layers)], 1).cpu()
     traces = []
@@ -150,13 +150,17 @@ def measure_batch(lvlm: Lvlm, batch: Sequence[Sample], statistics: Sequence[str]
 
 
 def window_cosines(states: Sequence[Tensor]) -> Tensor:
-    """Cosines of all pairs i < j of L + 1 states [B, T, d]: fp32 [B, (L + 1) L / 2, T], ordered (0, 1), (0, 2), ..."""
+    """Cosines of all pairs i < j of L + 1 states [B, T, d]: fp32 [B, (L + 1) L / 2, T], ordered (0, 1), (0, 2), ...
+
+    On the device of the first state, piece by piece, wherever the others are.
+    """
     batch, length, _ = states[0].shape
     i, j = torch.triu_indices(len(states), len(states), 1, device=states[0].device)
     result = torch.empty(batch, len(i), length, device=states[0].device)
     step = max(1, CHUNK // batch)
     for start in range(0, length, step):
-        part = torch.stack([h[:, start : start + step] for h in states], 2).float()  # [B, t, L + 1, d]
+        pieces = [h[:, start : start + step].to(result.device) for h in states]
+        part = torch.stack(pieces, 2).float()  # [B, t, L + 1, d]
         size = torch.linalg.vector_norm(part, dim=-1, keepdim=True)
         part = part / size.clamp(min=torch.finfo(torch.float32).tiny)  # 0 for zero states
         result[..., start : start + step] = (part @ part.mT)[..., i, j].permute(0, 2, 1)

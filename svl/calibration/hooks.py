@@ -49,6 +49,7 @@ def cosine_hooks(lvlm: Lvlm, cosines: dict[int, Tensor]) -> Iterator[None]:
         def measure_cosine(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             before, size_before = widened(first_argument(args, kwargs))
             after, size_after = widened(first_output(output))
+            before, size_before = before.to(after.device), size_before.to(after.device)  # the layer's own
             size = (size_before * size_after).clamp(min=torch.finfo(torch.float32).tiny)  # 0 for zero states
             cosines[i] = torch.linalg.vecdot(before, after) / size
 

@@ -82,8 +82,8 @@ def _slope_of_loss(state: Tensor, sample: Scored, logits: Callable[[Tensor], Ten
     """The gradient [1, T, d] of a sample's part of the loss by the state that leaves the last layer."""
     with torch.enable_grad():
         state = state.detach().requires_grad_(True)
-        predicted = logits(state[0, sample.positions]).float()
-        loss = F.cross_entropy(predicted, sample.targets, reduction="sum") / n_targets
+        predicted = logits(state[0, sample.positions.to(state.device)]).float()
+        loss = F.cross_entropy(predicted, sample.targets.to(predicted.device), reduction="sum") / n_targets
         return torch.autograd.grad(loss, state)[0]
 
 
@@ -99,21 +99,22 @@ def _step_back(
     i: int, layer: nn.Module, entering: Sequence[Tensor], samples: Sequence[S], run: Run[S], slopes: list[Tensor]
 ) -> float:
     """A layer's salience; `slopes` become those by the states `entering` it."""
-    weights = layer_weights(layer)
+    weights = [p for _, p in layer_weights(layer)]
     sums = [torch.zeros_like(w, dtype=torch.float32) for w in weights]
     with _trainable(weights), torch.enable_grad():
         for k, sample in enumerate(samples):
             state = entering[k].detach().requires_grad_(True)
-            slopes[k], *gradients = torch.autograd.grad(run(i, state, sample), [state, *weights], slopes[k])
+            leaving = run(i, state, sample)
+            slopes[k], *gradients = torch.autograd.grad(leaving, [state, *weights], slopes[k].to(leaving.device))
             for total, gradient in zip(sums, gradients, strict=True):
                 total += gradient
     products = (w.detach().float() * total for w, total in zip(weights, sums, strict=True))
     return sum(float(product.abs().sum(dtype=torch.float64)) for product in products)
 
 
-def layer_weights(layer: nn.Module) -> list[nn.Parameter]:
-    """A layer's weights: matrices and norms, not biases."""
-    return [p for name, p in layer.named_parameters() if not name.endswith("bias")]
+def layer_weights(layer: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """A layer's weights with their names: matrices and norms, not biases."""
+    return [(name, p) for name, p in layer.named_parameters() if not name.endswith("bias")]
 
 
 @contextmanager

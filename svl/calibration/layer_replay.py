@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from svl.calibration.hooks import first_output, hooked, run_decoder
 from svl.core import SvlError
 from svl.models.lvlm import Lvlm
+from svl.models.placement import changed_tensors
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Replay:
         """What `layer`, in place i of the dense model, makes of `state` [B, T, d]; with parameters `changed`."""
         args, kwargs = self.calls[i]
         if changed:
-            return first_output(torch.func.functional_call(layer, changed, (state, *args), kwargs))
+            with changed_tensors(layer, changed) as in_memory:
+                return first_output(torch.func.functional_call(layer, in_memory, (state, *args), kwargs))
         return first_output(layer(state, *args, **kwargs))
 
 

@@ -50,7 +50,7 @@ def find_logit_tail(lvlm: Lvlm, state: Tensor, logits: Tensor) -> LogitTail:
     head = lvlm.model.get_output_embeddings()
     if head is not None:
         tail = LogitTail(norm, head, scale, getattr(config, "final_logit_softcapping", None))
-        error = (tail.logits(state).float() - logits.float()).abs().max()
+        error = (tail.logits(state).to(logits.device).float() - logits.float()).abs().max()
         if float(error) <= 1e-2 * float(logits.float().abs().max()):
             return tail
     raise SvlError(

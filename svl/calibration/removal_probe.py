@@ -27,7 +27,9 @@ from svl.calibration.logits import LogitTail, find_logit_tail
 from svl.core import Patch, Plan, SvlError
 from svl.core.errors import out_of_memory
 from svl.data.samples import Sample, Samples
+from svl.models.devices import fp64_device
 from svl.models.lvlm import Lvlm, Progress
+from svl.models.placement import stored_tensor
 from svl.processes import all_or_none, gather_shares, my_share, process_rank
 from svl.pruning import surgery
 
@@ -159,6 +161,11 @@ class ModelProbe:
 
     def taylor(self) -> list[float]:
         """See `core.RemovalProbe`; protected layers before the first removable one get the largest value."""
+        if any(p.is_meta for layer in self.layers for p in layer.parameters()):
+            raise SvlError(
+                f"gradients need all of '{self.lvlm.name}' in memory, but model.device_map leaves layers elsewhere: "
+                "choose another map, or another strategy"
+            )
 
         def compute() -> list[float]:
             if process_rank() > 0:
@@ -176,7 +183,10 @@ class ModelProbe:
 
     def magnitude(self, power: int) -> list[float]:
         """See `core.RemovalProbe`."""
-        return [sum(_size(w.detach().float(), power) for w in layer_weights(layer)) for layer in self.layers]
+        return [
+            sum(_size(stored_tensor(layer, name).float(), power) for name, _ in layer_weights(layer))
+            for layer in self.layers
+        ]
 
     def _record(self, sample: Sample) -> ScoredSample:
         """Run one sample through the dense model and keep what its layers are called with."""
@@ -220,7 +230,7 @@ class ModelProbe:
                 base: Tensor | None = None
                 for logits, i in self._logits(states, rows, sample.positions):
                     base = logits if base is None else base  # the first row
-                    values[i] = measure(logits, base, sample.targets)
+                    values[i] = measure(logits, base, sample.targets.to(logits.device))
                 found.append((values, len(sample.targets)))
             return found
 
@@ -262,7 +272,7 @@ class ModelProbe:
                     continue
                 after = self._run(self.layers[i], i, states, sample)
                 if i in tried:
-                    after, rows = torch.cat([after, states[:1]]), (*rows, i)
+                    after, rows = torch.cat([after, states[:1].to(after.device)]), (*rows, i)
                 states = after
             yield sample, rows, states
 
@@ -277,14 +287,15 @@ class ModelProbe:
 
     def _logits(self, states: Tensor, rows: tuple[int, ...], positions: Tensor) -> Iterator[tuple[Tensor, int]]:
         """Logits [n, vocabulary] at `positions`, row by row."""
-        step = max(1, TOKENS // len(positions))
+        step, positions = max(1, TOKENS // len(positions)), positions.to(states.device)
         for first in range(0, len(rows), step):
             logits = self.tail.logits(states[first : first + step, positions]).float()
             yield from zip(logits, rows[first : first + step], strict=True)
 
 
 def _size(tensor: Tensor, power: int) -> float:
-    return float(tensor.abs().pow(power).sum(dtype=torch.float64))
+    """Sum of |x|^power over a tensor, in fp64."""
+    return float(tensor.abs().pow(power).to(fp64_device(tensor.device)).sum(dtype=torch.float64))
 
 
 def _finite(value: float, what: str) -> float:

@@ -110,7 +110,10 @@ class RemovalProbe(Protocol):
 
 
 class SampleStates(Protocol):
-    """One calibration sample inside a streaming pass: hidden states of its tokens, padding left out."""
+    """One calibration sample inside a streaming pass: hidden states of its tokens, padding left out.
+
+    All are on one device, which has fp64.
+    """
 
     weights: Tensor  # [L, T], the selector's, by layer; on the device of the states
 

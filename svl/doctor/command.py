@@ -141,7 +141,13 @@ def _room(cfg: DictConfig) -> dict[str, int | None]:
     """Bytes that there are: of the device's memory, of the CPU's, and of the disk that an export goes to."""
     device = find_device(cfg.model.device)
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    memory = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else host if device.type == "cpu" else None
+    memory = None
+    if cfg.model.device_map is not None:  # device by device, transformers decides
+        memory = None
+    elif device.type == "cuda":
+        memory = torch.cuda.mem_get_info(device)[1]
+    elif device.type == "cpu":
+        memory = host
     target = Path(cfg.export.path or ".").absolute()
     while not target.exists():
         target = target.parent

@@ -20,6 +20,8 @@ from svl.models.anatomy import Anatomy, find_anatomy
 from svl.models.hub_snapshot import HubSnapshot, find_hub_snapshot
 from svl.models.loading import load_processor, read_model_config
 from svl.models.lvlm import Lvlm
+from svl.models.options import LoadOptions
+from svl.models.placement import weights_by_place
 from svl.models.transformers_internals import empty_model
 from svl.models.weight_files import PICKLES, find_weight_files
 from svl.pruning.folding import check_foldable
@@ -51,6 +53,7 @@ def examine_model(cfg: DictConfig, store: Store, section: Section) -> Examined |
         lvlm = Lvlm(model, processor, anatomy, options.model_name(checkpoint))
         found = Examined(lvlm, model_shape(lvlm, dtype))
         _examine_layers(cfg, anatomy, section)
+        _examine_placement(options, lvlm, section)
         _examine_methods(cfg, lvlm, section)
         size = f"{found.shape.parameters / 1e9:.2f} billion parameters"
         section.ok(f"{size}, {in_words(found.shape.weights)} in {str(dtype).removeprefix('torch.')}")
@@ -153,6 +156,20 @@ def _examine_layers(cfg: DictConfig, anatomy: Anatomy, section: Section) -> None
         section.fails(f"{asked}, but only {len(anatomy.removable)} may go")
     else:
         section.ok(f"{asked}, of {len(anatomy.removable)} that may go")
+
+
+def _examine_placement(options: LoadOptions, lvlm: Lvlm, section: Section) -> None:
+    """Where the weights will lie."""
+    if options.device_map is None:
+        return
+    if isinstance(options.device_map, str):
+        found = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+        place = f"{found} accelerators, then the host, then the disk" if found else "the host, then the disk"
+        section.note(f"model.device_map={options.device_map}: transformers fills {place}")
+        return
+    with section.examined("model.device_map"):
+        for where, size in weights_by_place(lvlm.model, options.device_map).items():
+            section.ok(f"model.device_map: {in_words(size)} of weights on '{where}'")
 
 
 def _in_ranges(layers: list[int]) -> str:

@@ -33,6 +33,7 @@ from svl.core import SvlError
 from svl.core.errors import explained, out_of_memory
 from svl.data.samples import Sample
 from svl.evaluation.settings import EfficiencySettings
+from svl.models.devices import synchronize
 from svl.models.lvlm import Lvlm, Progress
 
 PARTS = ("image", "vision", "prefill", "decode")
@@ -111,7 +112,7 @@ def _rounds(
     total = settings.warmup + settings.repeats
     for i in show(range(total), "measure", total):
         for name in pair if i % 2 else reversed(pair):  # neither is always the first
-            with _peak(pair[name].device) as peak:
+            with _peak(pair[name].devices) as peak:
                 seconds = answer_parts(pair[name], asked, settings.new_tokens)
             if i >= settings.warmup:
                 rounds[name].append(seconds)
@@ -177,12 +178,13 @@ def answer_parts(lvlm: Lvlm, asked: Asked, new_tokens: int) -> Seconds:
     entered: list[float] = []  # the first decoder layer, in the first pass
     left: list[float] = []  # the model, then
     model: Any = lvlm.model
-    begin = _now(lvlm.device)
+    devices = lvlm.devices
+    begin = _now(devices)
     inputs = asked.encode(lvlm)
-    encoded = _now(lvlm.device)
+    encoded = _now(devices)
 
     def note(moments: list[float], hook: int) -> None:
-        moments.append(_now(lvlm.device))
+        moments.append(_now(devices))
         handles[hook].remove()  # or the device would be waited for at every token
 
     handles = [
@@ -195,7 +197,7 @@ def answer_parts(lvlm: Lvlm, asked: Asked, new_tokens: int) -> Seconds:
     finally:
         for handle in handles:
             handle.remove()
-    done = _now(lvlm.device)
+    done = _now(devices)
     if not entered or not left:
         raise SvlError(
             f"'{lvlm.name}' generates without passing its decoder layers, so its speed cannot be taken apart"
@@ -209,25 +211,25 @@ def answer_parts(lvlm: Lvlm, asked: Asked, new_tokens: int) -> Seconds:
     }
 
 
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _now(devices: Sequence[torch.device]) -> float:
+    synchronize(devices)
     return time.perf_counter()
 
 
 @contextmanager
-def _peak(device: torch.device) -> Iterator[list[int]]:
+def _peak(devices: Sequence[torch.device]) -> Iterator[list[int]]:
     """A list that gets, at the end of the block, the peak of memory above what was taken at its start, in bytes.
 
-    Of a CUDA device: torch's own count. Else the resident memory of the process; the list stays empty where Linux's
-    counter cannot be reset.
+    Of CUDA devices: torch's own counts, summed. Else the resident memory of the process; the list stays empty where
+    Linux's counter cannot be reset.
     """
     peak: list[int] = []
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+    if cuda := [device for device in devices if device.type == "cuda"]:
+        for device in cuda:
+            torch.cuda.reset_peak_memory_stats(device)
+        before = sum(map(torch.cuda.memory_allocated, cuda))
         yield peak
-        peak.append(torch.cuda.max_memory_allocated(device) - before)
+        peak.append(sum(map(torch.cuda.max_memory_allocated, cuda)) - before)
         return
     try:
         Path("/proc/self/clear_refs").write_text("5")

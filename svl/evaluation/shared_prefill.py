@@ -21,6 +21,7 @@ from transformers.utils import ModelOutput
 from svl.core import SvlError
 from svl.models.anatomy import NOT_DECODER
 from svl.models.lvlm import Lvlm
+from svl.models.placement import tensor_identities
 
 Identity = tuple[Any, ...]  # of a module: its class and its tensors in memory
 Forward = Callable[..., Any]
@@ -172,8 +173,7 @@ def cache_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache 
 
 def module_identity(module: nn.Module) -> Identity:
     """Equal for modules of one class that share all tensors."""
-    tensors = (*module.named_parameters(), *module.named_buffers())
-    return (type(module), *((name, t.data_ptr(), t.shape, t.stride()) for name, t in tensors))
+    return (type(module), *tensor_identities(module))
 
 
 def vision_towers(lvlm: Lvlm) -> list[nn.Module]:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from svl.core.errors import SvlError, did_you_mean, explained
 from svl.models.anatomy import Anatomy, find_anatomy, image_token_id
-from svl.models.devices import find_device
+from svl.models.devices import find_device, numbered_device
 from svl.models.lvlm import Lvlm
 from svl.models.options import LoadOptions
-from svl.models.size_checks import check_counts, check_size
+from svl.models.placement import load_spread, weights_by_place
+from svl.models.size_checks import check_counts, check_size, described_model
 from svl.models.weight_files import check_index, stored_names
 from svl.text.escaping import for_terminal
 
@@ -70,28 +74,48 @@ def forget_last() -> None:
 def _load(path: str, options: LoadOptions) -> Lvlm:
     from svl.models.transformers_internals import without_report
 
-    device = find_device(options.device)
+    device = None if options.device_map is not None else numbered_device(find_device(options.device))
     config, auto = read_model_config(path, options)
     if os.path.isdir(path):
         check_index(Path(path))
     check_size(path, config, auto, options)
+    if isinstance(options.device_map, dict) and not options.trust_remote_code:  # whose code may need values
+        weights_by_place(described_model(auto, config, path, torch.bfloat16, options), options.device_map)
     processor, token = load_processor(path, config, options)
     with explained_loading(path), without_report():
-        model, info = auto.from_pretrained(
-            path,
-            dtype=options.torch_dtype,
-            revision=options.revision,
-            trust_remote_code=options.trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # `check_complete` names them
-        )
+        model, info = _read_weights(path, auto, options, device)
     anatomy = find_anatomy(model, options.layers, image_token=token, protect=options.protect)
     check_complete(path, info, model, anatomy)
-    with explained(f"cannot use model.device='{options.device}'"):
-        model = nn.Module.to(model, device).eval()
+    if device is not None:
+        with explained(f"cannot use model.device='{options.device}'"):
+            model = nn.Module.to(model, device)
+    model.eval()
     lvlm = Lvlm(model, processor, anatomy, options.model_name(path))
     log.info("loaded %s: %d decoder layers, %.1f M parameters", lvlm.name, anatomy.n_layers, lvlm.parameters() / 1e6)
     return lvlm
+
+
+def _read_weights(
+    path: str, auto: Any, options: LoadOptions, device: torch.device | None
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model and transformers' report, its weights read straight to where they belong."""
+    settings: dict[str, Any] = {
+        "dtype": options.torch_dtype,
+        "revision": options.revision,
+        "trust_remote_code": options.trust_remote_code,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # `check_complete` names them
+    }
+    if options.attn_implementation != "auto":
+        settings["attn_implementation"] = options.attn_implementation
+    if device is None:
+        return load_spread(partial(auto.from_pretrained, path, **settings), options)
+    if device.type != "cpu":
+        if importlib.util.find_spec("accelerate"):
+            settings["device_map"] = {"": device}
+        else:
+            log.warning("without the package accelerate, weights are read to host memory first, then to %s", device)
+    return auto.from_pretrained(path, **settings)
 
 
 def resolve_model_path(path: str | Path) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from svl.core.errors import SvlError, explained
 from svl.data.pictures import open_picture
-from svl.models import devices
+from svl.models import devices, placement
 from svl.models.anatomy import Anatomy
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Lvlm:
 
     def require_in_memory(self, what: str) -> None:
         """Raise SvlError if decoder layers are not in memory (`model.offload`), so that `what` is impossible."""
-        if any(p.is_meta for p in self.layers.parameters()):
+        if not placement.is_spread(self.model) and any(p.is_meta for p in self.layers.parameters()):
             raise SvlError(f"{what} needs all of '{self.name}' in memory: set model.offload=false, or do without it")
 
     def map(
@@ -63,8 +63,13 @@ class Lvlm:
 
     @property
     def device(self) -> torch.device:
-        """Where the inputs belong."""
-        return self.model.device
+        """Where the inputs belong, and where logits come out."""
+        return placement.input_device(self.model)
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """Where the model computes: several devices, the inputs' first, of one that is spread over them."""
+        return placement.devices_of(self.model)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -200,7 +205,8 @@ class Lvlm:
 
     def device_facts(self, batch_size: int) -> dict[str, Any]:
         """What a speed depends on besides the model: type and name of the device, and the batch size."""
-        return devices.device_facts(self.device, batch_size)
+        facts = devices.device_facts(self.device, batch_size)
+        return {**facts, "spread": placement.places_of(self.model)} if placement.is_spread(self.model) else facts
 
     def parameters(self) -> int:
         """Number of parameters, tied ones counted once."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,8 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
+SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")  # ways of transformers to make a device map
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,10 @@ class LoadOptions:
     Attributes:
         dtype: of the weights: auto (as stored), float32, bfloat16 or float16.
         device: auto (the first accelerator, else the CPU), or a torch device.
+        device_map: instead of one device, several: how transformers is to spread the weights (auto, balanced,
+            balanced_low_0, sequential), or where modules go, by name: numbers of accelerators, devices, cpu, disk.
+        max_memory: what a device may take of it, such as {0: 20GiB, cpu: 60GiB}; what is left out is found out.
+        attn_implementation: auto (transformers' choice), sdpa, eager or flash_attention_2.
         revision: hub branch, tag or commit.
         layers: dotted path of the decoder layers, where structure does not tell.
         image_token: the image placeholder or its id, where config and processor do not tell.
@@ -29,11 +37,14 @@ class LoadOptions:
         trust_remote_code: run model code from the checkpoint.
 
     Raises:
-        SvlError: if `dtype` or `protect` is none of these.
+        SvlError: if a setting is none of these, two of them exclude each other, or one needs what is not installed.
     """
 
     dtype: str = "auto"
     device: str = "auto"
+    device_map: str | dict[str, str | int] | None = field(default=None, hash=False)
+    max_memory: dict[str | int, str | int] | None = field(default=None, hash=False)
+    attn_implementation: str = "auto"
     revision: str | None = None
     layers: str | None = None
     image_token: int | str | None = None
@@ -47,6 +58,31 @@ class LoadOptions:
             object.__setattr__(self, "protect", tuple(self.protect))
         if not isinstance(self.protect, tuple):
             one_of("model.protect", self.protect, ("auto", "none"))
+        one_of("model.attn_implementation", self.attn_implementation, ATTENTION)
+        if self.attn_implementation == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+            raise SvlError("model.attn_implementation=flash_attention_2 needs the package flash-attn, see its README")
+        self._check_placement()
+
+    def _check_placement(self) -> None:
+        """Make `device_map` and `max_memory` plain, or raise SvlError."""
+        if self.device_map is None:
+            if self.max_memory is not None:
+                raise SvlError("model.max_memory is read with model.device_map only: set that, for example to auto")
+            return
+        if self.device != "auto":
+            raise SvlError(f"model.device={self.device} names one device, model.device_map several: set one of the two")
+        if isinstance(self.device_map, Mapping):
+            places = {str(name): _number(place) for name, place in self.device_map.items()}
+            object.__setattr__(self, "device_map", places)
+        else:
+            one_of("model.device_map", self.device_map, SPREADS)
+        if self.max_memory is not None:
+            if not isinstance(self.max_memory, Mapping):
+                raise SvlError(f"model.max_memory is '{self.max_memory}', but must be a mapping such as {{0: 20GiB}}")
+            memory = {_number(device): size for device, size in self.max_memory.items()}
+            object.__setattr__(self, "max_memory", memory)
+        if importlib.util.find_spec("accelerate") is None:
+            raise SvlError("model.device_map needs the package accelerate: pip install accelerate")
 
     @property
     def torch_dtype(self) -> torch.dtype | str:
@@ -73,3 +109,8 @@ class LoadOptions:
             if name not in known:
                 raise SvlError(f"there is no setting '{name}'{did_you_mean(name, known)}; known: {', '.join(known)}")
         return options or cls(**settings)
+
+
+def _number(name: Any) -> Any:
+    """The number of an accelerator that a text names, as command lines do; anything else as it is."""
+    return int(name) if isinstance(name, str) and name.isdecimal() else name

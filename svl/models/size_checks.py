@@ -55,7 +55,7 @@ def described_model(
     dtype: torch.dtype,
     options: LoadOptions,
     *,
-    shapes_only: bool,
+    shapes_only: bool = True,
 ) -> PreTrainedModel:
     """The model that a config describes, without values (see transformers_internals.empty_model).
 
@@ -66,7 +66,8 @@ def described_model(
 
     most = WEIGHTS_PER_TENSOR * len(stored_names(path)) or MOST
     with explained(f"cannot load a model from '{path}'"):
-        return empty_model(auto, config, dtype, options.trust_remote_code, shapes_only, most)
+        attention = None if options.attn_implementation == "auto" else options.attn_implementation
+        return empty_model(auto, config, dtype, options.trust_remote_code, shapes_only, most, attention)
 
 
 def check_size(path: str, config: PreTrainedConfig, auto: Any, options: LoadOptions) -> None:

@@ -131,17 +131,19 @@ def empty_model(
     trust_remote_code: bool = False,
     shapes_only: bool = False,
     most: int | None = None,
+    attention: str | None = None,
 ) -> PreTrainedModel:
     """The model that a config describes, in evaluation mode, its parameters on the meta device.
 
     Its buffers (such as rotary tables) are computed; with `shapes_only` they are on the meta device, too, which takes
-    a fraction of the time.
+    a fraction of the time. `attention` is its implementation of attention, transformers' choice if None.
 
     Raises:
         ValueError: if it has more than `most` parameters (tensors, not their elements), which is told before all of
             them are made.
     """
-    trust = {"trust_remote_code": True} if trust_remote_code else {}
+    settings: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
+    settings |= {"attn_implementation": attention} if attention else {}
     with ExitStack() as stack:
         if most is not None:
             stack.enter_context(_at_most(most))
@@ -151,7 +153,7 @@ def empty_model(
             stack.enter_context(no_init_weights())
         else:
             stack.enter_context(_parameters_on_meta())
-        model = auto.from_config(config, dtype=dtype, **trust)
+        model = auto.from_config(config, dtype=dtype, **settings)
     if shapes_only:
         model.tie_weights()  # left out without initialisation
     return model.requires_grad_(False).eval()

@@ -21,6 +21,7 @@ from svl.core.patch import Patch
 from svl.core.plan import Plan
 from svl.models.anatomy import Anatomy
 from svl.models.lvlm import Lvlm
+from svl.models.placement import device_map, is_offloaded, place_like, stored_tensor
 from svl.models.transformers_internals import keep_stored_layout, model_on_meta
 from svl.pruning.folding import blend_tensors, check_patch, fold_update, projections, tensors_of_update
 from svl.pruning.pruned_config import pruned_config
@@ -47,12 +48,18 @@ def apply(lvlm: Lvlm, plan: Plan, patch: Patch | None = None) -> Lvlm:
     pruned = model_on_meta(dense, pruned_config(dense.config, plan))
     if not set(plan.removed) & set(anatomy.waived):
         check_layer_settings(lvlm.layers, anatomy.layers_of(pruned), plan, lvlm.name)
-    state = kept_tensors(dense.state_dict(), anatomy, plan) | patched_tensors(lvlm, plan, patch or Patch())
+    tensors = dense.state_dict()
+    packed = [name for name in tensors if plan.removed and packed_axis(name, anatomy.layers) is not None]
+    tensors |= {name: stored_tensor(dense, name) for name in packed}
+    state = kept_tensors(tensors, anatomy, plan) | patched_tensors(lvlm, plan, patch or Patch())
+    parts = [*(name for name, _ in dense.named_modules()), *device_map(dense)]
+    state = place_like(dense, pruned, new_names(parts, anatomy, plan), state)
     with explained(f"'{lvlm.name}' cannot do without layers {list(plan.removed)}"):  # a layer may have another shape
         missing, unexpected = pruned.load_state_dict(state, strict=False, assign=True)
     copy_ties(dense, pruned, anatomy, plan)
     copy_computed_buffers(dense, pruned, anatomy, plan)
-    empty = [n for n, t in (*pruned.named_parameters(), *pruned.named_buffers()) if t.is_meta]
+    named = (*pruned.named_parameters(), *pruned.named_buffers())
+    empty = [n for n, t in named if t.is_meta and not is_offloaded(pruned, n)]
     if empty or unexpected:
         raise RuntimeError(f"surgery on {type(dense).__name__} left {empty} empty, {unexpected} unused ({missing=})")
     pruned.generation_config = copy.deepcopy(dense.generation_config)
@@ -74,7 +81,7 @@ def kept_tensors(tensors: dict[str, Tensor], anatomy: Anatomy, plan: Plan) -> di
 
 
 def new_names(names: Iterable[str], anatomy: Anatomy, plan: Plan) -> dict[str, str]:
-    """Names of parameters and buffers of the dense model -> their names in the pruned one, which may lack some."""
+    """Names of tensors and modules of the dense model -> their names in the pruned one, which may lack some."""
     prefix, new_index = f"{anatomy.layers}.", {str(old): new for new, old in enumerate(plan.kept)}
     result = {}
     for name in names:
@@ -82,7 +89,7 @@ def new_names(names: Iterable[str], anatomy: Anatomy, plan: Plan) -> dict[str, s
         if not name.startswith(prefix):
             result[name] = name
         elif number in new_index:
-            result[name] = f"{prefix}{new_index[number]}.{rest}"
+            result[name] = f"{prefix}{new_index[number]}.{rest}".rstrip(".")
     return result
 
 
@@ -93,17 +100,22 @@ def packed_axis(name: str, layers: str) -> int | None:
 
 def patched_tensors(lvlm: Lvlm, plan: Plan, patch: Patch) -> dict[str, Tensor]:
     """What `patch` changes, by names in the pruned model."""
-    anatomy, dense = lvlm.anatomy, lvlm.model.state_dict()
+    anatomy = lvlm.anatomy
     new_index = {old: new for new, old in enumerate(plan.kept)}
     changed: dict[str, Tensor] = {}
+
+    def dense(layer: int, rest: str) -> Tensor:
+        return stored_tensor(lvlm.layers[layer], rest)
+
     for layer, terms in patch.blends.items():
         for rest in projections(lvlm.layers[layer]):
-            sources = {k: dense[f"{anatomy.layers}.{k}.{rest}"] for k in terms}
+            home = dense(layer, rest).device
+            sources = {k: dense(k, rest).to(home) for k in terms}
             changed[f"{anatomy.layers}.{new_index[layer]}.{rest}"] = blend_tensors(sources, terms)
     for (layer, role), update in patch.updates.items():
         for rest, flipped in tensors_of_update(anatomy, layer, role, update).items():
             name = f"{anatomy.layers}.{new_index[layer]}.{rest}"
-            before = changed.get(name, dense[f"{anatomy.layers}.{layer}.{rest}"])
+            before = changed[name] if name in changed else dense(layer, rest)
             changed[name] = fold_update(before, update, flipped)
     return changed
 

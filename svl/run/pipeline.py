@@ -280,6 +280,8 @@ class Run:
             "versions": setup.store.versions,
             "device": device_facts(find_device(setup.options.device), settings.batch_size),
         }
+        if setup.options.device_map is not None:
+            inputs["placement"] = [setup.options.device_map, setup.options.max_memory]
         entry = make_stage(setup, "efficiency", inputs, build, alone=True)
         parts = ", ".join(f"{part} x{ratio['value']:.2f}" for part, ratio in entry.output["speedup"].items())
         return log_stage("measure", entry, f"{parts} (ideal x{entry.output['ideal']:.2f})")

@@ -19,7 +19,7 @@ from svl.demo import bundled
 from svl.evaluation import benchmarks
 from svl.evaluation.settings import EfficiencySettings
 from svl.plugins import import_plugins
-from svl.processes import process_rank
+from svl.processes import process_count, process_rank
 from svl.run.inputs import calibration_source, task_options
 from svl.run.keys import method_identity, method_settings, read_code, stage_code, versions
 from svl.store.artifacts import Store
@@ -89,6 +89,11 @@ class RunSetup:
         self.fingerprint = checkpoint_fingerprint(self.checkpoint, model.revision, remembered, model.full_hash)
         commit = self.fingerprint.partition("@")[2] or None  # the very one that keys are made of
         self.options = load_options(model, commit)
+        if isinstance(self.options.device_map, str) and process_count() > 1:
+            raise SvlError(
+                f"model.device_map={self.options.device_map} spreads a model over all devices, but torchrun started "
+                f"{process_count()} processes: start one, or leave model.device_map out"
+            )
         self.prompt_style = model.prompt
         self.image_processor = plain_values(model.image_processor)
         self.model: dict[str, Any] = {
@@ -98,6 +103,8 @@ class RunSetup:
             "image_token": model.image_token,
             "code": stage_code("model"),
         }
+        if self.options.attn_implementation != "auto":  # another sum of the same products
+            self.model["attn_implementation"] = self.options.attn_implementation
         if self.prompt_style != "chat":
             from svl.models.prompts import style_template  # imports torch
 
@@ -261,6 +268,7 @@ class RunSetup:
         unusual: dict[str, tuple[Any, Any]] = {
             "protect": (self.options.protect, "auto"),
             "layers": (self.options.layers, None),
+            "attn_implementation": (self.options.attn_implementation, "auto"),
             "prompt": (self.prompt_style, "chat"),
             "image_processor": (self.image_processor, {}),
         }

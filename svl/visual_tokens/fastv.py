@@ -112,7 +112,8 @@ class _Dropper:
         if self.attention is None:
             raise SvlError(f"visual_tokens: layer {self.method.layer - 1} of '{self.lvlm.name}' has no attention map")
         numbers = (self.visual.sum(1, keepdim=True) * self.method.keep + 0.5).long()
-        rank = self.attention.masked_fill(~self.visual, -1).argsort(dim=1, descending=True, stable=True).argsort(1)
+        attention = self.attention.to(self.visual.device).masked_fill(~self.visual, -1)
+        rank = attention.argsort(dim=1, descending=True, stable=True).argsort(1)
         stays = self.present & (~self.visual | (rank < numbers))
         self.kept = stays.byte().sort(dim=1, stable=True).indices[:, -int(stays.sum(1).max()) :]
         self.real = stays.gather(1, self.kept)
@@ -157,15 +158,15 @@ class _Dropper:
         mask = mask.expand(len(places), -1, -1, -1)
         if self.prompt:
             mask = _gather(mask, self.kept, 2)
-        return _gather(mask, places, 3) & real
+        return _gather(mask, places, 3) & real.to(mask.device)
 
     def _restore(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """The last layer's output at the prompt's places; dropped tokens have the state in which they were dropped."""
         if not self.prompt:
             return None
         state = output[0] if isinstance(output, tuple) else output
-        places = self.kept[..., None].expand(-1, -1, state.shape[-1])
-        whole = self.whole.scatter(1, places, state)
+        places = self.kept[..., None].expand(-1, -1, state.shape[-1]).to(state.device)
+        whole = self.whole.to(state.device).scatter(1, places, state)
         return (whole, *output[1:]) if isinstance(output, tuple) else whole
 
 
@@ -174,7 +175,7 @@ def _gather(x: Tensor, places: Tensor, dim: int) -> Tensor:
 
     Without one (or where it is 1, for all rows alike), one is made.
     """
-    b, n = places.shape
+    (b, n), places = places.shape, places.to(x.device)  # a layer's arguments may come from several devices
     batch = next((i for i in range(dim) if x.shape[i] == b), None)
     if batch is None:
         batch = next((i for i in range(dim) if x.shape[i] == 1), None)

@@ -25,6 +25,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, eager_attenti
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from svl.models.devices import fp64_device
 from svl.models.ports.qwen_vl.configuration_qwen_vl import QwenVLConfig, QwenVLVisionConfig
 
 POSITIONS = 256  # rows of the tower's table of positions, at any image size
@@ -288,9 +289,11 @@ class QwenVLModel(QwenVLPreTrainedModel):
             return 1.0
         return max(2 ** math.ceil(math.log2(length / self.config.seq_length) + 1) - 1, 1)
 
-    def position_embeddings(self, start: int, stop: int, alpha: float) -> tuple[Tensor, Tensor, Tensor | None]:
+    def position_embeddings(
+        self, start: int, stop: int, alpha: float, device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Cosine and sine [T, head] of positions start..stop-1, and the factors [T, 1] of their queries, if any."""
-        config, device = self.config, self.wte.weight.device
+        config = self.config
         dim = config.kv_channels
         base = config.rotary_emb_base * alpha ** (dim / (dim - 2))
         inv_freq = 1.0 / (base ** (torch.arange(0, dim, 2, device=device).float() / dim))
@@ -299,7 +302,8 @@ class QwenVLModel(QwenVLPreTrainedModel):
         angles = torch.cat([freqs, freqs], -1)
         scale = None
         if config.use_logn_attn and stop > config.seq_length:
-            scale = ((positions + 1).double().log() / math.log(config.seq_length)).clamp(min=1).float()[:, None]
+            lengths = torch.arange(start + 1, stop + 1, dtype=torch.float64, device=fp64_device(device))
+            scale = (lengths.log() / math.log(config.seq_length)).clamp(min=1).float().to(device)[:, None]
         return angles.cos(), angles.sin(), scale
 
     @capture_outputs
@@ -327,7 +331,7 @@ class QwenVLModel(QwenVLPreTrainedModel):
             config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask,
             past_key_values=past_key_values,
         )  # fmt: skip
-        positions = self.position_embeddings(start, stop, alpha)
+        positions = self.position_embeddings(start, stop, alpha, inputs_embeds.device)
         hidden_states = inputs_embeds
         for layer in self.h:
             hidden_states = layer(

@@ -1,0 +1,25 @@
+"""The methods that ship with svl, as their configuration files describe them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from svl.config import CONF, build_method
+
+GROUPS = ("strategy", "selector", "compensation")
+CHOICES = {group: [file.stem for file in sorted(Path(CONF, group).glob("*.yaml"))] for group in GROUPS}
+# Settings where the defaults do nothing on four layers.
+OPTIONS = {"manual": {"layers": [1, 3]}} | {
+    f"shortened_{score}": {"protected": [0]} for score in ("ppl", "taylor", "magnitude")
+}
+
+
+def method(group: str, choice: str) -> Any:
+    """What a configuration file describes, with seed 0."""
+    node = OmegaConf.load(Path(CONF, group, f"{choice}.yaml"))
+    node.pop("defaults", None)
+    node.update(OPTIONS.get(choice, {}))
+    return build_method(OmegaConf.create({"seed": 0, "strategy": {}, group: node})[group], group)
