@@ -29,6 +29,7 @@ from svl.evaluation.lmms_eval_internals import (
     likelihood_result,
 )
 from svl.evaluation.lock_step import LockStep
+from svl.evaluation.prompt_sizes import PromptSizes
 from svl.evaluation.shared_prefill import SharedPrefill
 from svl.models.lvlm import Lvlm
 
@@ -89,8 +90,8 @@ class Answerer(Model):
         self._tokenizing = threading.Lock()  # a tokenizer serves one thread at a time
 
     @property
-    def prepares_ahead(self) -> bool:
-        """Whether a thread prepares a batch while the one before is answered: on the CPU both would want the same."""
+    def on_accelerator(self) -> bool:
+        """Whether threads may prepare batches: on the CPU they would take from the model."""
         return self.lvlm.device.type != "cpu"
 
     def clean(self) -> None:
@@ -137,9 +138,9 @@ class Answerer(Model):
             tqdm(total=len(requests), desc=self.description, unit="question", disable=hidden) as bar,
         ):
             for (max_new_tokens, batch), following in zip(batches, [*batches[1:], None], strict=True):
-                if following and self.prepares_ahead:
+                if following and self.on_accelerator:
                     asked = [requests[i] for i in following[1]]
-                    self._coming[_identities(asked)] = pool.submit(self._prepared, asked, following[0])
+                    self._coming[tuple(map(id, asked))] = pool.submit(self._prepared, asked, following[0])
                 given = self.answer_batch([requests[i] for i in batch], max_new_tokens)
                 for i, of_models in zip(batch, given, strict=True):
                     answers[i] = of_models
@@ -151,11 +152,25 @@ class Answerer(Model):
         self, requests: list[Request], cap: Callable[[Request], int | None]
     ) -> Iterator[tuple[int | None, list[int]]]:
         """Caps and numbers of requests that are answered at once."""
+        sizes = self._sizes(requests)
         for max_new_tokens, group in grouped(range(len(requests)), lambda i: cap(requests[i])):
             # like with like wastes least padding; the longest first, so that memory runs out at once or never
-            group.sort(key=lambda i: len(requests[i].args[0]), reverse=True)
+            group.sort(key=lambda i: sizes[i], reverse=True)
             for start in range(0, len(group), self.batch_size):
                 yield max_new_tokens, group[start : start + self.batch_size]
+
+    def _sizes(self, requests: list[Request]) -> list[float]:
+        """How long each prompt is; on accelerators, which run out of memory, with the tokens of its images."""
+        letters, counted = [len(request.args[0]) for request in requests], PromptSizes(self.lvlm)
+        if not self.on_accelerator or not counted.depend_on_images():
+            return [float(n) for n in letters]
+
+        def shown(request: Request) -> list[tuple[int, int]]:
+            with self._explained([request]):
+                return [image.size for image in images_of(self.conversation(request))]
+
+        with ThreadPoolExecutor() as pool:
+            return [counted.of(*known) for known in zip(letters, pool.map(shown, requests), strict=True)]
 
     def _warm_up(self, requests: list[Request], cap: Callable[[Request], int | None]) -> None:
         """Answer the first batch in a few tokens: kernels and caches warm up outside the measured time."""
@@ -180,7 +195,7 @@ class Answerer(Model):
 
     def _answer_batch(self, requests: list[Request], max_new_tokens: int | None) -> list[Answers]:
         answers: list[Answers] = [()] * len(requests)
-        coming = self._coming.pop(_identities(requests), None)
+        coming = self._coming.pop(tuple(map(id, requests)), None)
         for part in coming.result() if coming else self._parts(requests, max_new_tokens):
             ready = {"inputs": part.inputs} if part.inputs else {}
             if max_new_tokens is None:
@@ -345,11 +360,6 @@ def video_of(conversation: Conversation) -> list[Image] | None:
     if len(found) > 1:
         raise SvlError(f"a question shows {len(found)} videos; one is supported")
     return found[0] if found else None
-
-
-def _identities(requests: Iterable[Request]) -> tuple[int, ...]:
-    """What lists of requests are told apart by."""
-    return tuple(map(id, requests))
 
 
 def shown_in(conversation: Conversation) -> tuple[int, int]:
