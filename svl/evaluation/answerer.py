@@ -30,6 +30,7 @@ from svl.evaluation.lmms_eval_internals import (
     likelihood_result,
 )
 from svl.evaluation.lock_step import LockStep
+from svl.evaluation.prompt_sizes import PromptSizes
 from svl.evaluation.shared_prefill import SharedPrefill
 from svl.models.lvlm import Lvlm
 
@@ -38,23 +39,24 @@ Conversation = list[dict[str, Any]]  # Hugging Face messages: role and content, 
 Answers = tuple[Any, ...]  # to one request, every model's
 Reader = SharedPrefill | LockStep  # a way for several models to read one batch
 
+WARM_UP_TOKENS = 2
+WAY_OUT = "; leave it out by benchmark.limit, or name the placeholder of images with model.image_token"
 
-class Prepared(NamedTuple):
-    """Requests that show equally many images and videos, ready for models.
+
+class Part(NamedTuple):
+    """Requests of a batch that show equally many images and videos.
 
     Attributes:
         places: of the requests in their batch.
-        inputs: of models.
-        lengths: of each continuation whose likelihood is asked for, in tokens; none where answers are generated.
+        conversations: that they ask to continue, with their images.
+        continuations: whose likelihood is asked for; empty where answers are generated.
+        inputs: of models, None until they are made.
     """
 
     places: list[int]
-    inputs: dict[str, torch.Tensor]
-    lengths: list[int]
-
-
-WARM_UP_TOKENS = 2
-WAY_OUT = "; leave it out by benchmark.limit, or name the placeholder of images with model.image_token"
+    conversations: list[Conversation]
+    continuations: list[str]
+    inputs: dict[str, torch.Tensor] | None = None
 
 
 class Answerer(Model):
@@ -87,12 +89,12 @@ class Answerer(Model):
         self._seconds: dict[str, float] = {}  # by type of request, as the answers
         self._answers: dict[str, list[Answers]] = {}
         self._reader = reader or SharedPrefill(models)
-        self._coming: dict[tuple[int, ...], Future[list[Prepared]]] = {}  # by their requests
+        self._coming: dict[tuple[int, ...], Future[list[Part]]] = {}  # by their requests
         self._tokenizing = threading.Lock()  # a tokenizer serves one thread at a time
 
     @property
-    def prepares_ahead(self) -> bool:
-        """Whether a thread prepares a batch while the one before is answered: on the CPU both would want the same."""
+    def on_accelerator(self) -> bool:
+        """Whether threads may prepare batches: on the CPU they would take from the model."""
         return self.lvlm.device.type != "cpu"
 
     def clean(self) -> None:
@@ -145,9 +147,9 @@ class Answerer(Model):
             tqdm(total=len(requests), desc=self.description, unit="question", disable=hidden) as bar,
         ):
             for (max_new_tokens, batch), following in zip(batches, [*batches[1:], None], strict=True):
-                if following and self.prepares_ahead:
+                if following and self.on_accelerator:
                     asked = [requests[i] for i in following[1]]
-                    self._coming[_identities(asked)] = pool.submit(self._prepare, asked, following[0])
+                    self._coming[tuple(map(id, asked))] = pool.submit(self._prepared, asked, following[0])
                 given = self.answer_batch([requests[i] for i in batch], max_new_tokens)
                 for i, of_models in zip(batch, given, strict=True):
                     answers[i] = of_models
@@ -159,11 +161,25 @@ class Answerer(Model):
         self, requests: list[Request], cap: Callable[[Request], int | None]
     ) -> Iterator[tuple[int | None, list[int]]]:
         """Caps and numbers of requests that are answered at once."""
+        sizes = self._sizes(requests)
         for max_new_tokens, group in grouped(range(len(requests)), lambda i: cap(requests[i])):
             # like with like wastes least padding; the longest first, so that memory runs out at once or never
-            group.sort(key=lambda i: len(requests[i].args[0]), reverse=True)
+            group.sort(key=lambda i: sizes[i], reverse=True)
             for start in range(0, len(group), self.batch_size):
                 yield max_new_tokens, group[start : start + self.batch_size]
+
+    def _sizes(self, requests: list[Request]) -> list[float]:
+        """How long each prompt is; on accelerators, which run out of memory, with the tokens of its images."""
+        letters, counted = [len(request.args[0]) for request in requests], PromptSizes(self.lvlm)
+        if not self.on_accelerator or not counted.depend_on_images():
+            return [float(n) for n in letters]
+
+        def shown(request: Request) -> list[tuple[int, int]]:
+            with self._explained([request]):
+                return [image.size for image in images_of(self.conversation(request))]
+
+        with ThreadPoolExecutor() as pool:
+            return [counted.of(*known) for known in zip(letters, pool.map(shown, requests), strict=True)]
 
     def _warm_up(self, requests: list[Request], cap: Callable[[Request], int | None]) -> None:
         """Answer the first batch in a few tokens: kernels and caches warm up outside the measured time."""
@@ -188,33 +204,37 @@ class Answerer(Model):
 
     def _answer_batch(self, requests: list[Request], max_new_tokens: int | None) -> list[Answers]:
         answers: list[Answers] = [()] * len(requests)
-        coming = self._coming.pop(_identities(requests), None)
-        for part in coming.result() if coming else self._prepare(requests, max_new_tokens):
-            given = self._likelihoods(part) if max_new_tokens is None else self._generated(part, max_new_tokens)
+        coming = self._coming.pop(tuple(map(id, requests)), None)
+        for part in coming.result() if coming else self._parts(requests, max_new_tokens):
+            ready = {"inputs": part.inputs} if part.inputs else {}
+            if max_new_tokens is None:
+                given = self.likelihood(part.conversations, part.continuations, **ready)
+            else:
+                given = self.answer(part.conversations, max_new_tokens, **ready)
             for i, of_models in zip(part.places, given, strict=True):
                 answers[i] = of_models
         return answers
 
-    def _prepare(self, requests: list[Request], max_new_tokens: int | None) -> list[Prepared]:
-        """Model inputs of requests, those with equally many images and videos each at once."""
-        found = []
+    def _parts(self, requests: list[Request], max_new_tokens: int | None) -> Iterator[Part]:
+        """Requests with their images read, those with equally many images and videos each at once."""
         conversations = [self.conversation(request) for request in requests]
         for _, places in grouped(range(len(requests)), lambda i: shown_in(conversations[i])):
-            asked = [conversations[i] for i in places]
-            texts, lengths = [self.lvlm.render(c) for c in asked], []
-            if max_new_tokens is None:
-                continuations = [self._continuation(requests[i], conversations[i]) for i in places]
-                lengths = [self._tokens_of(p, c) for p, c in zip(texts, continuations, strict=True)]
-                texts = [p + c for p, c in zip(texts, continuations, strict=True)]
-            found.append(Prepared(places, self._encode(asked, texts), lengths))
-        return found
+            continuations = [
+                self._continuation(requests[i], conversations[i]) if max_new_tokens is None else "" for i in places
+            ]
+            yield Part(places, [conversations[i] for i in places], continuations)
+
+    def _prepared(self, requests: list[Request], max_new_tokens: int | None) -> list[Part]:
+        """The same with their inputs."""
+        parts = self._parts(requests, max_new_tokens)
+        return [p._replace(inputs=self._encode(p.conversations, p.continuations)) for p in parts]
 
     def _prepare_one_by_one(self, requests: list[Request]) -> None:
         """Where one of the documents alone cannot be prepared, raise an error that names it."""
         for request in requests:
             with self._explained([request]):
                 conversation = self.conversation(request)
-                self._encode([conversation], [self.lvlm.render(conversation)])
+                self._encode([conversation], [""])
 
     def _explained(self, requests: list[Request]) -> AbstractContextManager[None]:
         """Within the block, whatever is raised becomes one line that names the documents."""
@@ -224,31 +244,47 @@ class Answerer(Model):
             which = f"documents {', '.join(map(str, rows))} (benchmark.batch_size=1 tells which)"
         return explained(f"task '{requests[0].task_name}': no answer to {which}", WAY_OUT)
 
-    def _generated(self, part: Prepared, max_new_tokens: int) -> list[Answers]:
-        """Greedy answers, every model's."""
+    def answer(
+        self, conversations: list[Conversation], max_new_tokens: int, inputs: dict[str, torch.Tensor] | None = None
+    ) -> list[Answers]:
+        """Greedy answers, every model's, to conversations with equally many images and videos each.
+
+        Their model inputs are made if they are not given.
+        """
         tokenizer: Any = self.lvlm.tokenizer
+        inputs = inputs or self._encode(conversations, [""] * len(conversations))
         settings = copy.deepcopy(self.lvlm.model.generation_config)  # one for all models that answer together
         settings.update(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None)
         settings.update(max_new_tokens=max_new_tokens, max_length=None)
         if settings.pad_token_id is None:
             settings.pad_token_id = tokenizer.pad_token_id
-        prompt = part.inputs["input_ids"].shape[1]
-        found = self._reader.generate(part.inputs, settings)
+        prompt = inputs["input_ids"].shape[1]
+        found = self._reader.generate(inputs, settings)
         with self._tokenizing:
             texts = [tokenizer.batch_decode(tokens[:, prompt:], skip_special_tokens=True) for tokens in found]
         return list(zip(*texts, strict=True))
 
-    def _likelihoods(self, part: Prepared) -> list[Answers]:
-        """Of each continuation after its conversation, see `loglikelihood`."""
+    def likelihood(
+        self,
+        conversations: list[Conversation],
+        continuations: list[str],
+        inputs: dict[str, torch.Tensor] | None = None,
+    ) -> list[Answers]:
+        """Of each continuation after its conversation (see `answer`), as `loglikelihood` gives it."""
+        asked = zip(conversations, continuations, strict=True)
+        lengths = [self._tokens_of(self.lvlm.render(c), continuation) for c, continuation in asked]
+        inputs = inputs or self._encode(conversations, continuations)
         given: list[list[Any]] = [[] for _ in self.models]
-        for k, logits in self._reader.logits(part.inputs, max(part.lengths) + 1):
-            for row, ids, length in zip(logits.float(), part.inputs["input_ids"], part.lengths, strict=True):
+        for k, logits in self._reader.logits(inputs, max(lengths) + 1):
+            for row, ids, length in zip(logits.float(), inputs["input_ids"], lengths, strict=True):
                 predicted, target = row[-length - 1 : -1].log_softmax(-1), ids[-length:]
                 loss = -predicted.gather(1, target[:, None]).sum().item()
                 given[k].append(likelihood_result(loss, bool((predicted.argmax(-1) == target).all())))
         return list(zip(*given, strict=True))
 
-    def _encode(self, conversations: list[Conversation], texts: list[str]) -> dict[str, torch.Tensor]:
+    def _encode(self, conversations: list[Conversation], continuations: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Model inputs of conversations and what they are continued with."""
+        texts = [self.lvlm.render(c) + more for c, more in zip(conversations, continuations, strict=True)]
         with self._tokenizing:
             return self.lvlm.encode(texts, [images_of(c) for c in conversations], [video_of(c) for c in conversations])
 
@@ -339,11 +375,6 @@ def video_of(conversation: Conversation) -> list[Image] | None:
     if len(found) > 1:
         raise SvlError(f"a question shows {len(found)} videos; one is supported")
     return found[0] if found else None
-
-
-def _identities(requests: Iterable[Request]) -> tuple[int, ...]:
-    """What lists of requests are told apart by."""
-    return tuple(map(id, requests))
 
 
 def shown_in(conversation: Conversation) -> tuple[int, int]:

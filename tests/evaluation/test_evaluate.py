@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from svl.core import SvlError
 from svl.data.pictures import open_picture
+from svl.evaluation.answerer import images_of
 from svl.models.anatomy import find_anatomy
 from svl.models.lvlm import Lvlm
 
@@ -97,6 +98,30 @@ def test_oracle_scores_all_and_its_opposite_none(name, run, data, monkeypatch):
     result, samples = run(f"svl_demo_{name}", batch_size=500)
     assert result["metrics"]["accuracy"]["value"] == 0
     assert not any(s["score"] for s in samples)
+
+
+def test_on_accelerators_images_of_most_tokens_come_first(internvl, run, tmp_path, monkeypatch):
+    """On the CPU, the longest texts do."""
+    scoring = "process_results: !function utils.short_answer\n"
+    rows = []
+    for n, width in enumerate((64, 192, 128)):  # one tile; three or two with a thumbnail
+        Image.new("RGB", (width, 64)).save(tmp_path / f"{width}.png")
+        rows.append({"prompt": "a" * (n + 1), "answer": "red", "kind": "x", "image": str(tmp_path / f"{width}.png")})
+    where = task_folder(tmp_path / "task", scoring + "doc_to_visual: !function shown.shown\n", rows)
+    (tmp_path / "task" / "shown.py").write_text(
+        "from PIL import Image\ndef shown(doc):\n    return [Image.open(doc['image'])]\n"
+    )
+    for accelerated, order in ((False, [128, 192, 64]), (True, [192, 128, 64])):
+        seen = []
+
+        def look(self, conversations, max_new_tokens, inputs=None, seen=seen):
+            seen.extend(images_of(c)[0].width for c in conversations)
+            return [("red",) for _ in conversations]
+
+        monkeypatch.setattr(Answerer, "on_accelerator", accelerated)
+        monkeypatch.setattr(Answerer, "answer", look)
+        run("custom", internvl, include_path=where, batch_size=1)
+        assert seen[1:] == order  # after the first for warming up
 
 
 def test_answers_return_to_their_questions(run, monkeypatch):

@@ -62,7 +62,7 @@ def test_batches_prepared_ahead_are_answered_the_same(fails, demo, tmp_path, mon
         return read(self, request)
 
     monkeypatch.setattr(Answerer, "conversation", conversation)
-    monkeypatch.setattr(Answerer, "prepares_ahead", True)
+    monkeypatch.setattr(Answerer, "on_accelerator", True)
     if fails:
         with pytest.raises(SvlError, match=r"no answer to document 11: cannot be read"):
             predictions(demo, tmp_path, batch_size=1)
