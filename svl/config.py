@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from svl import plugins
 from svl.config_schema import Svl
 from svl.core import Compensation, Method, Strategy, SvlError, TokenSelector, did_you_mean, layers_to_remove, one_of
+from svl.core.patch import NO_STOCK_FORM
 from svl.models.options import LoadOptions
 from svl.quantization.base import Quantization
 from svl.trackers.record import Tracker
@@ -209,7 +210,20 @@ def validate_config(cfg: DictConfig) -> dict[str, Any]:
     one_of("evaluator.name", cfg.evaluator.name, ("transformers", "vllm"))
     if cfg.benchmark.tasks:
         _check_evaluator(cfg.evaluator.name)
-    return {group: build_method(cfg[group], group) for group in METHODS}
+    methods = {group: build_method(cfg[group], group) for group in METHODS}
+    if not methods["compensation"].foldable:
+        _check_nothing_exports(cfg)
+    return methods
+
+
+def _check_nothing_exports(cfg: DictConfig) -> None:
+    """Raise SvlError if a checkpoint is asked for that could not hold what the compensation does."""
+    uses = {"export.path": cfg.export.path, "evaluator=vllm": cfg.evaluator.name == "vllm" and cfg.benchmark.tasks}
+    for setting, asked in uses.items():
+        if asked:
+            raise SvlError(
+                f"{setting} asks for a checkpoint, but {cfg.compensation['_target_']} gives maps: {NO_STOCK_FORM}"
+            )
 
 
 def _check_mappings(cfg: DictConfig) -> None:

@@ -197,6 +197,10 @@ def test_seed_reaches_what_is_random():
         (["benchmark.limit=0"], ["benchmark.limit is 0", "whole number"]),
         (["benchmark.limit=1.5"], ["benchmark.limit is 1.5", "a share below 1"]),
         (["benchmark.batch_size=-3"], ["benchmark.batch_size is -3"]),
+        (
+            ["compensation=ghosted", "export.path=new"],
+            ["export.path asks for", "ghosted", "stock checkpoint", "linear,"],
+        ),
         (["model=local"], ["model.path is not set"]),
         (["calibration=local"], ["calibration.path is not set"]),
         (["selector.pp=0.5"], ["selector has no setting 'pp'", "did you mean 'p'?", "rule", "pool"]),

@@ -23,7 +23,8 @@ from svl.checkpoints.pruned_tensors import (
 from svl.checkpoints.pruning_record import FIELD, pruning_record
 from svl.checkpoints.safetensors_writing import NewTensor, write_weights
 from svl.checkpoints.skeleton import Skeleton, read_skeleton
-from svl.core.patch import Patch
+from svl.core.errors import SvlError
+from svl.core.patch import NO_STOCK_FORM, Patch
 from svl.core.plan import Plan
 from svl.models.loading import read_model_config
 from svl.models.lvlm import Lvlm
@@ -105,6 +106,8 @@ def plan_checkpoint(
     Raises:
         SvlError: if the source cannot be exported at file level, or plan or patch do not fit it.
     """
+    if patch.maps:
+        raise SvlError(f"the patch cannot be exported: {NO_STOCK_FORM}")
     folder = hub.local_checkpoint(source, options.revision)
     options = replace(options, revision=None, name=options.model_name(source))
     dense = read_skeleton(folder, options, shapes_only=True)

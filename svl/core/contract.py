@@ -105,6 +105,11 @@ def checked_patch(compensation: Compensation, patch: Patch, plan: Plan) -> Patch
         for layer, terms in patch.blends.items():
             if not all(math.isfinite(coefficient) for coefficient in terms.values()):
                 raise SvlError(f"{who} blends layer {layer} with coefficients that are not finite")
+        if patch.maps and compensation.foldable:
+            raise SvlError(f"{who} gives maps at cuts, so its class must say foldable = False")
+        for start, matrix in patch.maps.items():
+            if not bool(matrix.isfinite().all()):
+                raise SvlError(f"{who} gives a map in place of layers from {start} on that is not finite")
     return patch
 
 

@@ -67,13 +67,18 @@ class Compensation(Method, ABC):
     """What is put in the gap.
 
     `needs`: {"hidden"} if `fit` streams hidden states.
+
+    Attributes:
+        foldable: whether all that it changes are weights of kept layers. One that puts maps at cuts says False: it
+            works in memory, on any kind of layer, but is refused where a checkpoint is asked for.
     """
 
     known_needs: ClassVar[frozenset[str]] = frozenset({"hidden"})
+    foldable: ClassVar[bool] = True
 
     @abstractmethod
     def fit(self, hidden: HiddenStates, plan: Plan) -> Patch:
-        """The updates of kept weights (fp32, by original layer) that make up for the layers that `plan` removes."""
+        """Changes of kept weights, or maps at cuts, which make up for what `plan` removes: fp32 on the CPU."""
 
 
 class RemovalProbe(Protocol):

@@ -1,4 +1,4 @@
-"""Folding a patch into weights: the arithmetic that surgery in memory and export share, bit for bit."""
+"""Whether a patch fits, and folding it into weights: arithmetic that surgery and export share, bit for bit."""
 
 from __future__ import annotations
 
@@ -46,6 +46,11 @@ def check_patch(patch: Patch, plan: Plan, anatomy: Anatomy, layers: nn.ModuleLis
             raise SvlError(f"the patch blends layer {layer} of layers {sorted(terms)}: not of 0..{plan.n_layers - 1}")
         if not all(isinstance(c, int | float) and math.isfinite(c) for c in terms.values()):
             raise SvlError(f"the patch blends layer {layer} with coefficients that are not finite numbers")
+    starts = [start for start, _ in plan.runs]
+    for start, matrix in patch.maps.items():
+        if start not in starts:
+            raise SvlError(f"the patch has a map at layer {start}, where no removed run begins (these do: {starts})")
+        check_part(matrix, (anatomy.hidden_size,) * 2, f"the map of the patch at layer {start}")
     for (layer, role), update in patch.updates.items():
         if layer not in plan.kept:
             raise SvlError(f"the patch changes '{role}' of layer {layer}, which the pruned model does not have")

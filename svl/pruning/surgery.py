@@ -3,7 +3,8 @@
 The pruned model is a new one, built from a pruned config and sharing every tensor that did not change. The dense
 model is never touched, so undoing is forgetting: nothing to restore, no hook left behind. Building from the config
 (instead of cutting the live list of layers) keeps all that a model derives from its depth right: cache slots, masks
-per layer type, rotary settings. Only what a patch changes takes new memory.
+per layer type, rotary settings. Only what a patch changes takes new memory. Maps at cuts are the one thing that is
+added to a model, as modules of its layers (see `pruning.cut_maps`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from svl.core.plan import Plan
 from svl.models.anatomy import Anatomy
 from svl.models.lvlm import Lvlm
 from svl.models.transformers_internals import keep_stored_layout, model_on_meta
+from svl.pruning import cut_maps
 from svl.pruning.folding import blend_tensors, check_patch, fold_update, projections, tensors_of_update
 from svl.pruning.pruned_config import pruned_config
 from svl.pruning.selfcheck import check_layer_settings
@@ -44,10 +46,13 @@ def apply(lvlm: Lvlm, plan: Plan, patch: Patch | None = None) -> Lvlm:
     anatomy, dense = lvlm.anatomy, lvlm.model
     anatomy.check_plan(plan, lvlm.name)
     check_patch(patch or Patch(), plan, anatomy, lvlm.layers)
+    cut_maps.check_no_maps(lvlm, plan)
     pruned = model_on_meta(dense, pruned_config(dense.config, plan))
+    cut_maps.copy_maps(lvlm.layers, anatomy.layers_of(pruned))
     if not set(plan.removed) & set(anatomy.waived):
         check_layer_settings(lvlm.layers, anatomy.layers_of(pruned), plan, lvlm.name)
     state = kept_tensors(dense.state_dict(), anatomy, plan) | patched_tensors(lvlm, plan, patch or Patch())
+    state |= cut_maps.add_maps(lvlm, anatomy.layers_of(pruned), plan, patch or Patch())
     with explained(f"'{lvlm.name}' cannot do without layers {list(plan.removed)}"):  # a layer may have another shape
         missing, unexpected = pruned.load_state_dict(state, strict=False, assign=True)
     copy_ties(dense, pruned, anatomy, plan)

@@ -17,6 +17,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from svl.checkpoints.pruning_record import changed_writers
 from svl.config import plain_values
 from svl.core import Plan, checked_plan, fitted_patch
 from svl.processes import process_rank
@@ -112,7 +113,7 @@ class Run:
 
             count_removals(setup, read_statistics(setup, None))  # what can be found wrong now costs no calibration
             calibrate.check_selector(setup.dense, setup.samples, setup.selector)
-            if setup.compensation.needs:
+            if setup.compensation.needs and setup.compensation.foldable:
                 folding.check_foldable(setup.dense)
             calibrate.calibrate(
                 setup.dense,
@@ -204,14 +205,14 @@ class Run:
 
             hidden: Any = None
             if streams:
-                folding.check_foldable(setup.dense)
+                if setup.compensation.foldable:
+                    folding.check_foldable(setup.dense)
                 seen, batch_size = read_statistics(setup, stats), setup.cfg.calibration.batch_size
                 hidden = Activations(setup.dense, setup.samples, seen, batch_size, show_progress)
             patch = fitted_patch(setup.compensation, hidden, plan)
             if patch:
                 patch_file.save_patch(patch, folder / "patch.safetensors")
-            changed = {f"{layer}.{role}" for layer, role in patch.updates} | {f"{layer}.*" for layer in patch.blends}
-            return {"notes": patch.notes, "spectra": spectra_record(patch), "changed": sorted(changed)}
+            return {"notes": patch.notes, "spectra": spectra_record(patch), "changed": changed_writers(patch)}
 
         inputs: dict[str, Any] = {
             "model": setup.model,

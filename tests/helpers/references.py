@@ -84,6 +84,9 @@ def compensated(lvlm: Lvlm, plan: Plan, patch: Patch):
         module = whole.layers[layer].get_submodule(lvlm.anatomy.writers[role][layer].module)
         module.register_forward_hook(functools.partial(_add, change))
     with skipped(whole, plan.removed) as model:
+        for start, stop in plan.runs:
+            if start in patch.maps:  # after the hook that skips
+                whole.layers[stop - 1].register_forward_hook(functools.partial(_mapped, patch.maps[start]))
         yield model
 
 
@@ -98,6 +101,13 @@ def _add(change: Update, module: nn.Module, args: tuple[Tensor, ...], out: Tenso
     if change.shift is not None:
         total = total + change.shift
     return total if change.scale is None else change.scale * total
+
+
+def _mapped(matrix: Tensor, _: nn.Module, args, out):
+    """What a skipped layer passes on, mapped."""
+    if isinstance(out, tuple):
+        return (out[0] @ matrix.T, *out[1:])
+    return out @ matrix.T
 
 
 def update(d: int) -> Update:
