@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from svl.calibration.activations import Activations
 from svl.calibration.calibrate import calibrate, select
 from svl.calibration.removal_probe import ModelProbe
+from svl.calibration.rescoring import ModelRescoring
 from svl.config import CONF, build_method
 from svl.core import Plan
 from svl.pruning.surgery import apply
@@ -21,9 +22,11 @@ GROUPS = ("strategy", "selector", "compensation")
 CHOICES = {group: [file.stem for file in sorted(Path(CONF, group).glob("*.yaml"))] for group in GROUPS}
 MODELS = ("llava", "qwen", "internvl", "llama")
 # Settings where the defaults do nothing on four layers.
-OPTIONS = {"manual": {"layers": [1, 3]}} | {
-    f"shortened_{score}": {"protected": [0]} for score in ("ppl", "taylor", "magnitude")
-}
+OPTIONS = (
+    {"manual": {"layers": [1, 3]}}
+    | {name: {"of": {"_target_": "svl.strategies.cosine.Cosine"}} for name in ("iterative", "prune_and_comp")}
+    | {f"shortened_{score}": {"protected": [0]} for score in ("ppl", "taylor", "magnitude")}
+)
 # No picture to select the tokens of.
 IMPOSSIBLE = {("llama", "visual")}
 COMBINATIONS = [
@@ -60,11 +63,12 @@ def test_the_pruned_model_is_the_dense_one_that_skips_layers_and_adds_the_patch(
     strategy, selector, compensation = (method(group, chosen[group]) for group in GROUPS)
     lvlm, samples, measured = calibrated(chosen["model"])
     stats = replace(select(measured, selector), probe=ModelProbe(lvlm, samples))
-    plan = strategy.plan(stats, 2)
+    hidden = Activations(lvlm, samples, stats)
+    plan = strategy.plan(replace(stats, rescoring=ModelRescoring(hidden, compensation)), 2)
     assert len(plan.removed) == (0 if chosen["strategy"] == "identity" else 2)
     assert set(plan.removed) <= set(lvlm.anatomy.removable)
     assert Plan.from_json(plan.to_json()) == plan
-    patch = compensation.fit(Activations(lvlm, samples, stats), plan)
+    patch = compensation.fit(hidden, plan)
     pruned = apply(lvlm, plan, patch)
     assert len(pruned.layers) == len(plan.kept)
     inputs = encode(lvlm, samples.samples[:2])

@@ -40,7 +40,7 @@ class Ghosted(Compensation):
         rows: all (the paper's) | selected (tokens weighted by the selector).
     """
 
-    ridges: tuple[float, ...] = (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+    ridges: tuple[float, ...] = (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
     fold: int = 5
     scope: str = "run"
     rows: str = "all"

@@ -7,7 +7,7 @@ Words have one meaning each: layers are 0-based, `h_i` enters layer i (`h_L` lea
 norm), `ratio` is the fraction of decoder layers removed, importance is higher for layers to keep.
 """
 
-from svl.core.contract import checked_patch, checked_plan, checked_weights, fitted_patch
+from svl.core.contract import checked_patch, checked_plan, checked_weights, extended_patch, fitted_patch
 from svl.core.errors import SvlError, did_you_mean, one_of
 from svl.core.methods import (
     Compensation,
@@ -15,6 +15,7 @@ from svl.core.methods import (
     LayerStep,
     Method,
     RemovalProbe,
+    Rescoring,
     SampleStates,
     Strategy,
     TokenSelector,
@@ -31,6 +32,7 @@ __all__ = [
     "Patch",
     "Plan",
     "RemovalProbe",
+    "Rescoring",
     "SampleStates",
     "Stats",
     "Strategy",
@@ -42,6 +44,7 @@ __all__ = [
     "checked_plan",
     "checked_weights",
     "did_you_mean",
+    "extended_patch",
     "fitted_patch",
     "layers_to_remove",
     "no_selected_token",

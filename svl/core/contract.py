@@ -86,6 +86,13 @@ def fitted_patch(compensation: Compensation, hidden: HiddenStates, plan: Plan) -
     return checked_patch(compensation, patch, plan)
 
 
+def extended_patch(compensation: Compensation, hidden: HiddenStates, plan: Plan, patch: Patch) -> Patch:
+    """`compensation.extend(hidden, plan, patch)`, checked as `fitted_patch` is."""
+    with answering(compensation):
+        extended = compensation.extend(hidden, plan, patch)
+    return checked_patch(compensation, extended, plan)
+
+
 def checked_patch(compensation: Compensation, patch: Patch, plan: Plan) -> Patch:
     """The patch that a compensation gave for a plan; whether it fits the weights is checked where it is applied.
 

@@ -65,6 +65,8 @@ class Plan:
         merges: steps (kept layer, the layers merged into it), in order, where the strategy decided on merging; what
             merging does to weights is up to the compensation.
         provenance: how the plan was made (`strategy`, `selector`, `model`, `ratio`, ...); not part of its identity.
+        order: the removed layers in the order in which they went, where each was chosen on what the earlier ones left;
+            compensations that follow such steps measure in this order.
     """
 
     n_layers: int
@@ -72,6 +74,7 @@ class Plan:
     importance: tuple[float, ...] = ()
     merges: tuple[tuple[int, tuple[int, ...]], ...] = ()
     provenance: dict[str, Any] = field(default_factory=dict, compare=False)
+    order: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         n_layers = whole_number("n_layers of a plan", self.n_layers)
@@ -98,6 +101,9 @@ class Plan:
         merged = [k for _, gone in merges for k in gone]
         if merges and (sorted(merged) != removed or not all(0 <= i < self.n_layers for i, _ in merges)):
             raise SvlError(f"plan merges layers {sorted(merged)} away, but removes {removed}")
+        object.__setattr__(self, "order", tuple(whole_number("a layer in the order of removal", i) for i in self.order))
+        if self.order and sorted(self.order) != removed:
+            raise SvlError(f"plan removes layers in the order {list(self.order)}, but removes {removed}")
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -123,8 +129,9 @@ class Plan:
     def to_json(self) -> str:
         """The plan as JSON text, readable by `from_json`."""
         body: dict[str, Any] = {"n_layers": self.n_layers, "removed": self.removed, "kept": self.kept}
-        merges = {"merges": self.merges} if self.merges else {}
-        return json.dumps({**body, "importance": self.importance, **merges, **self.provenance}, indent=1) + "\n"
+        steps = {"merges": self.merges, "order": self.order}
+        given = {name: value for name, value in steps.items() if value}
+        return json.dumps({**body, "importance": self.importance, **given, **self.provenance}, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -144,13 +151,14 @@ class Plan:
                 raise SvlError(f"not a plan: key '{key}' is missing (n_layers and removed are needed)")
         n_layers, removed = body.pop("n_layers"), body.pop("removed")
         importance, merges = body.pop("importance", None) or [], body.pop("merges", None) or []
-        if not all(isinstance(x, list) for x in (removed, importance, merges)):
-            raise SvlError("not a plan: removed, importance and merges must be lists")
+        order = body.pop("order", None) or []
+        if not all(isinstance(x, list) for x in (removed, importance, merges, order)):
+            raise SvlError("not a plan: removed, importance, merges and order must be lists")
         if not all(isinstance(step, list) and len(step) == 2 and isinstance(step[1], list) for step in merges):
             raise SvlError("not a plan: merges must be pairs of a layer and a list of layers")
         kept = body.pop("kept", None)
         try:
-            plan = cls(n_layers, tuple(removed), tuple(importance), tuple(merges), body)
+            plan = cls(n_layers, tuple(removed), tuple(importance), tuple(merges), body, tuple(order))
             if kept and kept != list(plan.kept):
                 raise SvlError("kept and removed contradict each other (kept can be left out)")
             return plan

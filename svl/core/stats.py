@@ -14,7 +14,7 @@ from svl.core.plan import Plan
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from svl.core.methods import RemovalProbe, TokenSelector
+    from svl.core.methods import RemovalProbe, Rescoring, TokenSelector
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class Stats:
         traces: per-sample measurements; iterated from disk, one sample in memory at a time.
         selector: the token weighting behind `cosine()` and `windows()`.
         probe: the model to try removals on; for strategies that need "probe".
+        rescoring: what is left of the model after removals; for strategies that need "rescoring".
     """
 
     n_layers: int
@@ -68,6 +69,7 @@ class Stats:
     traces: Iterable[TokenTrace] = ()
     selector: TokenSelector | None = None
     probe: RemovalProbe | None = None
+    rescoring: Rescoring | None = None
 
     def cosine(self) -> Tensor:
         """Mean cos(h_i, h_{i+1}) over all selected tokens of all samples: fp64 [L].
@@ -155,6 +157,16 @@ class Stats:
         if self.probe is None:
             raise SvlError("this strategy tries removals out on the model: it needs 'probe'")
         return self.probe
+
+    def required_rescoring(self) -> Rescoring:
+        """The rescoring, for strategies that need it.
+
+        Raises:
+            SvlError: if there is none.
+        """
+        if self.rescoring is None:
+            raise SvlError("this strategy measures the model again after each removal: it needs 'rescoring'")
+        return self.rescoring
 
     def candidates(self, n_remove: int) -> tuple[int, ...]:
         """The removable layers.

@@ -27,7 +27,14 @@ from svl.run.keys import method_identity, stage_code
 from svl.run.run_result import RunStages, build_result, result_inputs
 from svl.run.setup import RunSetup
 from svl.run.stages import log_outcome, log_stage, make_stage, show_progress
-from svl.run.strategy_inputs import count_removals, describe_origin, read_statistics, resumable_probe
+from svl.run.strategy_inputs import (
+    count_removals,
+    describe_origin,
+    read_statistics,
+    rescoring_inputs,
+    resumable_probe,
+    resumable_rescoring,
+)
 from svl.run.variants import ModelVariant, check_benchmark_data
 from svl.store.artifacts import Entry
 from svl.store.files import write_text_whole
@@ -147,12 +154,16 @@ class Run:
             n_remove = count_removals(setup, measured)
             if setup.probes:
                 measured = dataclasses.replace(measured, probe=resumable_probe(setup))
+            if setup.rescores:
+                rescoring = resumable_rescoring(setup, stats, measured.probe)
+                measured = dataclasses.replace(measured, rescoring=rescoring)
             plan = checked_plan(setup.strategy, measured, n_remove)
             if source:
                 write_token_scores(measured, source.path, folder)
             provenance = describe_origin(setup, plan, n_remove, source)
             (folder / "plan.json").write_text(dataclasses.replace(plan, provenance=provenance).to_json())
-            return {"removed": plan.removed}
+            cost = {"passes": plan.provenance.get("passes")} if setup.rescores else {}
+            return {"removed": plan.removed, **cost}
 
         inputs = {
             "model": setup.model,
@@ -165,9 +176,12 @@ class Run:
         }
         if setup.probes:
             inputs |= {"losses": setup.losses_on, "code": stage_code("probe")}
+        if setup.rescores:
+            inputs["rescoring"] = rescoring_inputs(setup, stats)
         entry = make_stage(setup, "plan", inputs, build)
-        removed = entry.output["removed"]
-        return log_stage("plan", entry, f"removes layers {removed}, {len(removed)} in all")
+        removed, passes = entry.output["removed"], entry.output.get("passes")
+        cost = "" if passes is None else f", chosen one by one in {passes} passes over the calibration set"
+        return log_stage("plan", entry, f"removes layers {removed}, {len(removed)} in all{cost}")
 
     def check(self, plan: Plan) -> None:
         """Stage `check`: without these layers, the model computes what it computes when it skips them.
@@ -225,6 +239,8 @@ class Run:
             inputs["code"] = stage_code("patch")
         if plan.merges:
             inputs["merges"] = plan.merges
+        if plan.order:
+            inputs["order"] = plan.order
         entry = make_stage(setup, "patch", inputs, build)
         for note in entry.output["notes"]:
             log.warning("  compensation: %s", note)

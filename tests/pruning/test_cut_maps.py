@@ -56,8 +56,8 @@ def test_every_family_reads_what_the_map_makes_of_the_stream(family):
         plan, patch = mapped_plan(lvlm, *runs)
         start, stop = runs[0]
 
-        def grow(_, args, kwargs, out, start=start):
-            state = (args[0] if args else kwargs["hidden_states"]) @ patch.maps[start].T
+        def grow(_, args, kwargs, out, matrix=patch.maps[start]):
+            state = (args[0] if args else kwargs["hidden_states"]) @ matrix.T
             return (state, *out[1:]) if isinstance(out, tuple) else state
 
         handle = lvlm.layers[stop - 1].register_forward_hook(grow, with_kwargs=True)
