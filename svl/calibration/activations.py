@@ -16,7 +16,6 @@ from svl.calibration.layer_replay import Replay, record_replay
 from svl.core import Patch, Plan, Stats, SvlError, TokenTrace, Update, checked_weights
 from svl.core.errors import out_of_memory
 from svl.data.samples import Sample, Samples
-from svl.models.anatomy import Writer
 from svl.models.lvlm import Lvlm, Progress
 from svl.pruning import folding, surgery
 
@@ -69,6 +68,19 @@ class Activations:
     def has_bias(self, layer: int, writer: str) -> bool:
         """Whether the projections `writer` of a layer have one bias."""
         return len(self.lvlm.anatomy.writers[writer][layer].biases) == 1
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """See `core.HiddenStates`."""
+        text = self.lvlm.model.config.get_text_config(decoder=True)
+        queries = int(text.num_attention_heads)
+        return queries, int(getattr(text, "num_key_value_heads", None) or queries)
+
+    def column_sizes(self, layer: int, writer: str) -> Tensor:
+        """See `core.HiddenStates`."""
+        self.lvlm.require_in_memory("looking at weights")
+        weight = self.lvlm.layers[layer].get_parameter(single_matrix(self.lvlm, layer, writer))
+        return weight.detach().double().abs().sum(0)
 
     def stream(
         self,
@@ -179,7 +191,7 @@ class WalkStep:
     def rows(self, writer: str) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """See `core.LayerStep`."""
         layer = self.lvlm.layers[self.layer]
-        module = layer.get_submodule(self._writer(writer).module)
+        module = layer.get_submodule(single_matrix(self.lvlm, self.layer, writer).removesuffix(".weight"))
         reads: dict[str, Tensor] = {}
         with writer_hook(module, writer, reads, {}):
             for sample in self.walking:
@@ -188,14 +200,18 @@ class WalkStep:
 
     def change(self, writer: str, delta: Tensor) -> None:
         """See `core.LayerStep`."""
-        (name,) = self._writer(writer).matrices
+        name = single_matrix(self.lvlm, self.layer, writer)
         weight = self.changed.get(name, self.lvlm.layers[self.layer].get_parameter(name))
         self.changed[name] = folding.fold_update(weight, Update(delta=delta))
 
-    def _writer(self, role: str) -> Writer:
-        writer = self.lvlm.anatomy.writers[role][self.layer]
-        if not writer.single:
-            raise SvlError(
-                f"the writer '{role}' of layer {self.layer} has several matrices; this compensation needs one"
-            )
-        return writer
+
+def single_matrix(lvlm: Lvlm, layer: int, role: str) -> str:
+    """The name, within the layer, of the one weight that writes in a role.
+
+    Raises:
+        SvlError: if there are several.
+    """
+    writer = lvlm.anatomy.writers[role][layer]
+    if not writer.single:
+        raise SvlError(f"the writer '{role}' of layer {layer} has several matrices; this compensation needs one")
+    return f"{writer.module}.weight"

@@ -20,13 +20,14 @@ from svl.core.methods import (
     Strategy,
     TokenSelector,
 )
-from svl.core.patch import Patch, Update
+from svl.core.patch import JoinedPart, Patch, Update
 from svl.core.plan import Plan, layers_to_remove
 from svl.core.stats import Stats, TokenTrace, no_selected_token
 
 __all__ = [
     "Compensation",
     "HiddenStates",
+    "JoinedPart",
     "LayerStep",
     "Method",
     "Patch",

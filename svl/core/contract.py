@@ -103,7 +103,7 @@ def checked_patch(compensation: Compensation, patch: Patch, plan: Plan) -> Patch
     if not isinstance(patch, Patch):
         raise SvlError(f"{who} gives {type(patch).__name__}, but must give a Patch")
     with explained(f"{who} gives a patch that is not as svl.core.Patch says"):
-        changed = {layer for layer, _ in patch.updates} | set(patch.blends)
+        changed = {layer for layer, _ in patch.updates} | set(patch.blends) | set(patch.joins)
         if gone := sorted(changed - set(plan.kept)):
             raise SvlError(f"{who} changes layers {gone}, which the plan does not keep")
         for (layer, writer), update in patch.updates.items():

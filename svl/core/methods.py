@@ -180,6 +180,15 @@ class HiddenStates(Protocol):
         """Whether the projections `writer` of a layer have one bias."""
         ...
 
+    @property
+    def heads(self) -> tuple[int, int]:
+        """How many query heads, and how many key-value heads, an attention of the model has."""
+        ...
+
+    def column_sizes(self, layer: int, writer: str) -> Tensor:
+        """Per column of the weight [d, n_in] of a layer's `writer`, the sum of absolute values: fp64 [n_in]."""
+        ...
+
     def stream(
         self,
         points: Sequence[int] = (),

@@ -35,6 +35,27 @@ class Update:
 
 
 @dataclass(frozen=True)
+class JoinedPart:
+    """What a joined layer takes over from one layer of the dense model.
+
+    Attributes:
+        layer: of the dense model.
+        norm: its coefficient in the sum that norms become.
+        share: its coefficient in the sum that output biases and norms of queries and keys become.
+        channels: int64, those of its MLP: rows of what reads into it, columns of what writes.
+        queries: int64, those of its query heads: rows of q_proj, columns of o_proj.
+        groups: int64, those of its key-value heads: rows of k_proj and v_proj.
+    """
+
+    layer: int
+    norm: float
+    share: float
+    channels: Tensor
+    queries: Tensor
+    groups: Tensor
+
+
+@dataclass(frozen=True)
 class Patch:
     """What a compensation changes: updates and blends fold into kept weights, maps do not. Layers are original indices.
 
@@ -43,6 +64,7 @@ class Patch:
             or "mlp" (down_proj).
         blends: layer -> {source layer: coefficient}: every projection (weight and bias, not the norms) of the layer
             becomes this sum over layers of the dense model, before any update.
+        joins: layer -> the parts, in order, that all of its tensors are put together from; of the dense model's width.
         maps: first layer of a removed run -> W [d, d]: in place of the run, a token's residual stream h becomes W h.
             What is behind the run reads W h, but the stream also carries it on, so that no change of later weights
             does the same: such a patch works in memory only.
@@ -56,6 +78,7 @@ class Patch:
     maps: dict[int, Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     spectra: dict[int, tuple[float, ...]] = field(default_factory=dict)
+    joins: dict[int, tuple[JoinedPart, ...]] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.updates or self.blends or self.maps)
+        return bool(self.updates or self.blends or self.joins or self.maps)

@@ -25,6 +25,7 @@ from svl.models.lvlm import Lvlm
 from svl.models.transformers_internals import keep_stored_layout, model_on_meta
 from svl.pruning import cut_maps
 from svl.pruning.folding import blend_tensors, check_patch, fold_update, projections, tensors_of_update
+from svl.pruning.joining import join_tensors
 from svl.pruning.pruned_config import pruned_config
 from svl.pruning.selfcheck import check_layer_settings
 
@@ -105,6 +106,10 @@ def patched_tensors(lvlm: Lvlm, plan: Plan, patch: Patch) -> dict[str, Tensor]:
         for rest in projections(lvlm.layers[layer]):
             sources = {k: dense[f"{anatomy.layers}.{k}.{rest}"] for k in terms}
             changed[f"{anatomy.layers}.{new_index[layer]}.{rest}"] = blend_tensors(sources, terms)
+    for layer, parts in patch.joins.items():
+        for rest, _ in lvlm.layers[layer].named_parameters():
+            sources = {part.layer: dense[f"{anatomy.layers}.{part.layer}.{rest}"] for part in parts}
+            changed[f"{anatomy.layers}.{new_index[layer]}.{rest}"] = join_tensors(rest, sources, parts)
     for (layer, role), update in patch.updates.items():
         for rest, flipped in tensors_of_update(anatomy, layer, role, update).items():
             name = f"{anatomy.layers}.{new_index[layer]}.{rest}"
