@@ -89,9 +89,7 @@ class Come(Compensation):
             chosen = self._choose(found[layer], shares[smaller], layer != smaller, hidden.heads)
             joined += _restricted(current[layer], chosen, shares[layer])
         joins = {layer: parts for layer, parts in patch.joins.items() if layer != gone} | {pair[0]: tuple(joined)}
-        note = (
-            f"layer {gone} joins layer {pair[0]}: {shares[gone]:.0%} of its channels, {shares[pair[0]]:.0%} of that's"
-        )
+        note = f"layer {gone} joins layer {pair[0]}, with {shares[gone]:.0%} of its channels"
         return Patch(joins=joins, notes=(*patch.notes, note))
 
     def _measure(
