@@ -90,7 +90,7 @@ class Activations:
         patch: Patch | None = None,
     ) -> Iterator[StreamedStates]:
         """One forward pass over the set, up to the deepest layer asked about; see `core.HiddenStates`."""
-        lvlm = surgery.apply(self.lvlm, plan, patch) if plan and plan.removed else self.lvlm
+        lvlm = surgery.apply(self.lvlm, plan, patch) if plan and not plan.is_empty else self.lvlm
         kept = plan.kept if plan else range(self.n_layers)
         new = {i: sum(k < i for k in kept) for i in range(self.n_layers + 1)}  # the layer that h_i enters
         deepest = max([new[i] for i in points] + [new[i] + 1 for i, _ in writers], default=0)

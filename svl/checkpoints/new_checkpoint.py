@@ -34,6 +34,7 @@ from svl.models.transformers_internals import empty_model
 from svl.pruning.folding import check_foldable
 from svl.pruning.pruned_config import pruned_config
 from svl.pruning.selfcheck import check_layer_settings
+from svl.pruning.sublayers import with_zeros
 from svl.store.files import whole_folder
 
 if TYPE_CHECKING:
@@ -114,7 +115,12 @@ def plan_checkpoint(
     name = options.model_name(source)
     dense.anatomy.check_plan(plan, name)
     files = find_auxiliary_files(folder)
-    tensors = list(plan_tensors(dense, plan, patch))
+    if plan.sublayers:
+        names = ", ".join(f"{layer}.{role}" for layer, role in plan.sublayers)
+        log.warning(
+            "  %s write zeros in the checkpoint, which cannot leave them out: it is no smaller or faster", names
+        )
+    tensors = list(plan_tensors(dense, plan, with_zeros(patch, plan)))
 
     dense_config, _ = read_model_config(folder, options)
     base_model = str(source) if folder != Path(source).expanduser().absolute() else None

@@ -34,7 +34,7 @@ def check_patch(patch: Patch, plan: Plan, anatomy: Anatomy, layers: nn.ModuleLis
 
     `layers` are the dense model's; they may be on the meta device.
     """
-    scaled = any(update.scale is not None for update in patch.updates.values())
+    scaled = any(update.scale for update in patch.updates.values())
     if scaled and (gone := sorted(set(plan.removed) & set(anatomy.waived))):
         raise SvlError(
             f"the patch scales what layers write, but without layers {gone}, which model.protect does not spare, more "

@@ -23,7 +23,7 @@ from svl.core.plan import Plan
 from svl.models.anatomy import Anatomy
 from svl.models.lvlm import Lvlm
 from svl.models.transformers_internals import keep_stored_layout, model_on_meta
-from svl.pruning import cut_maps
+from svl.pruning import cut_maps, sublayers
 from svl.pruning.folding import blend_tensors, check_patch, fold_update, projections, tensors_of_update
 from svl.pruning.joining import join_tensors
 from svl.pruning.pruned_config import pruned_config
@@ -46,14 +46,19 @@ def apply(lvlm: Lvlm, plan: Plan, patch: Patch | None = None) -> Lvlm:
     lvlm.require_in_memory("running the pruned model")
     anatomy, dense = lvlm.anatomy, lvlm.model
     anatomy.check_plan(plan, lvlm.name)
-    check_patch(patch or Patch(), plan, anatomy, lvlm.layers)
+    left_out = sublayers.blocks_left_out(lvlm, plan)
+    patch = sublayers.with_zeros(patch or Patch(), plan, left_out)
+    check_patch(patch, plan, anatomy, lvlm.layers)
     cut_maps.check_no_maps(lvlm, plan)
     pruned = model_on_meta(dense, pruned_config(dense.config, plan))
     cut_maps.copy_maps(lvlm.layers, anatomy.layers_of(pruned))
+    sublayers.copy_left_out(lvlm.layers, anatomy.layers_of(pruned), plan)
     if not set(plan.removed) & set(anatomy.waived):
         check_layer_settings(lvlm.layers, anatomy.layers_of(pruned), plan, lvlm.name)
-    state = kept_tensors(dense.state_dict(), anatomy, plan) | patched_tensors(lvlm, plan, patch or Patch())
-    state |= cut_maps.add_maps(lvlm, anatomy.layers_of(pruned), plan, patch or Patch())
+    state = kept_tensors(dense.state_dict(), anatomy, plan) | patched_tensors(lvlm, plan, patch)
+    state |= cut_maps.add_maps(lvlm, anatomy.layers_of(pruned), plan, patch)
+    absent = sublayers.leave_out(anatomy.layers_of(pruned), anatomy.layers, plan, left_out)
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(absent)}
     with explained(f"'{lvlm.name}' cannot do without layers {list(plan.removed)}"):  # a layer may have another shape
         missing, unexpected = pruned.load_state_dict(state, strict=False, assign=True)
     copy_ties(dense, pruned, anatomy, plan)

@@ -163,7 +163,8 @@ class Run:
             provenance = describe_origin(setup, plan, n_remove, source)
             (folder / "plan.json").write_text(dataclasses.replace(plan, provenance=provenance).to_json())
             cost = {"passes": plan.provenance.get("passes")} if setup.rescores else {}
-            return {"removed": plan.removed, **cost}
+            parts = {"sublayers": [f"{layer}.{role}" for layer, role in plan.sublayers]} if plan.sublayers else {}
+            return {"removed": plan.removed, **parts, **cost}
 
         inputs = {
             "model": setup.model,
@@ -181,7 +182,8 @@ class Run:
         entry = make_stage(setup, "plan", inputs, build)
         removed, passes = entry.output["removed"], entry.output.get("passes")
         cost = "" if passes is None else f", chosen one by one in {passes} passes over the calibration set"
-        return log_stage("plan", entry, f"removes layers {removed}, {len(removed)} in all{cost}")
+        parts = f"; of others {', '.join(entry.output['sublayers'])}" if "sublayers" in entry.output else ""
+        return log_stage("plan", entry, f"removes layers {removed}, {len(removed)} in all{parts}{cost}")
 
     def check(self, plan: Plan) -> None:
         """Stage `check`: without these layers, the model computes what it computes when it skips them.
@@ -190,7 +192,7 @@ class Run:
             SvlError: if it does not.
         """
         setup = self.setup
-        if not plan.removed:
+        if plan.is_empty:
             return
         if setup.cfg.model.offload:
             log.warning("  model.offload: the check that pruning equals skipping layers is left out")
@@ -203,6 +205,8 @@ class Run:
             return {"difference": selfcheck.check_surgery(setup.dense, pruned, plan, inputs)}
 
         inputs = {"model": setup.model, "code": stage_code("check"), "removed": plan.removed}
+        if plan.sublayers:
+            inputs["sublayers"] = plan.sublayers
         entry = make_stage(setup, "check", {**inputs, "protect": setup.options.protect}, build)
         log_stage("check", entry, f"differs by {entry.output['difference']:.1g} from skipping these layers")
 
@@ -239,6 +243,8 @@ class Run:
             inputs["code"] = stage_code("patch")
         if plan.merges:
             inputs["merges"] = plan.merges
+        if plan.sublayers:
+            inputs["sublayers"] = plan.sublayers
         if plan.order:
             inputs["order"] = plan.order
         entry = make_stage(setup, "patch", inputs, build)
