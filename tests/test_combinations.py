@@ -62,10 +62,13 @@ def test_the_pruned_model_is_the_dense_one_that_skips_layers_and_adds_the_patch(
     """Folding equals doing on the way what the patch says: see helpers.references.compensated."""
     strategy, selector, compensation = (method(group, chosen[group]) for group in GROUPS)
     lvlm, samples, measured = calibrated(chosen["model"])
+    if "sublayers" in strategy.needs:
+        measured = calibrate(lvlm, samples, statistics=("cosine", "windows", "sublayers", "attention"))
     stats = replace(select(measured, selector), probe=ModelProbe(lvlm, samples))
     hidden = Activations(lvlm, samples, stats)
     plan = strategy.plan(replace(stats, rescoring=ModelRescoring(hidden, compensation)), 2)
-    assert len(plan.removed) == (0 if chosen["strategy"] == "identity" else 2)
+    joint = chosen["strategy"] == "sublayer_cosine"  # attention and MLP of one layer are the layer
+    assert len(plan.removed) * (1 + joint) + len(plan.sublayers) == (0 if chosen["strategy"] == "identity" else 2)
     assert set(plan.removed) <= set(lvlm.anatomy.removable)
     assert Plan.from_json(plan.to_json()) == plan
     patch = compensation.fit(hidden, plan)

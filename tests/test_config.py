@@ -328,7 +328,8 @@ class Greedy(Method):
         ("Unfinished", "does not implement plan"),
         (
             "Greedy",
-            "needs everything, but a strategy may only need: attention, cosine, probe, rescoring, weights, windows",
+            "needs everything, but a strategy may only need: "
+            "attention, cosine, probe, rescoring, sublayers, weights, windows",
         ),
     ],
 )

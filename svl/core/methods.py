@@ -36,7 +36,7 @@ class Method:
 class TokenSelector(Method, ABC):
     """Which tokens count."""
 
-    known_needs: ClassVar[frozenset[str]] = frozenset({"cosine", "windows", "attention"})
+    known_needs: ClassVar[frozenset[str]] = frozenset({"cosine", "windows", "sublayers", "attention"})
 
     @abstractmethod
     def weights(self, trace: TokenTrace) -> Tensor:
@@ -51,12 +51,12 @@ class TokenSelector(Method, ABC):
 class Strategy(Method, ABC):
     """Which layers go.
 
-    `needs`: the statistics it reads ("cosine", "windows", "attention"), "probe" to try removals out on the model,
-    "weights" for a probe without data, or "rescoring" to measure again after removals.
+    `needs`: the statistics it reads ("cosine", "windows", "sublayers", "attention"), "probe" to try removals out on the
+    model, "weights" for a probe without data, or "rescoring" to measure again after removals.
     """
 
     known_needs: ClassVar[frozenset[str]] = frozenset(
-        {"cosine", "windows", "attention", "probe", "weights", "rescoring"}
+        {"cosine", "windows", "sublayers", "attention", "probe", "weights", "rescoring"}
     )
 
     @abstractmethod

@@ -33,6 +33,7 @@ class TokenTrace:
         emitted: [L, 2, T], attention that query i paid, summed over the keys of each modality.
         queries: [L or 1, 2, T], how many queries of each modality can see key j.
         keys: [L or 1, 2, T], how many keys of each modality query i can see.
+        sublayers: [2, L, T], cos(x, x + f(x)) of attention (first) and MLP, f being what they add to the stream x.
     """
 
     index: int
@@ -43,6 +44,7 @@ class TokenTrace:
     emitted: Tensor | None = None
     queries: Tensor | None = None
     keys: Tensor | None = None
+    sublayers: Tensor | None = None
 
 
 def no_selected_token(selector: TokenSelector) -> SvlError:
@@ -78,6 +80,14 @@ class Stats:
             SvlError: if the selector leaves no token in the whole calibration set.
         """
         return self._mean("cosine")
+
+    def sublayers(self) -> Tensor:
+        """Mean cos(x, x + f(x)) over all selected tokens of all samples: fp64 [2, L], attention first.
+
+        Raises:
+            SvlError: if the selector leaves no token in the whole calibration set.
+        """
+        return self._mean("sublayers")
 
     def windows(self, transform: Callable[[Tensor], Tensor] = lambda cosine: cosine) -> Tensor:
         """Mean transform(cos(h_i, h_j)) over all selected tokens of all samples: fp64 [L + 1, L + 1] for i < j.

@@ -88,10 +88,10 @@ def _remembering(setup: RunSetup, shared: dict[str, Any]) -> Callable[[str, dict
 
 def describe_origin(setup: RunSetup, plan: Plan, n_remove: int, stats: Entry | None) -> dict[str, Any]:
     """The provenance of a plan: ratio, model and data, and the layers that were protected."""
-    ratio_holds = setup.cfg.n_remove is None and len(plan.removed) == n_remove
+    ratio_holds = setup.cfg.n_remove is None and len(plan.removed) + len(plan.sublayers) == n_remove
     provenance = {
         **plan.provenance,
-        "ratio": setup.cfg.ratio if ratio_holds else len(plan.removed) / plan.n_layers,
+        "ratio": setup.cfg.ratio if ratio_holds else (len(plan.removed) + len(plan.sublayers) / 2) / plan.n_layers,
         "n_remove": len(plan.removed),
         "model_fingerprint": setup.fingerprint,
         "calibration": setup.samples.fingerprint if stats or setup.losses_on or setup.rescores else None,

@@ -87,6 +87,9 @@ def compensated(lvlm: Lvlm, plan: Plan, patch: Patch):
     for (layer, role), change in patch.updates.items():
         module = whole.layers[layer].get_submodule(lvlm.anatomy.writers[role][layer].module)
         module.register_forward_hook(functools.partial(_add, change))
+    for layer, role in plan.sublayers:
+        module = whole.layers[layer].get_submodule(lvlm.anatomy.writers[role][layer].module)
+        module.register_forward_hook(lambda _, args, out: torch.zeros_like(out))
     with skipped(whole, plan.removed) as model:
         for start, stop in plan.runs:
             if start in patch.maps:  # after the hook that skips
