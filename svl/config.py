@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from svl import plugins
 from svl.config_schema import Svl
 from svl.core import Compensation, Method, Strategy, SvlError, TokenSelector, did_you_mean, layers_to_remove, one_of
+from svl.core.patch import NO_STOCK_FORM
 from svl.models.options import LoadOptions
 from svl.quantization.base import Quantization
 from svl.trackers.record import Tracker
@@ -78,35 +79,48 @@ def _accelerators() -> int:
     return max(1, accelerator.device_count())
 
 
-def build_method(node: DictConfig, group: str) -> Any:
+def build_method(node: DictConfig, group: str, where: str | None = None) -> Any:
     """The object that a method group describes: its `_target_` dataclass with the node's other keys as fields.
 
-    Targets must lie in `svl.` or in a plugin (see svl.plugins).
+    Targets must lie in `svl.` or in a plugin (see svl.plugins). A field that is a method itself is built in the same
+    way. `where` is what the node is called in messages; its group by default.
 
     Raises:
         SvlError: on a target that does not exist, is not allowed or is no method of this group, an unknown key, or a
             value of wrong type or range.
     """
+    where = where or group
     if not OmegaConf.is_config(node):
-        raise SvlError(f"{group} is {node!r}, but must be a group of settings")
+        hint = "" if where == group else f": choose one with {group}@{where}=NAME"
+        raise SvlError(f"{where} is {node!r}, but must be a group of settings{hint}")
     values = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     if not isinstance(values, dict) or "_target_" not in values:
-        raise SvlError(f"{group} has no _target_: name the dataclass that implements it")
-    cls = _find_class(str(values.pop("_target_")), group)
+        raise SvlError(f"{where} has no _target_: name the dataclass that implements it")
+    cls = _find_class(str(values.pop("_target_")), group, where)
     known = [f.name for f in dataclasses.fields(cls) if f.init]
     for key in map(str, values):
         if key not in known:
             listing = ", ".join(known) or "-"
-            raise SvlError(f"{group} has no setting '{key}'{did_you_mean(key, known)}; it has: {listing}")
+            raise SvlError(f"{where} has no setting '{key}'{did_you_mean(key, known)}; it has: {listing}")
+    kinds = _method_fields(cls).items()
+    inner = {name: build_method(node[name], kind, f"{where}.{name}") for name, kind in kinds if name in values}
+    values = {name: value for name, value in values.items() if name not in inner}
     try:
         typed = OmegaConf.merge(OmegaConf.structured(_schema(cls)), values)
         plain = OmegaConf.to_container(typed, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise SvlError(f"{group}: {str(error).splitlines()[0]} (setting '{error.full_key}')") from error
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in typing.cast(dict, plain).items()})
+        raise SvlError(f"{where}: {str(error).splitlines()[0]} (setting '{error.full_key}')") from error
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in typing.cast(dict, plain).items()}, **inner)
 
 
-def _find_class(target: str, group: str) -> type[Method]:
+def _method_fields(cls: type) -> dict[str, str]:
+    """The fields of a method that are methods themselves -> their group."""
+    groups = {kind: group for group, kind in METHODS.items()}
+    hints = typing.get_type_hints(cls)
+    return {f.name: groups[hints[f.name]] for f in dataclasses.fields(cls) if f.init and hints[f.name] in groups}
+
+
+def _find_class(target: str, group: str, where: str) -> type[Method]:
     """The class that `target` names.
 
     Raises:
@@ -114,13 +128,13 @@ def _find_class(target: str, group: str) -> type[Method]:
     """
     if not target.startswith("svl.") and not any(target.startswith(f"{p.name}.") for p in plugins.find_plugins()):
         listing = ", ".join(["svl", *(plugin.name for plugin in plugins.find_plugins())])
-        raise SvlError(f"{group}._target_ '{target}' is outside {listing}; allow its package in {plugins.VARIABLE}")
+        raise SvlError(f"{where}._target_ '{target}' is outside {listing}; allow its package in {plugins.VARIABLE}")
     module, _, name = target.rpartition(".")
     try:
         cls = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise SvlError(f"{group}._target_ '{target}' cannot be imported: {error}") from error
-    who, base = f"{group}._target_ '{target}'", METHODS[group]
+        raise SvlError(f"{where}._target_ '{target}' cannot be imported: {error}") from error
+    who, base = f"{where}._target_ '{target}'", METHODS[group]
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
         raise SvlError(f"{who} is no dataclass")
     if not cls.__dataclass_params__.frozen:  # type: ignore[attr-defined]
@@ -136,11 +150,11 @@ def _find_class(target: str, group: str) -> type[Method]:
 
 
 def _schema(cls: type) -> type:
-    """A mutable twin of a frozen dataclass, with tuples as lists: what OmegaConf can type-check values against."""
-    hints = typing.get_type_hints(cls)
+    """A mutable twin of a frozen dataclass, with tuples as lists and without methods: what OmegaConf can type-check."""
+    hints, inner = typing.get_type_hints(cls), _method_fields(cls)
     fields: list[Any] = []
     for f in dataclasses.fields(cls):
-        if not f.init:
+        if not f.init or f.name in inner:
             continue
         hint, default = hints[f.name], f.default
         if f.default_factory is not dataclasses.MISSING:
@@ -217,7 +231,20 @@ def validate_config(cfg: DictConfig) -> dict[str, Any]:
         raise SvlError("benchmark.likelihood=true: only evaluator=transformers tells the likelihood of options")
     if cfg.benchmark.tasks:
         _check_evaluator(cfg.evaluator.name)
-    return {group: build_method(cfg[group], group) for group in METHODS}
+    methods = {group: build_method(cfg[group], group) for group in METHODS}
+    if not methods["compensation"].foldable:
+        _check_nothing_exports(cfg)
+    return methods
+
+
+def _check_nothing_exports(cfg: DictConfig) -> None:
+    """Raise SvlError if a checkpoint is asked for that could not hold what the compensation does."""
+    uses = {"export.path": cfg.export.path, "evaluator=vllm": cfg.evaluator.name == "vllm" and cfg.benchmark.tasks}
+    for setting, asked in uses.items():
+        if asked:
+            raise SvlError(
+                f"{setting} asks for a checkpoint, but {cfg.compensation['_target_']} gives maps: {NO_STOCK_FORM}"
+            )
 
 
 def _check_mappings(cfg: DictConfig) -> None:

@@ -12,6 +12,7 @@ from helpers.references import close, compensated, logits
 from svl.calibration.activations import Activations
 from svl.calibration.calibrate import calibrate, select
 from svl.calibration.removal_probe import ModelProbe
+from svl.calibration.rescoring import ModelRescoring
 from svl.core import Plan
 from svl.pruning.surgery import apply
 
@@ -43,12 +44,16 @@ def test_the_pruned_model_is_the_dense_one_that_skips_layers_and_adds_the_patch(
     """Folding equals doing on the way what the patch says: see helpers.references.compensated."""
     strategy, selector, compensation = (method(group, chosen[group]) for group in GROUPS)
     lvlm, samples, measured = calibrated(chosen["model"])
+    if "sublayers" in strategy.needs:
+        measured = calibrate(lvlm, samples, statistics=("cosine", "windows", "sublayers", "attention"))
     stats = replace(select(measured, selector), probe=ModelProbe(lvlm, samples))
-    plan = strategy.plan(stats, 2)
-    assert len(plan.removed) == (0 if chosen["strategy"] == "identity" else 2)
+    hidden = Activations(lvlm, samples, stats)
+    plan = strategy.plan(replace(stats, rescoring=ModelRescoring(hidden, compensation)), 2)
+    joint = chosen["strategy"] == "sublayer_cosine"  # attention and MLP of one layer are the layer
+    assert len(plan.removed) * (1 + joint) + len(plan.sublayers) == (0 if chosen["strategy"] == "identity" else 2)
     assert set(plan.removed) <= set(lvlm.anatomy.removable)
     assert Plan.from_json(plan.to_json()) == plan
-    patch = compensation.fit(Activations(lvlm, samples, stats), plan)
+    patch = compensation.fit(hidden, plan)
     pruned = apply(lvlm, plan, patch)
     assert len(pruned.layers) == len(plan.kept)
     inputs = encode(lvlm, samples.samples[:2])

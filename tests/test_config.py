@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from svl import config
 from svl.checkpoints import export
+from svl.compensation.magnitude import Magnitude
 from svl.compensation.none import NoCompensation
 from svl.compensation.subspace import Subspace
 from svl.core import Plan, Stats, Strategy, SvlError
@@ -24,6 +25,9 @@ from svl.selectors.last import Last
 from svl.selectors.random import Random
 from svl.selectors.text import Text
 from svl.selectors.tis import Tis
+from svl.strategies.cosine import Cosine
+from svl.strategies.iterative import Iterative
+from svl.strategies.sleb import Sleb
 
 config.register_with_hydra()
 
@@ -137,6 +141,16 @@ def test_strategy_brings_its_papers_selector_and_compensation():
         assert isinstance(config.validate_config(compose(f"strategy={strategy}"))["compensation"], NoCompensation)
 
 
+def test_a_strategy_around_another_has_its_settings_and_brings_its_choices():
+    words = ["strategy=iterative", "strategy@strategy.of=sleb", "strategy.of.samples=3"]
+    assert config.validate_config(compose(*words))["strategy"] == Iterative(Sleb(samples=3))
+    paper = config.validate_config(compose("strategy=iterative", "strategy@strategy.of=short_lvlm"))
+    assert isinstance(paper["selector"], Tis)
+    assert isinstance(paper["compensation"], Subspace)
+    parts = config.validate_config(compose("strategy=prune_and_comp"))
+    assert (parts["strategy"], parts["compensation"]) == (Iterative(Cosine()), Magnitude())
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_command_line_wins_over_the_strategys_choice(order):
     overrides = ["strategy=short_lvlm", "selector=text", "compensation=none"]
@@ -197,6 +211,13 @@ def test_seed_reaches_what_is_random():
         (["benchmark.limit=0"], ["benchmark.limit is 0", "whole number"]),
         (["benchmark.limit=1.5"], ["benchmark.limit is 1.5", "a share below 1"]),
         (["benchmark.batch_size=-3"], ["benchmark.batch_size is -3"]),
+        (
+            ["compensation=ghosted", "export.path=new"],
+            ["export.path asks for", "ghosted", "stock checkpoint", "linear,"],
+        ),
+        (["strategy=iterative", "strategy.of=sleb"], ["strategy.of is 'sleb'", "strategy@strategy.of=NAME"]),
+        (["strategy=iterative", "strategy.of.p=1"], ["strategy.of has no setting 'p'"]),
+        (["strategy=iterative", "strategy@strategy.of=iterative"], ["strategy.of goes layer after layer itself"]),
         (["model=local"], ["model.path is not set"]),
         (["calibration=local"], ["calibration.path is not set"]),
         (["selector.pp=0.5"], ["selector has no setting 'pp'", "did you mean 'p'?", "rule", "pool"]),
@@ -307,7 +328,8 @@ class Greedy(Method):
         ("Unfinished", "does not implement plan"),
         (
             "Greedy",
-            "needs everything, but a strategy may only need: attention, cosine, probe, weights, windows",
+            "needs everything, but a strategy may only need: "
+            "attention, cosine, probe, rescoring, sublayers, weights, windows",
         ),
     ],
 )

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -15,6 +18,7 @@ from helpers import families
 from helpers.commands import QUIET, SMALL, run_svl
 from helpers.fake_devices import FakeTensor, fake_devices
 from helpers.methods import CHOICES, method
+from helpers.paths import ROOT
 from helpers.references import logits
 from helpers.spread_models import assert_plain, map_over, same
 from hydra import compose, initialize_config_dir
@@ -24,6 +28,7 @@ from svl import config
 from svl.calibration.activations import Activations
 from svl.calibration.calibrate import calibrate, select
 from svl.calibration.removal_probe import ModelProbe
+from svl.calibration.rescoring import ModelRescoring
 from svl.config import CONF
 from svl.core import Patch, Plan, SvlError, Update
 from svl.evaluation.efficiency import measure_efficiency
@@ -163,25 +168,29 @@ def test_statistics_are_the_same(batch_size, any_pair, samples):
 
 @pytest.fixture(scope="module")
 def measured(pair, samples):
-    return [calibrate(lvlm, samples) for lvlm in pair]
+    statistics = ("cosine", "windows", "sublayers", "attention")
+    return [calibrate(lvlm, samples, statistics=statistics) for lvlm in pair]
 
 
-GRADIENTS = ("shortened_taylor",)  # see below
+GRADIENTS = ("shortened_taylor", "linear_cosine")  # see below
 
 
 @pytest.mark.parametrize("choice", [c for c in CHOICES["strategy"] if c not in GRADIENTS])
 def test_strategies_make_the_same_plan(choice, pair, measured, samples):
-    plans = [
-        method("strategy", choice).plan(
-            replace(select(stats, method("selector", "tis")), probe=ModelProbe(lvlm, samples)), 2
-        )
-        for lvlm, stats in zip(pair, measured, strict=True)
-    ]
+    plans = []
+    for lvlm, stats in zip(pair, measured, strict=True):
+        seen = replace(select(stats, method("selector", "tis")), probe=ModelProbe(lvlm, samples))
+        again = ModelRescoring(Activations(lvlm, samples, seen), method("compensation", "magnitude"))
+        plans.append(method("strategy", choice).plan(replace(seen, rescoring=again), 2))
     assert plans[0] == plans[1]
 
 
-@pytest.mark.parametrize("choice", CHOICES["compensation"])
+@pytest.mark.parametrize("choice", [c for c in CHOICES["compensation"] if c not in GRADIENTS])
 def test_compensations_fit_the_same_patch(choice, pair, measured, samples, encode):
+    fits_the_same_patch(choice, pair, measured, samples, encode)
+
+
+def fits_the_same_patch(choice, pair, measured, samples, encode):
     plan, patches = Plan(4, (1,), merges=((0, (1,)),) if choice == "merge" else ()), []
     for lvlm, stats in zip(pair, measured, strict=True):
         states = Activations(lvlm, samples, select(stats, method("selector", "tis")), batch_size=3)
@@ -201,7 +210,31 @@ def test_removals_cost_the_same(pair, samples):
     assert spread.magnitude(1) == one.magnitude(1)
 
 
-def test_gradients_are_those_of_one_device(llava, samples):
+def test_sublayers_are_left_out_where_they_lie(pair, samples, encode):
+    plan = Plan(4, (1,), removed_attn=(2,), removed_mlp=(0, 3))
+    one, spread = (apply(lvlm, plan) for lvlm in pair)
+    same(last_logits(spread, samples, encode), last_logits(one, samples, encode))
+
+
+def test_gradients_in_a_process_of_their_own():
+    """torch's engine counts devices when it first works: those that come into being later have no gradients."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "test_gradient_", __file__]
+    environment = {**os.environ, "GRADIENTS_ON_FAKE_DEVICES": "1"}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "3 passed" in done.stdout
+
+
+alone = pytest.mark.skipif("GRADIENTS_ON_FAKE_DEVICES" not in os.environ, reason="in a process of its own, see above")
+
+
+@alone
+def test_gradient_of_a_cosine_fit(pair, measured, samples, encode):
+    fits_the_same_patch("linear_cosine", pair, measured, samples, encode)
+
+
+@alone
+def test_gradient_of_a_layer_is_that_of_one_device(llava, samples):
     """Layers on the CPU and on one fake device, on which alone gradients work, next to all on the CPU."""
     lvlm = replace(llava, model=copy.deepcopy(llava.model))
     names = fake_devices()

@@ -16,7 +16,6 @@ from svl.calibration.layer_replay import Replay, record_replay
 from svl.core import Patch, Plan, Stats, SvlError, TokenTrace, Update, checked_weights
 from svl.core.errors import out_of_memory
 from svl.data.samples import Sample, Samples
-from svl.models.anatomy import Writer
 from svl.models.devices import fp64_device
 from svl.models.lvlm import Lvlm, Progress
 from svl.models.placement import stored_tensor
@@ -72,6 +71,19 @@ class Activations:
         """Whether the projections `writer` of a layer have one bias."""
         return len(self.lvlm.anatomy.writers[writer][layer].biases) == 1
 
+    @property
+    def heads(self) -> tuple[int, int]:
+        """See `core.HiddenStates`."""
+        text = self.lvlm.model.config.get_text_config(decoder=True)
+        queries = int(text.num_attention_heads)
+        return queries, int(getattr(text, "num_key_value_heads", None) or queries)
+
+    def column_sizes(self, layer: int, writer: str) -> Tensor:
+        """See `core.HiddenStates`."""
+        self.lvlm.require_in_memory("looking at weights")
+        weight = self.lvlm.layers[layer].get_parameter(single_matrix(self.lvlm, layer, writer))
+        return weight.detach().double().abs().sum(0)
+
     def stream(
         self,
         points: Sequence[int] = (),
@@ -83,7 +95,7 @@ class Activations:
 
         All states of a sample are where the model takes its inputs, or on the CPU if that has no fp64.
         """
-        lvlm = surgery.apply(self.lvlm, plan, patch) if plan and plan.removed else self.lvlm
+        lvlm = surgery.apply(self.lvlm, plan, patch) if plan and not plan.is_empty else self.lvlm
         kept = plan.kept if plan else range(self.n_layers)
         new = {i: sum(k < i for k in kept) for i in range(self.n_layers + 1)}  # the layer that h_i enters
         deepest = max([new[i] for i in points] + [new[i] + 1 for i, _ in writers], default=0)
@@ -185,7 +197,7 @@ class WalkStep:
     def rows(self, writer: str) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """See `core.LayerStep`; on the layer's device, or on the CPU if that has no fp64."""
         layer = self.lvlm.layers[self.layer]
-        module = layer.get_submodule(self._writer(writer).module)
+        module = layer.get_submodule(single_matrix(self.lvlm, self.layer, writer).removesuffix(".weight"))
         reads: dict[str, Tensor] = {}
         with writer_hook(module, writer, reads, {}):
             for sample in self.walking:
@@ -196,14 +208,18 @@ class WalkStep:
 
     def change(self, writer: str, delta: Tensor) -> None:
         """See `core.LayerStep`."""
-        (name,) = self._writer(writer).matrices
+        name = single_matrix(self.lvlm, self.layer, writer)
         weight = self.changed[name] if name in self.changed else stored_tensor(self.lvlm.layers[self.layer], name)
         self.changed[name] = folding.fold_update(weight, Update(delta=delta))
 
-    def _writer(self, role: str) -> Writer:
-        writer = self.lvlm.anatomy.writers[role][self.layer]
-        if not writer.single:
-            raise SvlError(
-                f"the writer '{role}' of layer {self.layer} has several matrices; this compensation needs one"
-            )
-        return writer
+
+def single_matrix(lvlm: Lvlm, layer: int, role: str) -> str:
+    """The name, within the layer, of the one weight that writes in a role.
+
+    Raises:
+        SvlError: if there are several.
+    """
+    writer = lvlm.anatomy.writers[role][layer]
+    if not writer.single:
+        raise SvlError(f"the writer '{role}' of layer {layer} has several matrices; this compensation needs one")
+    return f"{writer.module}.weight"

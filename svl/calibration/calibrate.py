@@ -18,15 +18,15 @@ from torch import Tensor
 
 from svl.calibration import attention
 from svl.calibration.encoding import encode_samples, explained_samples
-from svl.calibration.hooks import cosine_hooks, run_decoder, state_hooks
+from svl.calibration.hooks import cosine_hooks, run_decoder, state_hooks, sublayer_hooks
 from svl.core import Stats, TokenSelector, TokenTrace, checked_weights, no_selected_token
 from svl.core.errors import out_of_memory
 from svl.data.samples import Sample, Samples
 from svl.models.lvlm import Lvlm, Progress
 from svl.processes import all_or_none, my_share
 
-STATISTICS = ("cosine", "windows", "attention")
-FIELDS = ("visual", "cosine", "windows", "received", "emitted", "queries", "keys")
+STATISTICS = ("cosine", "windows", "sublayers", "attention")
+FIELDS = ("visual", "cosine", "windows", "received", "emitted", "queries", "keys", "sublayers")
 CHUNK = 1024  # tokens whose states are compared at once
 
 
@@ -39,7 +39,7 @@ def calibrate(
     lvlm: Lvlm,
     samples: Samples,
     *,
-    statistics: Sequence[str] = STATISTICS,
+    statistics: Sequence[str] = ("cosine", "windows", "attention"),
     batch_size: int = 8,
     folder: Path | None = None,
     show: Progress = no_progress,
@@ -119,10 +119,13 @@ def measure_batch(lvlm: Lvlm, batch: Sequence[Sample], statistics: Sequence[str]
     """Traces of one batch of samples (on the CPU), from one forward pass."""
     cosines: dict[int, Tensor] = {}
     states: dict[int, Tensor] = {}
+    parts: dict[int, Tensor] = {}
     with explained_samples(batch), ExitStack() as stack:
         inputs, present, visual = encode_samples(lvlm, batch)
         if "cosine" in statistics:
             stack.enter_context(cosine_hooks(lvlm, cosines))
+        if "sublayers" in statistics:
+            stack.enter_context(sublayer_hooks(lvlm, parts))
         if "windows" in statistics:
             stack.enter_context(state_hooks(lvlm, range(lvlm.anatomy.n_layers + 1), states))
         modality = torch.stack([visual & present, ~visual & present], 1).float()
@@ -133,6 +136,8 @@ def measure_batch(lvlm: Lvlm, batch: Sequence[Sample], statistics: Sequence[str]
     whole: dict[str, Tensor] = {}  # [B, L, ..., T]
     if cosines:
         whole["cosine"] = torch.stack([cosines[i].to(lvlm.device) for i in layers], 1).cpu()
+    if parts:
+        whole["sublayers"] = torch.stack([parts[i].to(lvlm.device) for i in layers], 2).cpu()
     if states:
         whole["windows"] = window_cosines([states[i] for i in range(len(layers) + 1)]).cpu()
     if meter is not None:

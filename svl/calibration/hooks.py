@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from svl.core import SvlError, one_of
 from svl.models.lvlm import Lvlm
 
 
@@ -56,6 +57,42 @@ def cosine_hooks(lvlm: Lvlm, cosines: dict[int, Tensor]) -> Iterator[None]:
         return measure_cosine
 
     with hooked(layer.register_forward_hook(hook(i), with_kwargs=True) for i, layer in enumerate(lvlm.layers)):
+        yield
+
+
+@contextmanager
+def sublayer_hooks(lvlm: Lvlm, cosines: dict[int, Tensor]) -> Iterator[None]:
+    """Within the block, forward passes put cos(x, x + f(x)) of attention and MLP [B, 2, T] (fp32) into `cosines[i]`.
+
+    Raises:
+        SvlError: if layers have no such two parts, or add something else to the residual stream than they write.
+    """
+    roles, written = ("attn", "mlp"), dict[str, Tensor]()
+    for role in roles:
+        one_of("the writer that this statistic needs", role, tuple(lvlm.anatomy.writers))
+
+    def keep(role: str) -> Callable[..., None]:
+        return lambda _, args, output: written.__setitem__(role, first_output(output).float())
+
+    def hook(i: int) -> Callable[..., None]:
+        def measure(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            before, after = first_argument(args, kwargs).float(), first_output(output).float()
+            attention, mlp = (written.pop(role).reshape(before.shape) for role in roles)
+            if not torch.allclose(before + attention + mlp, after, rtol=2e-2, atol=2e-2 * float(after.abs().max())):
+                raise SvlError(f"layer {i} of '{lvlm.name}' adds something else than attention and MLP write")
+            pairs = ((before, before + attention), (after - mlp, after))
+            cosines[i] = torch.stack([nn.functional.cosine_similarity(*pair, dim=-1) for pair in pairs], 1)
+
+        return measure
+
+    def handles() -> Iterator[Any]:
+        for i, layer in enumerate(lvlm.layers):
+            for role in roles:
+                writer = layer.get_submodule(lvlm.anatomy.writers[role][i].module)
+                yield writer.register_forward_hook(keep(role))
+            yield layer.register_forward_hook(hook(i), with_kwargs=True)
+
+    with hooked(handles()):
         yield
 
 

@@ -139,6 +139,9 @@ def _eval_results(facts: CardFacts) -> list[EvalResult]:
 
 def _summary(facts: CardFacts) -> str:
     removed = f"Layers {list(facts.plan.removed)} (0-based) of {for_markdown(facts.name)} were removed without training"
+    if facts.plan.sublayers:
+        parts = ", ".join(f"{layer}.{role}" for layer, role in facts.plan.sublayers)
+        removed += f", and of others {parts} (layer.projection), whose weights are zeros here and save nothing,"
     if changed := facts.record["compensated"]:
         removed += f", and {', '.join(changed)} (layer.projection) were changed to make up for them,"
     return f"{removed} by [svl](https://arxiv.org/abs/2507.23362), an implementation of Short-LVLM and its baselines."

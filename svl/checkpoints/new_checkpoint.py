@@ -23,7 +23,8 @@ from svl.checkpoints.pruned_tensors import (
 from svl.checkpoints.pruning_record import FIELD, pruning_record
 from svl.checkpoints.safetensors_writing import NewTensor, write_weights
 from svl.checkpoints.skeleton import Skeleton, read_skeleton
-from svl.core.patch import Patch
+from svl.core.errors import SvlError
+from svl.core.patch import NO_STOCK_FORM, Patch
 from svl.core.plan import Plan
 from svl.models.loading import read_model_config
 from svl.models.lvlm import Lvlm
@@ -33,6 +34,7 @@ from svl.models.transformers_internals import empty_model
 from svl.pruning.folding import check_foldable
 from svl.pruning.pruned_config import pruned_config
 from svl.pruning.selfcheck import check_layer_settings
+from svl.pruning.sublayers import with_zeros
 from svl.store.files import whole_folder
 
 if TYPE_CHECKING:
@@ -105,13 +107,20 @@ def plan_checkpoint(
     Raises:
         SvlError: if the source cannot be exported at file level, or plan or patch do not fit it.
     """
+    if patch.maps:
+        raise SvlError(f"the patch cannot be exported: {NO_STOCK_FORM}")
     folder = hub.local_checkpoint(source, options.revision)
     options = replace(options, revision=None, name=options.model_name(source))
     dense = read_skeleton(folder, options, shapes_only=True)
     name = options.model_name(source)
     dense.anatomy.check_plan(plan, name)
     files = find_auxiliary_files(folder)
-    tensors = list(plan_tensors(dense, plan, patch))
+    if plan.sublayers:
+        names = ", ".join(f"{layer}.{role}" for layer, role in plan.sublayers)
+        log.warning(
+            "  %s write zeros in the checkpoint, which cannot leave them out: it is no smaller or faster", names
+        )
+    tensors = list(plan_tensors(dense, plan, with_zeros(patch, plan)))
 
     dense_config, _ = read_model_config(folder, options)
     base_model = str(source) if folder != Path(source).expanduser().absolute() else None

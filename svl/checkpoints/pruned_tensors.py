@@ -13,11 +13,11 @@ from svl.checkpoints.safetensors_files import StoredTensor, row_blocks
 from svl.checkpoints.safetensors_writing import Blocks, NewTensor
 from svl.checkpoints.skeleton import Skeleton
 from svl.core.errors import SvlError
-from svl.core.patch import Patch, Update
+from svl.core.patch import JoinedPart, Patch, Update
 from svl.core.plan import Plan
 from svl.models.loading import is_prediction_layer
 from svl.models.transformers_internals import Destination, match_names, missing_parameters
-from svl.pruning import folding, surgery
+from svl.pruning import folding, joining, surgery
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,6 +42,8 @@ def plan_tensors(dense: Skeleton, plan: Plan, patch: Patch) -> Iterator[NewTenso
         if place and number is not None and place.name in blended:
             sources = {k: dense.stored.get(f"{prefix}.{k}.{rest}") for k in patch.blends[number]}
             content = blended_content(name, stored, sources, patch.blends[number])
+        if place and number in patch.joins:
+            content = joined_content(dense, place, f"{prefix}.{{}}.{rest}", patch.joins[number])
         if place and place.name in updated:
             content = updated_content(content, stored, dense, place, *updated[place.name])
         if place and plan.removed and (axis := surgery.packed_axis(place.name, dense.anatomy.layers)) is not None:
@@ -74,6 +76,22 @@ def blended_content(
     def compute() -> Iterator[Tensor]:
         for start, stop in row_blocks(stored):
             yield folding.blend_tensors({k: source.read(start, stop) for k, source in same.items()}, coefficients)
+
+    return compute
+
+
+def joined_content(dense: Skeleton, place: Destination, name: str, parts: tuple[JoinedPart, ...]) -> Blocks:
+    """A tensor put together from those of several layers; `name` has a gap for the layer's number.
+
+    Raises:
+        SvlError: if the disk has it other than the model does.
+    """
+    if place.converter:
+        raise SvlError(f"the layout of '{dense.folder}' is not known: '{place.name}' cannot be joined as it is stored")
+    rest = split_layer_number(place.name, dense.anatomy.layers)[1]
+
+    def compute() -> Iterator[Tensor]:
+        yield joining.join_tensors(rest, {p.layer: dense.stored[name.format(p.layer)].read() for p in parts}, parts)
 
     return compute
 

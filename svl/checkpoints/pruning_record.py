@@ -22,10 +22,14 @@ FIELD = "layer_pruning"
 
 
 def changed_writers(patch: Patch | None) -> list[str]:
-    """The projections that a patch changes: "<layer>.<writer>", or "<layer>.*" where all of a layer's are blended."""
+    """What a patch changes: "<layer>.<writer>", "<layer>.*" where all of a layer is blended or joined, and
+    "<layer>.map" for a map in place of the removed layers from there on."""
     if not patch:
         return []
-    return sorted({f"{layer}.{role}" for layer, role in patch.updates} | {f"{layer}.*" for layer in patch.blends})
+    changed = {f"{layer}.{role}" for layer, role in patch.updates} | {
+        f"{layer}.*" for layer in (*patch.blends, *patch.joins)
+    }
+    return sorted(changed | {f"{start}.map" for start in patch.maps})
 
 
 def pruning_record(

@@ -12,11 +12,13 @@ Embeddings stay as they are, and with them heads that are tied to them, projecto
 several gaps multiply. A run at the end of the decoder has nothing behind it; there, the paper's factor has no effect
 either.
 
-In the paper, layers go one by one, each factor measured on the model compensated so far; here, the factors of a plan
-are measured on the dense model, one for each run, as the released code does for one block (CosSim_CL). Neither covers
-models that normalise what projections write, or that add visual features behind a gap (DeepStack).
+In the paper, layers go one by one, each factor measured on the model compensated so far. Of a plan with an order
+(`strategy=iterative`), factors are measured so, one for each layer. Of any other plan they are measured on the dense
+model, one for each run, as the released code does for one block (CosSim_CL). Neither covers models that normalise what
+projections write, or that add visual features behind a gap (DeepStack).
 
-Cost: one more pass over the calibration set, up to the deepest removed layer.
+Cost: one more pass over the calibration set, up to the deepest removed layer; of a plan with an order, one for each
+layer.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ ROLES = ("attn", "mlp")
 
 @dataclass(frozen=True)
 class Magnitude(Compensation):
-    """One factor per removed run.
+    """One factor per removed run, or per removed layer of a plan with an order.
 
     Attributes:
         rows: all (the paper's) | selected (tokens weighted by the selector; samples without any are left out).
@@ -55,26 +57,39 @@ class Magnitude(Compensation):
         """
         for role in ROLES:
             one_of("the writer that compensation needs", role, tuple(hidden.writers))
+        patch = Patch()
+        for n in range(1, len(plan.order) + 1):
+            patch = self.extend(hidden, Plan(plan.n_layers, plan.order[:n], order=plan.order[:n]), patch)
+        if plan.order:
+            return patch
         runs = [(start, stop) for start, stop in plan.runs if stop < plan.n_layers]
         notes = [] if len(runs) == len(plan.runs) else ["no layer behind the last one: its run needs no factor"]
         if not runs:
             return Patch(notes=tuple(notes))
-        alphas = self._alphas(hidden, runs)
+        alphas = self._alphas(hidden, runs, Plan(plan.n_layers, ()), Patch())
         notes += [f"layers {start}..{stop - 1}: alpha {alpha:.4f}" for (start, stop), alpha in alphas.items()]
         updates: dict[tuple[int, str], Update] = {}
-        for layer in plan.kept:
-            scale = 1.0
-            for (_, stop), alpha in alphas.items():
-                if stop <= layer:
-                    scale /= alpha
-            if layer >= runs[0][1]:
-                updates |= {(layer, role): Update(scale=scale) for role in ROLES}
+        for (_, stop), alpha in alphas.items():
+            updates = _divided(updates, plan, stop, alpha)
         return Patch(updates, notes=tuple(notes))
 
-    def _alphas(self, hidden: HiddenStates, runs: list[tuple[int, int]]) -> dict[tuple[int, int], float]:
-        """alpha of every run, from one pass over the calibration set."""
+    def extend(self, hidden: HiddenStates, plan: Plan, patch: Patch) -> Patch:
+        """The factor of the last layer in the order of the plan, measured on the model without those before it."""
+        *earlier, layer = plan.order
+        before = Plan(plan.n_layers, tuple(earlier))
+        if layer == before.kept[-1]:
+            note = f"layer {layer}: nothing is behind it, so it needs no factor"
+            return Patch(_divided(patch.updates, plan, plan.n_layers, 1.0), notes=(*patch.notes, note))
+        (alpha,) = self._alphas(hidden, [(layer, layer + 1)], before, patch).values()
+        updates = _divided(patch.updates, plan, layer + 1, alpha)
+        return Patch(updates, notes=(*patch.notes, f"layer {layer}: alpha {alpha:.4f}"))
+
+    def _alphas(
+        self, hidden: HiddenStates, runs: list[tuple[int, int]], plan: Plan, patch: Patch
+    ) -> dict[tuple[int, int], float]:
+        """alpha of every run, from one pass over the calibration set through what `plan` and `patch` leave."""
         ratios: dict[tuple[int, int], list[Tensor]] = {run: [] for run in runs}
-        for sample in hidden.stream(sorted({i for run in runs for i in run})):
+        for sample in hidden.stream(sorted({i for run in runs for i in run}), plan=plan, patch=patch):
             for start, stop in runs:
                 weights = sample.weights[start].double()
                 if self.rows == "all":
@@ -94,3 +109,15 @@ class Magnitude(Compensation):
                 )
             alphas[start, stop] = alpha
         return alphas
+
+
+def _divided(
+    updates: dict[tuple[int, str], Update], plan: Plan, stop: int, alpha: float
+) -> dict[tuple[int, str], Update]:
+    """Factors of the layers that `plan` keeps: those of `updates`, from layer `stop` on divided by `alpha`."""
+    divided = {}
+    for key in [(layer, role) for layer in plan.kept for role in ROLES]:
+        scale = updates[key].scale if key in updates else 1.0
+        if scale is not None and (key in updates or key[0] >= stop):
+            divided[key] = Update(scale=scale / alpha if key[0] >= stop else scale)
+    return divided

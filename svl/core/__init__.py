@@ -7,7 +7,7 @@ Words have one meaning each: layers are 0-based, `h_i` enters layer i (`h_L` lea
 norm), `ratio` is the fraction of decoder layers removed, importance is higher for layers to keep.
 """
 
-from svl.core.contract import checked_patch, checked_plan, checked_weights, fitted_patch
+from svl.core.contract import checked_patch, checked_plan, checked_weights, extended_patch, fitted_patch
 from svl.core.errors import SvlError, did_you_mean, one_of
 from svl.core.methods import (
     Compensation,
@@ -15,22 +15,25 @@ from svl.core.methods import (
     LayerStep,
     Method,
     RemovalProbe,
+    Rescoring,
     SampleStates,
     Strategy,
     TokenSelector,
 )
-from svl.core.patch import Patch, Update
+from svl.core.patch import JoinedPart, Patch, Update
 from svl.core.plan import Plan, layers_to_remove
 from svl.core.stats import Stats, TokenTrace, no_selected_token
 
 __all__ = [
     "Compensation",
     "HiddenStates",
+    "JoinedPart",
     "LayerStep",
     "Method",
     "Patch",
     "Plan",
     "RemovalProbe",
+    "Rescoring",
     "SampleStates",
     "Stats",
     "Strategy",
@@ -42,6 +45,7 @@ __all__ = [
     "checked_plan",
     "checked_weights",
     "did_you_mean",
+    "extended_patch",
     "fitted_patch",
     "layers_to_remove",
     "no_selected_token",

@@ -86,6 +86,13 @@ def fitted_patch(compensation: Compensation, hidden: HiddenStates, plan: Plan) -
     return checked_patch(compensation, patch, plan)
 
 
+def extended_patch(compensation: Compensation, hidden: HiddenStates, plan: Plan, patch: Patch) -> Patch:
+    """`compensation.extend(hidden, plan, patch)`, checked as `fitted_patch` is."""
+    with answering(compensation):
+        extended = compensation.extend(hidden, plan, patch)
+    return checked_patch(compensation, extended, plan)
+
+
 def checked_patch(compensation: Compensation, patch: Patch, plan: Plan) -> Patch:
     """The patch that a compensation gave for a plan; whether it fits the weights is checked where it is applied.
 
@@ -96,7 +103,7 @@ def checked_patch(compensation: Compensation, patch: Patch, plan: Plan) -> Patch
     if not isinstance(patch, Patch):
         raise SvlError(f"{who} gives {type(patch).__name__}, but must give a Patch")
     with explained(f"{who} gives a patch that is not as svl.core.Patch says"):
-        changed = {layer for layer, _ in patch.updates} | set(patch.blends)
+        changed = {layer for layer, _ in patch.updates} | set(patch.blends) | set(patch.joins)
         if gone := sorted(changed - set(plan.kept)):
             raise SvlError(f"{who} changes layers {gone}, which the plan does not keep")
         for (layer, writer), update in patch.updates.items():
@@ -105,6 +112,11 @@ def checked_patch(compensation: Compensation, patch: Patch, plan: Plan) -> Patch
         for layer, terms in patch.blends.items():
             if not all(math.isfinite(coefficient) for coefficient in terms.values()):
                 raise SvlError(f"{who} blends layer {layer} with coefficients that are not finite")
+        if patch.maps and compensation.foldable:
+            raise SvlError(f"{who} gives maps at cuts, so its class must say foldable = False")
+        for start, matrix in patch.maps.items():
+            if not bool(matrix.isfinite().all()):
+                raise SvlError(f"{who} gives a map in place of layers from {start} on that is not finite")
     return patch
 
 

@@ -36,7 +36,7 @@ class Method:
 class TokenSelector(Method, ABC):
     """Which tokens count."""
 
-    known_needs: ClassVar[frozenset[str]] = frozenset({"cosine", "windows", "attention"})
+    known_needs: ClassVar[frozenset[str]] = frozenset({"cosine", "windows", "sublayers", "attention"})
 
     @abstractmethod
     def weights(self, trace: TokenTrace) -> Tensor:
@@ -51,11 +51,13 @@ class TokenSelector(Method, ABC):
 class Strategy(Method, ABC):
     """Which layers go.
 
-    `needs`: the statistics it reads ("cosine", "windows", "attention"), "probe" to try removals out on the model, or
-    "weights" for a probe without data.
+    `needs`: the statistics it reads ("cosine", "windows", "sublayers", "attention"), "probe" to try removals out on the
+    model, "weights" for a probe without data, or "rescoring" to measure again after removals.
     """
 
-    known_needs: ClassVar[frozenset[str]] = frozenset({"cosine", "windows", "attention", "probe", "weights"})
+    known_needs: ClassVar[frozenset[str]] = frozenset(
+        {"cosine", "windows", "sublayers", "attention", "probe", "weights", "rescoring"}
+    )
 
     @abstractmethod
     def plan(self, stats: Stats, n_remove: int) -> Plan:
@@ -67,13 +69,25 @@ class Compensation(Method, ABC):
     """What is put in the gap.
 
     `needs`: {"hidden"} if `fit` streams hidden states.
+
+    Attributes:
+        foldable: whether all that it changes are weights of kept layers. One that puts maps at cuts says False: it
+            works in memory, on any kind of layer, but is refused where a checkpoint is asked for.
     """
 
     known_needs: ClassVar[frozenset[str]] = frozenset({"hidden"})
+    foldable: ClassVar[bool] = True
 
     @abstractmethod
     def fit(self, hidden: HiddenStates, plan: Plan) -> Patch:
-        """The updates of kept weights (fp32, by original layer) that make up for the layers that `plan` removes."""
+        """Changes of kept weights, or maps at cuts, which make up for what `plan` removes: fp32 on the CPU."""
+
+    def extend(self, hidden: HiddenStates, plan: Plan, patch: Patch) -> Patch:
+        """What `fit` gives for a plan with an order, `patch` being what it gave for all removals but the last one.
+
+        For compensations whose patch grows from removal to removal; by default, a new fit.
+        """
+        return self.fit(hidden, plan)
 
 
 class RemovalProbe(Protocol):
@@ -106,6 +120,18 @@ class RemovalProbe(Protocol):
 
     def magnitude(self, power: int) -> list[float]:
         """Per layer, the sum over its weights (norms, not biases) of |W|^power."""
+        ...
+
+
+class Rescoring(Protocol):
+    """What is left of the model after removals, compensated, for strategies that measure again after each of them."""
+
+    def next_removal(self, strategy: Strategy, removed: Sequence[int]) -> tuple[int, dict[int, float], int]:
+        """The layer that `strategy` removes next, once the layers `removed` have gone, in this order.
+
+        Also the importance of every layer that was there (empty if the strategy gives none), by original number, and
+        how many passes over the calibration set it took.
+        """
         ...
 
 
@@ -155,6 +181,15 @@ class HiddenStates(Protocol):
 
     def has_bias(self, layer: int, writer: str) -> bool:
         """Whether the projections `writer` of a layer have one bias."""
+        ...
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """How many query heads, and how many key-value heads, an attention of the model has."""
+        ...
+
+    def column_sizes(self, layer: int, writer: str) -> Tensor:
+        """Per column of the weight [d, n_in] of a layer's `writer`, the sum of absolute values: fp64 [n_in]."""
         ...
 
     def stream(

@@ -1,4 +1,4 @@
-"""What a compensation folds into kept weights: plain data, applied by the surgeon or on export."""
+"""What a compensation changes: plain data, applied by the surgeon or, where it folds into weights, on export."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+# Why a patch with maps, and a compensation that gives them, is not exported.
+NO_STOCK_FORM = (
+    "a map at a cut acts on the residual stream between two layers, which no stock checkpoint can express; evaluate it "
+    "in memory (evaluator=transformers, no export), or choose a compensation that folds into weights: linear, "
+    "linear_replaceme, mean_update, magnitude, subspace, refit"
+)
 
 
 @dataclass(frozen=True)
@@ -27,14 +35,39 @@ class Update:
 
 
 @dataclass(frozen=True)
+class JoinedPart:
+    """What a joined layer takes over from one layer of the dense model.
+
+    Attributes:
+        layer: of the dense model.
+        norm: its coefficient in the sum that norms become.
+        share: its coefficient in the sum that output biases and norms of queries and keys become.
+        channels: int64, those of its MLP: rows of what reads into it, columns of what writes.
+        queries: int64, those of its query heads: rows of q_proj, columns of o_proj.
+        groups: int64, those of its key-value heads: rows of k_proj and v_proj.
+    """
+
+    layer: int
+    norm: float
+    share: float
+    channels: Tensor
+    queries: Tensor
+    groups: Tensor
+
+
+@dataclass(frozen=True)
 class Patch:
-    """What a compensation folds into kept weights. Layers are original indices.
+    """What a compensation changes: updates and blends fold into kept weights, maps do not. Layers are original indices.
 
     Attributes:
         updates: by (layer, writer). A writer is a role of the layer's residual-writing projections: "attn" (o_proj)
             or "mlp" (down_proj).
         blends: layer -> {source layer: coefficient}: every projection (weight and bias, not the norms) of the layer
             becomes this sum over layers of the dense model, before any update.
+        joins: layer -> the parts, in order, that all of its tensors are put together from; of the dense model's width.
+        maps: first layer of a removed run -> W [d, d]: in place of the run, a token's residual stream h becomes W h.
+            What is behind the run reads W h, but the stream also carries it on, so that no change of later weights
+            does the same: such a patch works in memory only.
         notes: what a reader of the results should know.
         spectra: layer -> singular values, descending, of the matrix whose directions its update is made of, where there
             is one; told to the reader only.
@@ -42,8 +75,10 @@ class Patch:
 
     updates: dict[tuple[int, str], Update] = field(default_factory=dict)
     blends: dict[int, dict[int, float]] = field(default_factory=dict)
+    maps: dict[int, Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     spectra: dict[int, tuple[float, ...]] = field(default_factory=dict)
+    joins: dict[int, tuple[JoinedPart, ...]] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.updates or self.blends)
+        return bool(self.updates or self.blends or self.joins or self.maps)

@@ -65,6 +65,10 @@ class Plan:
         merges: steps (kept layer, the layers merged into it), in order, where the strategy decided on merging; what
             merging does to weights is up to the compensation.
         provenance: how the plan was made (`strategy`, `selector`, `model`, `ratio`, ...); not part of its identity.
+        order: the removed layers in the order in which they went, where each was chosen on what the earlier ones left;
+            compensations that follow such steps measure in this order.
+        removed_attn: layers that stay, but without their attention.
+        removed_mlp: layers that stay, but without their MLP. One that would lose both is a removed layer.
     """
 
     n_layers: int
@@ -72,10 +76,14 @@ class Plan:
     importance: tuple[float, ...] = ()
     merges: tuple[tuple[int, tuple[int, ...]], ...] = ()
     provenance: dict[str, Any] = field(default_factory=dict, compare=False)
+    order: tuple[int, ...] = ()
+    removed_attn: tuple[int, ...] = ()
+    removed_mlp: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         n_layers = whole_number("n_layers of a plan", self.n_layers)
         removed = sorted(whole_number("a removed layer", i) for i in self.removed)
+        removed = self._take_sublayers(n_layers, removed)
         object.__setattr__(self, "n_layers", n_layers)
         object.__setattr__(self, "removed", tuple(removed))
         if n_layers > MOST_LAYERS:
@@ -98,6 +106,35 @@ class Plan:
         merged = [k for _, gone in merges for k in gone]
         if merges and (sorted(merged) != removed or not all(0 <= i < self.n_layers for i, _ in merges)):
             raise SvlError(f"plan merges layers {sorted(merged)} away, but removes {removed}")
+        object.__setattr__(self, "order", tuple(whole_number("a layer in the order of removal", i) for i in self.order))
+        if self.order and sorted(self.order) != removed:
+            raise SvlError(f"plan removes layers in the order {list(self.order)}, but removes {removed}")
+
+    def _take_sublayers(self, n_layers: int, removed: list[int]) -> list[int]:
+        """Check and sort the sub-layers; gives the layers to remove, with those that lose both of theirs."""
+        parts = {}
+        for role in ("attn", "mlp"):
+            name = f"removed_{role}"
+            layers = sorted(whole_number(f"a layer of {name}", i) for i in getattr(self, name))
+            if len(set(layers)) != len(layers) or not all(0 <= i < n_layers for i in layers):
+                raise SvlError(f"{name} of a plan is {reprlib.repr(layers)}, but must be different ones of its layers")
+            if gone := sorted(set(layers) & set(removed)):
+                raise SvlError(f"{name} of a plan has layers {gone}, which are removed as a whole")
+            parts[name] = set(layers)
+        both = set.intersection(*parts.values())
+        for name, found in parts.items():
+            object.__setattr__(self, name, tuple(sorted(found - both)))
+        return sorted([*removed, *both])
+
+    @property
+    def sublayers(self) -> tuple[tuple[int, str], ...]:
+        """What kept layers lose, as (layer, "attn" or "mlp"), ascending."""
+        return tuple(sorted([(i, "attn") for i in self.removed_attn] + [(i, "mlp") for i in self.removed_mlp]))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is removed."""
+        return not (self.removed or self.sublayers)
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -123,8 +160,10 @@ class Plan:
     def to_json(self) -> str:
         """The plan as JSON text, readable by `from_json`."""
         body: dict[str, Any] = {"n_layers": self.n_layers, "removed": self.removed, "kept": self.kept}
-        merges = {"merges": self.merges} if self.merges else {}
-        return json.dumps({**body, "importance": self.importance, **merges, **self.provenance}, indent=1) + "\n"
+        steps: dict[str, Any] = {"merges": self.merges, "order": self.order}
+        steps |= {"removed_attn": self.removed_attn, "removed_mlp": self.removed_mlp}
+        given = {name: value for name, value in steps.items() if value}
+        return json.dumps({**body, "importance": self.importance, **given, **self.provenance}, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -144,13 +183,14 @@ class Plan:
                 raise SvlError(f"not a plan: key '{key}' is missing (n_layers and removed are needed)")
         n_layers, removed = body.pop("n_layers"), body.pop("removed")
         importance, merges = body.pop("importance", None) or [], body.pop("merges", None) or []
-        if not all(isinstance(x, list) for x in (removed, importance, merges)):
-            raise SvlError("not a plan: removed, importance and merges must be lists")
+        others = [body.pop(name, None) or [] for name in ("order", "removed_attn", "removed_mlp")]
+        if not all(isinstance(x, list) for x in (removed, importance, merges, *others)):
+            raise SvlError("not a plan: removed, importance, merges, order, removed_attn, removed_mlp must be lists")
         if not all(isinstance(step, list) and len(step) == 2 and isinstance(step[1], list) for step in merges):
             raise SvlError("not a plan: merges must be pairs of a layer and a list of layers")
         kept = body.pop("kept", None)
         try:
-            plan = cls(n_layers, tuple(removed), tuple(importance), tuple(merges), body)
+            plan = cls(n_layers, tuple(removed), tuple(importance), tuple(merges), body, *map(tuple, others))
             if kept and kept != list(plan.kept):
                 raise SvlError("kept and removed contradict each other (kept can be left out)")
             return plan

@@ -14,7 +14,7 @@ from svl.core.plan import Plan
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from svl.core.methods import RemovalProbe, TokenSelector
+    from svl.core.methods import RemovalProbe, Rescoring, TokenSelector
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class TokenTrace:
         emitted: [L, 2, T], attention that query i paid, summed over the keys of each modality.
         queries: [L or 1, 2, T], how many queries of each modality can see key j.
         keys: [L or 1, 2, T], how many keys of each modality query i can see.
+        sublayers: [2, L, T], cos(x, x + f(x)) of attention (first) and MLP, f being what they add to the stream x.
     """
 
     index: int
@@ -43,6 +44,7 @@ class TokenTrace:
     emitted: Tensor | None = None
     queries: Tensor | None = None
     keys: Tensor | None = None
+    sublayers: Tensor | None = None
 
 
 def no_selected_token(selector: TokenSelector) -> SvlError:
@@ -61,6 +63,7 @@ class Stats:
         traces: per-sample measurements; iterated from disk, one sample in memory at a time.
         selector: the token weighting behind `cosine()` and `windows()`.
         probe: the model to try removals on; for strategies that need "probe".
+        rescoring: what is left of the model after removals; for strategies that need "rescoring".
     """
 
     n_layers: int
@@ -68,6 +71,7 @@ class Stats:
     traces: Iterable[TokenTrace] = ()
     selector: TokenSelector | None = None
     probe: RemovalProbe | None = None
+    rescoring: Rescoring | None = None
 
     def cosine(self) -> Tensor:
         """Mean cos(h_i, h_{i+1}) over all selected tokens of all samples: fp64 [L].
@@ -76,6 +80,14 @@ class Stats:
             SvlError: if the selector leaves no token in the whole calibration set.
         """
         return self._mean("cosine")
+
+    def sublayers(self) -> Tensor:
+        """Mean cos(x, x + f(x)) over all selected tokens of all samples: fp64 [2, L], attention first.
+
+        Raises:
+            SvlError: if the selector leaves no token in the whole calibration set.
+        """
+        return self._mean("sublayers")
 
     def windows(self, transform: Callable[[Tensor], Tensor] = lambda cosine: cosine) -> Tensor:
         """Mean transform(cos(h_i, h_j)) over all selected tokens of all samples: fp64 [L + 1, L + 1] for i < j.
@@ -155,6 +167,16 @@ class Stats:
         if self.probe is None:
             raise SvlError("this strategy tries removals out on the model: it needs 'probe'")
         return self.probe
+
+    def required_rescoring(self) -> Rescoring:
+        """The rescoring, for strategies that need it.
+
+        Raises:
+            SvlError: if there is none.
+        """
+        if self.rescoring is None:
+            raise SvlError("this strategy measures the model again after each removal: it needs 'rescoring'")
+        return self.rescoring
 
     def candidates(self, n_remove: int) -> tuple[int, ...]:
         """The removable layers.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from svl.config import load_options
+from svl.config import build_method, load_options
 from svl.core import layers_to_remove
 from svl.core.errors import SvlError, explained
 from svl.demo import bundled
@@ -194,7 +194,7 @@ def _examine_methods(cfg: DictConfig, lvlm: Lvlm, section: Section) -> None:
         else:
             section.ok("every compensation applies: attention and MLP of every layer write through one matrix")
     except SvlError as error:
-        if _compensates(cfg):
+        if build_method(cfg.compensation, "compensation").foldable and _compensates(cfg):
             section.fails(str(error))
         else:
             section.note(str(error))

@@ -10,7 +10,7 @@
   the first, attention on CPU is computed by plain matrix products: torch does not count its own kernel there.
 
 Speed-up of *prefill* and *decode* is bounded by L / (L - n) of n removed layers out of L: embeddings, head and vision
-tower stay.
+tower stay. Where layers lack their attention or MLP, the bound is that of the decoder layers' parameters.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from svl.data.samples import Sample
 from svl.evaluation.settings import EfficiencySettings
 from svl.models.devices import synchronize
 from svl.models.lvlm import Lvlm, Progress
+from svl.pruning.sublayers import NoAttention, NoMlp
 
 PARTS = ("image", "vision", "prefill", "decode")
 RESIDENT = Path("/proc/self/status")
@@ -54,8 +55,8 @@ def measure_efficiency(
         `dense` and `pruned`: parameters, layers, bytes, prefill_flops, cache_bytes, seconds {image, vision, prefill,
         decode, total} (medians), quartiles {the same: [low, high]}, decode_tokens_per_second, samples_per_second,
         peak_bytes (above the weights; None where the system does not tell); `speedup`: dense over pruned time of each
-        part with `value` (median), `low` and `high` (quartiles); `ideal`: L / (L - n); `batch_size`, `sequence` (tokens
-        of the prompt), `new_tokens`, `repeats`, `device`.
+        part with `value` (median), `low` and `high` (quartiles); `ideal`: the bound above; `batch_size`, `sequence`
+        (tokens of the prompt), `new_tokens`, `repeats`, `device`.
 
     Raises:
         SvlError: if layers are not in memory, the model's generation does not go through its decoder layers, or memory
@@ -81,13 +82,21 @@ def measure_efficiency(
     return {
         **costs,
         "speedup": _speedup(rounds),
-        "ideal": costs["dense"]["layers"] / costs["pruned"]["layers"],
+        "ideal": _ideal(dense, pruned),
         "batch_size": settings.batch_size,
         "sequence": inputs["input_ids"].shape[1],
         "new_tokens": settings.new_tokens,
         "repeats": settings.repeats,
         "device": dense.device_facts(settings.batch_size),
     }
+
+
+def _ideal(dense: Lvlm, pruned: Lvlm) -> float:
+    """What the speed of the decoder layers could be, as a multiple of the dense model's."""
+    if not any(isinstance(module, NoAttention | NoMlp) for module in pruned.layers.modules()):
+        return len(dense.layers) / len(pruned.layers)
+    ours, theirs = (sum(p.numel() for p in lvlm.layers.parameters()) for lvlm in (pruned, dense))
+    return theirs / ours
 
 
 @dataclass(frozen=True)

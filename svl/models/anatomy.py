@@ -125,6 +125,8 @@ class Anatomy:
         """Raise SvlError unless `plan` is for a model of this depth (called `name`) and spares protected layers."""
         if plan.n_layers != self.n_layers:
             raise SvlError(f"the plan is for {plan.n_layers} decoder layers, but '{name}' has {self.n_layers}")
+        if missing := sorted({role for _, role in plan.sublayers} - set(self.writers)):
+            raise SvlError(f"the plan removes sub-layers '{missing[0]}', which some layer of '{name}' lacks, or hides")
         if protect and (forbidden := sorted(set(plan.removed) & set(self.protected))):
             raise SvlError(
                 f"the plan removes layers {forbidden}, which '{name}' needs: {self.protected[forbidden[0]]} "

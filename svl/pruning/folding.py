@@ -1,4 +1,4 @@
-"""Folding a patch into weights: the arithmetic that surgery in memory and export share, bit for bit."""
+"""Whether a patch fits, and folding it into weights: arithmetic that surgery and export share, bit for bit."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from svl.core.errors import SvlError
-from svl.core.patch import Patch, Update
+from svl.core.patch import JoinedPart, Patch, Update
 from svl.core.plan import Plan
 from svl.models.anatomy import Anatomy
 from svl.models.lvlm import Lvlm
+from svl.pruning.joining import join_axis
 
 COLUMNS = 256  # of a matrix that are changed at a time
 POST_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm", "post_self_attn_layernorm")
@@ -34,7 +35,7 @@ def check_patch(patch: Patch, plan: Plan, anatomy: Anatomy, layers: nn.ModuleLis
 
     `layers` are the dense model's; they may be on the meta device.
     """
-    scaled = any(update.scale is not None for update in patch.updates.values())
+    scaled = any(update.scale for update in patch.updates.values())
     if scaled and (gone := sorted(set(plan.removed) & set(anatomy.waived))):
         raise SvlError(
             f"the patch scales what layers write, but without layers {gone}, which model.protect does not spare, more "
@@ -47,6 +48,13 @@ def check_patch(patch: Patch, plan: Plan, anatomy: Anatomy, layers: nn.ModuleLis
             raise SvlError(f"the patch blends layer {layer} of layers {sorted(terms)}: not of 0..{plan.n_layers - 1}")
         if not all(isinstance(c, int | float) and math.isfinite(c) for c in terms.values()):
             raise SvlError(f"the patch blends layer {layer} with coefficients that are not finite numbers")
+    starts = [start for start, _ in plan.runs]
+    for start, matrix in patch.maps.items():
+        if start not in starts:
+            raise SvlError(f"the patch has a map at layer {start}, where no removed run begins (these do: {starts})")
+        check_part(matrix, (anatomy.hidden_size,) * 2, f"the map of the patch at layer {start}")
+    for layer, parts in patch.joins.items():
+        check_join(layer, parts, plan, layers)
     for (layer, role), update in patch.updates.items():
         if layer not in plan.kept:
             raise SvlError(f"the patch changes '{role}' of layer {layer}, which the pruned model does not have")
@@ -61,6 +69,24 @@ def check_patch(patch: Patch, plan: Plan, anatomy: Anatomy, layers: nn.ModuleLis
             expected["delta"] = tuple(layers[layer].get_parameter(next(iter(names))).shape)
         for part, shape in expected.items():
             check_part(getattr(update, part), shape, f"'{part}' of the patch for '{role}' of layer {layer}")
+
+
+def check_join(layer: int, parts: tuple[JoinedPart, ...], plan: Plan, layers: nn.ModuleList) -> None:
+    """Raise SvlError unless a layer that the plan keeps can be joined from these parts."""
+    sources = [part.layer for part in parts]
+    if layer not in plan.kept:
+        raise SvlError(f"the patch joins layer {layer}, which the pruned model does not have")
+    if not sources or len(set(sources)) < len(sources) or not set(sources) <= set(range(plan.n_layers)):
+        raise SvlError(
+            f"the patch joins layer {layer} of layers {sources}: not different ones of 0..{plan.n_layers - 1}"
+        )
+    if not all(math.isfinite(part.norm) and math.isfinite(part.share) for part in parts):
+        raise SvlError(f"the patch joins layer {layer} with coefficients that are not finite numbers")
+    named = [{n: tuple(p.shape) for n, p in layers[i].named_parameters()} for i in (layer, *sources)]
+    if any(shapes != named[0] for shapes in named):
+        raise SvlError(f"layers {sources} cannot be joined: their weights differ in names or shapes")
+    for name, shape in named[0].items():
+        join_axis(name, shape, parts)
 
 
 def check_part(part: Tensor | None, shape: tuple[int, ...], what: str) -> None:

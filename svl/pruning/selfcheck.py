@@ -82,7 +82,7 @@ def example_inputs(lvlm: Lvlm) -> dict[str, Tensor]:
 
 
 def check_surgery(lvlm: Lvlm, pruned: Lvlm, plan: Plan, inputs: dict[str, Tensor]) -> float:
-    """How far logits of `pruned` (of `plan` alone, no patch) are from those of the full model that skips layers.
+    """How far logits of `pruned` (of `plan` alone, no patch) are from those of the full model that skips as much.
 
     The largest difference, as a fraction of the largest logit. Layers that the full model skips run, and fill their
     cache, but pass on their input. Both models do the same arithmetic on the same tensors, so the difference is zero
@@ -93,6 +93,9 @@ def check_surgery(lvlm: Lvlm, pruned: Lvlm, plan: Plan, inputs: dict[str, Tensor
         SvlError: if it is more, unless the plan removes layers whose protection was waived.
     """
     handles = [lvlm.layers[i].register_forward_hook(_pass_on_input, with_kwargs=True) for i in plan.removed]
+    for i, role in plan.sublayers:
+        writer = lvlm.layers[i].get_submodule(lvlm.anatomy.writers[role][i].module)
+        handles.append(writer.register_forward_hook(_write_nothing))
     try:
         expected, again = _logits(lvlm.model, inputs), _logits(lvlm.model, inputs)
     finally:
@@ -104,7 +107,8 @@ def check_surgery(lvlm: Lvlm, pruned: Lvlm, plan: Plan, inputs: dict[str, Tensor
         log.warning("  layers %s were removed against model.protect=auto: %.2g off", waived, difference)
     elif not difference <= allowed:  # true of NaN, too
         raise SvlError(
-            f"surgery on '{lvlm.name}' failed its check: without layers {list(plan.removed)}, logits are "
+            f"surgery on '{lvlm.name}' failed its check: without layers {list(plan.removed)}"
+            f"{', and without ' + str(list(plan.sublayers)) if plan.sublayers else ''}, logits are "
             f"{difference:.2g} (of the largest) away from those of the full model that skips them; please report this"
         )
     return difference
@@ -117,6 +121,11 @@ def _logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
 
 def _distance(logits: Tensor, expected: Tensor) -> float:
     return float((logits - expected).abs().max() / expected.abs().max())
+
+
+def _write_nothing(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """Zeros in place of what a projection, or a block of several, gives."""
+    return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
 
 
 def _pass_on_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

@@ -3,7 +3,8 @@
 The pruned model is a new one, built from a pruned config and sharing every tensor that did not change. The dense
 model is never touched, so undoing is forgetting: nothing to restore, no hook left behind. Building from the config
 (instead of cutting the live list of layers) keeps all that a model derives from its depth right: cache slots, masks
-per layer type, rotary settings. Only what a patch changes takes new memory.
+per layer type, rotary settings. Only what a patch changes takes new memory. Maps at cuts are the one thing that is
+added to a model, as modules of its layers (see `pruning.cut_maps`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from svl.models.anatomy import Anatomy
 from svl.models.lvlm import Lvlm
 from svl.models.placement import device_map, is_offloaded, place_like, stored_tensor
 from svl.models.transformers_internals import keep_stored_layout, model_on_meta
+from svl.pruning import cut_maps, sublayers
 from svl.pruning.folding import blend_tensors, check_patch, fold_update, projections, tensors_of_update
+from svl.pruning.joining import join_tensors
 from svl.pruning.pruned_config import pruned_config
 from svl.pruning.selfcheck import check_layer_settings
 
@@ -44,14 +47,22 @@ def apply(lvlm: Lvlm, plan: Plan, patch: Patch | None = None) -> Lvlm:
     lvlm.require_in_memory("running the pruned model")
     anatomy, dense = lvlm.anatomy, lvlm.model
     anatomy.check_plan(plan, lvlm.name)
-    check_patch(patch or Patch(), plan, anatomy, lvlm.layers)
+    left_out = sublayers.blocks_left_out(lvlm, plan)
+    patch = sublayers.with_zeros(patch or Patch(), plan, left_out)
+    check_patch(patch, plan, anatomy, lvlm.layers)
+    cut_maps.check_no_maps(lvlm, plan)
     pruned = model_on_meta(dense, pruned_config(dense.config, plan))
+    cut_maps.copy_maps(lvlm.layers, anatomy.layers_of(pruned))
+    sublayers.copy_left_out(lvlm.layers, anatomy.layers_of(pruned), plan)
     if not set(plan.removed) & set(anatomy.waived):
         check_layer_settings(lvlm.layers, anatomy.layers_of(pruned), plan, lvlm.name)
     tensors = dense.state_dict()
     packed = [name for name in tensors if plan.removed and packed_axis(name, anatomy.layers) is not None]
     tensors |= {name: stored_tensor(dense, name) for name in packed}
-    state = kept_tensors(tensors, anatomy, plan) | patched_tensors(lvlm, plan, patch or Patch())
+    state = kept_tensors(tensors, anatomy, plan) | patched_tensors(lvlm, plan, patch)
+    state |= cut_maps.add_maps(lvlm, anatomy.layers_of(pruned), plan, patch)
+    absent = sublayers.leave_out(anatomy.layers_of(pruned), anatomy.layers, plan, left_out)
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(absent)}
     parts = [*(name for name, _ in dense.named_modules()), *device_map(dense)]
     state = place_like(dense, pruned, new_names(parts, anatomy, plan), state)
     with explained(f"'{lvlm.name}' cannot do without layers {list(plan.removed)}"):  # a layer may have another shape
@@ -112,6 +123,11 @@ def patched_tensors(lvlm: Lvlm, plan: Plan, patch: Patch) -> dict[str, Tensor]:
             home = dense(layer, rest).device
             sources = {k: dense(k, rest).to(home) for k in terms}
             changed[f"{anatomy.layers}.{new_index[layer]}.{rest}"] = blend_tensors(sources, terms)
+    for layer, parts in patch.joins.items():
+        for rest, _ in lvlm.layers[layer].named_parameters():
+            home = dense(layer, rest).device
+            sources = {part.layer: dense(part.layer, rest).to(home) for part in parts}
+            changed[f"{anatomy.layers}.{new_index[layer]}.{rest}"] = join_tensors(rest, sources, parts)
     for (layer, role), update in patch.updates.items():
         for rest, flipped in tensors_of_update(anatomy, layer, role, update).items():
             name = f"{anatomy.layers}.{new_index[layer]}.{rest}"

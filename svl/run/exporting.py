@@ -96,7 +96,7 @@ def load_in_vllm(variant: ModelVariant) -> Any:
     setup = variant.setup
     options, template = plain_values(setup.cfg.evaluator.options), style_template(setup.prompt_style)
     batch_size = setup.cfg.benchmark.batch_size
-    if not variant.plan.removed and not setup.image_processor:
+    if variant.plan.is_empty and not setup.image_processor:
         return vllm_answerer(setup.checkpoint, batch_size, options, template)
     with setup.store.scratch("vllm") as folder:
         try:

@@ -14,12 +14,13 @@ import importlib.metadata
 import importlib.util
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from svl.config import PACKAGE
+from svl.core import Method
 from svl.store.files import digest, remembered
 
 PACKAGES = ("svl", "torch", "transformers", "lmms_eval", "datasets", "hydra-core", "wandb")
@@ -36,6 +37,7 @@ STAGE_CODE = {
     "model": ("svl.models.loading", "svl.models.ports", "svl.models.prompts"),
     "stats": ("svl.calibration.calibrate",),
     "probe": ("svl.calibration.removal_probe",),
+    "rescoring": ("svl.calibration.rescoring",),
     "patch": ("svl.calibration.activations",),
     "check": ("svl.pruning.selfcheck", "svl.pruning.surgery"),
     "answers": (
@@ -70,14 +72,22 @@ def stage_code(stage: str) -> str:
 
 def method_identity(method: Any) -> dict[str, Any]:
     """What a method's results depend on: its class, its code, and its settings (defaults included)."""
-    cls = type(method)
-    code = code_digest(cls.__module__)
-    return {"class": f"{cls.__module__}.{cls.__qualname__}", "code": code, **method_settings(method)}
+    code = code_digest(type(method).__module__)
+    return {"class": _class_name(method), "code": code, **_fields(method, method_identity)}
 
 
 def method_settings(method: Any) -> dict[str, Any]:
-    """Values of a method's fields, defaults included."""
-    return {field.name: getattr(method, field.name) for field in dataclasses.fields(method) if field.init}
+    """Values of a method's fields, defaults included; those of a method within it beside its `_target_`."""
+    return _fields(method, lambda inner: {"_target_": _class_name(inner), **method_settings(inner)})
+
+
+def _fields(method: Any, described: Callable[[Method], dict[str, Any]]) -> dict[str, Any]:
+    values = {field.name: getattr(method, field.name) for field in dataclasses.fields(method) if field.init}
+    return {name: described(value) if isinstance(value, Method) else value for name, value in values.items()}
+
+
+def _class_name(method: Any) -> str:
+    return f"{type(method).__module__}.{type(method).__qualname__}"
 
 
 @cache

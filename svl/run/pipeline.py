@@ -17,6 +17,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from svl.checkpoints.pruning_record import changed_writers
 from svl.config import plain_values
 from svl.core import Plan, checked_plan, fitted_patch
 from svl.processes import process_rank
@@ -27,7 +28,14 @@ from svl.run.parallel import in_scratch
 from svl.run.run_result import RunStages, build_result, result_inputs
 from svl.run.setup import RunSetup
 from svl.run.stages import log_outcome, log_stage, make_stage, show_progress
-from svl.run.strategy_inputs import count_removals, describe_origin, read_statistics, resumable_probe
+from svl.run.strategy_inputs import (
+    count_removals,
+    describe_origin,
+    read_statistics,
+    rescoring_inputs,
+    resumable_probe,
+    resumable_rescoring,
+)
 from svl.run.variants import ModelVariant, check_benchmark_data
 from svl.store.artifacts import Entry
 from svl.store.files import write_text_whole
@@ -125,7 +133,7 @@ class Run:
 
             count_removals(setup, read_statistics(setup, None))  # what can be found wrong now costs no calibration
             calibrate.check_selector(setup.dense, setup.samples, setup.selector)
-            if setup.compensation.needs:
+            if setup.compensation.needs and setup.compensation.foldable:
                 folding.check_foldable(setup.dense)
             measure(folder)
             write_example_picture(setup.dense, setup.samples, folder)
@@ -152,12 +160,17 @@ class Run:
             n_remove = count_removals(setup, measured)
             if setup.probes:
                 measured = dataclasses.replace(measured, probe=resumable_probe(setup))
+            if setup.rescores:
+                rescoring = resumable_rescoring(setup, stats, measured.probe)
+                measured = dataclasses.replace(measured, rescoring=rescoring)
             plan = checked_plan(setup.strategy, measured, n_remove)
             if source:
                 write_token_scores(measured, source.path, folder)
             provenance = describe_origin(setup, plan, n_remove, source)
             (folder / "plan.json").write_text(dataclasses.replace(plan, provenance=provenance).to_json())
-            return {"removed": plan.removed}
+            cost = {"passes": plan.provenance.get("passes")} if setup.rescores else {}
+            parts = {"sublayers": [f"{layer}.{role}" for layer, role in plan.sublayers]} if plan.sublayers else {}
+            return {"removed": plan.removed, **parts, **cost}
 
         inputs = {
             "model": setup.model,
@@ -170,10 +183,14 @@ class Run:
         }
         if setup.probes:
             inputs |= {"losses": setup.losses_on, "code": stage_code("probe")}
-        # A probe tries removals out in all processes.
-        entry = make_stage(setup, "plan", inputs, build, help=in_scratch(build) if setup.probes else None)
-        removed = entry.output["removed"]
-        return log_stage("plan", entry, f"removes layers {removed}, {len(removed)} in all")
+        if setup.rescores:
+            inputs["rescoring"] = rescoring_inputs(setup, stats)
+        all_plan = setup.probes or setup.rescores  # what they try out and measure again is in step in all processes
+        entry = make_stage(setup, "plan", inputs, build, help=in_scratch(build) if all_plan else None)
+        removed, passes = entry.output["removed"], entry.output.get("passes")
+        cost = "" if passes is None else f", chosen one by one in {passes} passes over the calibration set"
+        parts = f"; of others {', '.join(entry.output['sublayers'])}" if "sublayers" in entry.output else ""
+        return log_stage("plan", entry, f"removes layers {removed}, {len(removed)} in all{parts}{cost}")
 
     def check(self, plan: Plan) -> None:
         """Stage `check`: without these layers, the model computes what it computes when it skips them.
@@ -182,7 +199,7 @@ class Run:
             SvlError: if it does not.
         """
         setup = self.setup
-        if not plan.removed:
+        if plan.is_empty:
             return
         if setup.cfg.model.offload:
             log.warning("  model.offload: the check that pruning equals skipping layers is left out")
@@ -195,6 +212,8 @@ class Run:
             return {"difference": selfcheck.check_surgery(setup.dense, pruned, plan, inputs)}
 
         inputs = {"model": setup.model, "code": stage_code("check"), "removed": plan.removed}
+        if plan.sublayers:
+            inputs["sublayers"] = plan.sublayers
         entry = make_stage(setup, "check", {**inputs, "protect": setup.options.protect}, build)
         log_stage("check", entry, f"differs by {entry.output['difference']:.1g} from skipping these layers")
 
@@ -211,14 +230,14 @@ class Run:
 
             hidden: Any = None
             if streams:
-                folding.check_foldable(setup.dense)
+                if setup.compensation.foldable:
+                    folding.check_foldable(setup.dense)
                 seen, batch_size = read_statistics(setup, stats), setup.cfg.calibration.batch_size
                 hidden = Activations(setup.dense, setup.samples, seen, batch_size, show_progress)
             patch = fitted_patch(setup.compensation, hidden, plan)
             if patch:
                 patch_file.save_patch(patch, folder / "patch.safetensors")
-            changed = {f"{layer}.{role}" for layer, role in patch.updates} | {f"{layer}.*" for layer in patch.blends}
-            return {"notes": patch.notes, "spectra": spectra_record(patch), "changed": sorted(changed)}
+            return {"notes": patch.notes, "spectra": spectra_record(patch), "changed": changed_writers(patch)}
 
         inputs: dict[str, Any] = {
             "model": setup.model,
@@ -231,6 +250,10 @@ class Run:
             inputs["code"] = stage_code("patch")
         if plan.merges:
             inputs["merges"] = plan.merges
+        if plan.sublayers:
+            inputs["sublayers"] = plan.sublayers
+        if plan.order:
+            inputs["order"] = plan.order
         entry = make_stage(setup, "patch", inputs, build)
         for note in entry.output["notes"]:
             log.warning("  compensation: %s", note)

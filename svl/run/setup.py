@@ -53,6 +53,7 @@ class RunSetup:
         calibrates: whether anything asks for the calibration pass.
         selects: whether the strategy reads statistics, so that the selector has a part in choosing layers.
         probes: what the strategy tries on the model: "probe", "weights".
+        rescores: whether it measures the model again after each removal.
         seconds_loading: spent on loading the model, which belongs to no stage.
 
     Raises:
@@ -126,6 +127,7 @@ class RunSetup:
         needs = self.strategy.needs | self.compensation.needs
         self.selects = bool(self.strategy.needs & STATISTICS)
         self.probes = self.strategy.needs & {"probe", "weights"}
+        self.rescores = "rescoring" in self.strategy.needs
         self.calibrates = bool(needs & (STATISTICS | {"hidden"}))
         statistics = self.strategy.needs & STATISTICS
         if self.calibrates:
@@ -135,14 +137,14 @@ class RunSetup:
         for name in statistics:
             one_of("calibration.statistics", name, sorted(STATISTICS))
         self.statistics = sorted(statistics)
-        if self.cfg.model.offload and (self.tasks or "probe" in needs):
+        if self.cfg.model.offload and (self.tasks or needs & {"probe", "rescoring"}):
             what = "benchmarks run" if self.tasks else "this strategy tries"
             raise SvlError(f"model.offload leaves the model on disk, but {what} it whole; see README, Large models")
 
     @property
     def needs_samples(self) -> bool:
         """Whether any stage reads calibration samples."""
-        return self.calibrates or "probe" in self.probes or bool(self.cfg.efficiency.repeats)
+        return self.calibrates or self.rescores or "probe" in self.probes or bool(self.cfg.efficiency.repeats)
 
     @property
     def compensates(self) -> bool:
@@ -232,7 +234,9 @@ class RunSetup:
         from hydra.core.hydra_config import HydraConfig
 
         if HydraConfig.initialized():
-            return str(HydraConfig.get().runtime.choices[group])
+            choices = HydraConfig.get().runtime.choices
+            inner = choices.get(f"{group}@{group}.of")  # of a method around another one
+            return f"{choices[group]}-{inner}" if inner else str(choices[group])
         return str(self.cfg[group]["_target_"].split(".")[-2])
 
     def depends_on_seed(self) -> bool:

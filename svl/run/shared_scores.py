@@ -48,7 +48,7 @@ class MissingScore:
     @property
     def family(self) -> str:
         """Equal for scores that differ in the plan only."""
-        shared = {name: value for name, value in self.inputs.items() if name not in ("removed", "weights")}
+        shared = {name: value for name, value in self.inputs.items() if name not in ("removed", "sublayers", "weights")}
         return json.dumps(shared, sort_keys=True)
 
 
@@ -115,7 +115,7 @@ def score_families(missing: Sequence[MissingScore], most: int) -> Iterator[list[
 def _first_difference(score: MissingScore) -> int:
     """The first layer where a model differs from the dense one."""
     plan = score.variant.plan
-    return min(plan.removed, default=plan.n_layers)
+    return min([*plan.removed, *(layer for layer, _ in plan.sublayers)], default=plan.n_layers)
 
 
 def evaluate_family(family: Sequence[MissingScore]) -> None:

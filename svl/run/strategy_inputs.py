@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svl.core import Plan, RemovalProbe, Stats, layers_to_remove
-from svl.run.keys import stage_code
+from svl.core import Plan, RemovalProbe, Rescoring, Stats, layers_to_remove
+from svl.run.keys import method_identity, stage_code
 from svl.run.stages import make_stage, show_progress
 
 if TYPE_CHECKING:
@@ -44,6 +45,35 @@ def resumable_probe(setup: RunSetup) -> RemovalProbe:
     from svl.calibration.removal_probe import ModelProbe
 
     shared = {"model": setup.model, "code": stage_code("probe"), "losses": setup.losses_on}
+    samples = setup.samples if setup.losses_on else None
+    return ModelProbe(setup.dense, samples, remember=_remembering(setup, shared), show=show_progress)
+
+
+def resumable_rescoring(setup: RunSetup, stats: Entry | None, probe: RemovalProbe | None) -> Rescoring:
+    """What is left of the model after removals; each step is kept in the store, so that searches resume."""
+    from svl.calibration.activations import Activations
+    from svl.calibration.rescoring import ModelRescoring
+
+    seen = dataclasses.replace(read_statistics(setup, stats), probe=probe)
+    hidden = Activations(setup.dense, setup.samples, seen, setup.cfg.calibration.batch_size, show_progress)
+    shared = {"model": setup.model, **rescoring_inputs(setup, stats), "strategy": method_identity(setup.strategy)}
+    return ModelRescoring(hidden, setup.compensation, _remembering(setup, shared))
+
+
+def rescoring_inputs(setup: RunSetup, stats: Entry | None) -> dict[str, Any]:
+    """What measuring again depends on, beside the model and the strategy."""
+    return {
+        "code": stage_code("rescoring"),
+        "stats": stats and stats.key,
+        "selector": method_identity(setup.selector),
+        "compensation": method_identity(setup.compensation),
+        "examples": [setup.samples.fingerprint, setup.samples.answers],
+        "protect": setup.options.protect,
+    }
+
+
+def _remembering(setup: RunSetup, shared: dict[str, Any]) -> Callable[[str, dict[str, Any], Callable[[], Any]], Any]:
+    """Keeps values in the store, under what they depend on: `shared` and their own inputs."""
 
     def remember(what: str, inputs: dict[str, Any], compute: Callable[[], Any]) -> Any:
         def build(folder: Path) -> dict[str, Any]:
@@ -53,19 +83,18 @@ def resumable_probe(setup: RunSetup) -> RemovalProbe:
         entry = make_stage(setup, "probe", {**shared, "what": what, **inputs}, build, help=lambda _: compute())
         return entry.output["value"]
 
-    samples = setup.samples if setup.losses_on else None
-    return ModelProbe(setup.dense, samples, remember=remember, show=show_progress)
+    return remember
 
 
 def describe_origin(setup: RunSetup, plan: Plan, n_remove: int, stats: Entry | None) -> dict[str, Any]:
     """The provenance of a plan: ratio, model and data, and the layers that were protected."""
-    ratio_holds = setup.cfg.n_remove is None and len(plan.removed) == n_remove
+    ratio_holds = setup.cfg.n_remove is None and len(plan.removed) + len(plan.sublayers) == n_remove
     provenance = {
         **plan.provenance,
-        "ratio": setup.cfg.ratio if ratio_holds else len(plan.removed) / plan.n_layers,
+        "ratio": setup.cfg.ratio if ratio_holds else (len(plan.removed) + len(plan.sublayers) / 2) / plan.n_layers,
         "n_remove": len(plan.removed),
         "model_fingerprint": setup.fingerprint,
-        "calibration": setup.samples.fingerprint if stats or setup.losses_on else None,
+        "calibration": setup.samples.fingerprint if stats or setup.losses_on or setup.rescores else None,
     }
     protected = stats.output["protected"] if stats else setup.dense.anatomy.protected
     if protected:

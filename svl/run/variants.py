@@ -36,12 +36,15 @@ class ModelVariant:
     @property
     def is_dense(self) -> bool:
         """Whether it is the model as it comes."""
-        return not self.plan.removed and not self.combined
+        return self.plan.is_empty and not self.combined
 
     @property
     def title(self) -> str:
         """For the log."""
-        return "dense" if self.is_dense else f"{len(self.plan.removed)} of {self.plan.n_layers} layers removed"
+        if self.is_dense:
+            return "dense"
+        parts = f" and {len(self.plan.sublayers)} sub-layers" if self.plan.sublayers else ""
+        return f"{len(self.plan.removed)} of {self.plan.n_layers} layers{parts} removed"
 
     def read_patch(self) -> Patch | None:
         """What is folded into kept weights, if anything is."""
@@ -119,6 +122,8 @@ class ModelVariant:
         """What tells it from other variants of its model, for keys."""
         file = self.stored_patch.manifest["files"].get("patch.safetensors") if self.stored_patch else None
         identity: dict[str, Any] = {"removed": self.plan.removed, "weights": file[1] if file else None}
+        if self.plan.sublayers:
+            identity["sublayers"] = self.plan.sublayers
         if self.combined:
             identity["combined"] = self.setup.combined_identities()
         return identity

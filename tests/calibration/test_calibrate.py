@@ -317,7 +317,8 @@ def test_samples_with_and_without_pictures_share_a_batch(vlm, make_samples):
 
 
 def test_same_seed_same_numbers_bit_for_bit(lm, samples):
-    first, second = (list(calibrate(lm, samples, batch_size=2).traces) for _ in range(2))
+    measure = {"statistics": STATISTICS, "batch_size": 2}
+    first, second = (list(calibrate(lm, samples, **measure).traces) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         for field in FIELDS:
             assert torch.equal(getattr(a, field), getattr(b, field))
@@ -326,8 +327,8 @@ def test_same_seed_same_numbers_bit_for_bit(lm, samples):
 
 
 def test_traces_in_a_folder_equal_those_in_memory(lm, samples, tmp_path):
-    memory = calibrate(lm, samples, batch_size=2)
-    stored = calibrate(lm, samples, batch_size=2, folder=tmp_path)
+    memory = calibrate(lm, samples, statistics=STATISTICS, batch_size=2)
+    stored = calibrate(lm, samples, statistics=STATISTICS, batch_size=2, folder=tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
     for _ in range(2):  # read again on every use
         for a, b in zip(memory.traces, stored.traces, strict=True):

@@ -34,6 +34,8 @@ def test_a_plan_survives_its_json():
     assert again.provenance == plan.provenance
     assert (again.removed, again.kept) == ((1, 3), (0, 2, 4))
     assert json.loads(plan.to_json())["kept"] == [0, 2, 4]
+    stepwise = Plan(5, (3, 1), order=(3, 1))
+    assert Plan.from_json(stepwise.to_json()) == stepwise != Plan(5, (3, 1), order=(1, 3))
     assert Plan.from_json('{"n_layers": 4, "removed": [2]}') == Plan(4, (2,))
     assert Plan(4, (2,), provenance={"a": 1}) == Plan(
         4, (2,), provenance={"b": 2}
@@ -84,6 +86,9 @@ def test_impossible_plans_are_refused(removed, importance, message):
         ({"merges": [[0.5, [1]]]}, "a merged layer is 0.5"),
         ({"merges": [[9, [1]]]}, r"merges layers \[1\] away, but removes \[1\]"),
         ({"merges": [[1, [1]]]}, "merges layer 1 into itself"),
+        ({"order": "1"}, "must be lists"),
+        ({"order": [True]}, "a layer in the order of removal is True"),
+        ({"order": [1, 2]}, r"removes layers in the order \[1, 2\], but removes \[1\]"),
         ({"n_layers": 10**13}, "for 10000000000000 decoder layers, but no model has more than 100000"),
         ({"removed": [1] * 10**5}, r"plan removes layers \[1, 1, 1, .*\.\.\.\], but the model has"),
         ({"kept": [0, 1, 2, 3]}, "kept and removed contradict each other"),

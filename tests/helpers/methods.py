@@ -12,9 +12,11 @@ from svl.config import CONF, build_method
 GROUPS = ("strategy", "selector", "compensation")
 CHOICES = {group: [file.stem for file in sorted(Path(CONF, group).glob("*.yaml"))] for group in GROUPS}
 # Settings where the defaults do nothing on four layers.
-OPTIONS = {"manual": {"layers": [1, 3]}} | {
-    f"shortened_{score}": {"protected": [0]} for score in ("ppl", "taylor", "magnitude")
-}
+OPTIONS = (
+    {"manual": {"layers": [1, 3]}}
+    | {name: {"of": {"_target_": "svl.strategies.cosine.Cosine"}} for name in ("iterative", "prune_and_comp")}
+    | {f"shortened_{score}": {"protected": [0]} for score in ("ppl", "taylor", "magnitude")}
+)
 
 
 def method(group: str, choice: str) -> Any:

@@ -80,10 +80,20 @@ def compensated(lvlm: Lvlm, plan: Plan, patch: Patch):
                 if parameter.ndim > 1 or "Norm" not in type(module).__name__:
                     old = {source: lvlm.layers[source].get_parameter(name) for source in terms}
                     parameter.copy_(sum(coefficient * old[source] for source, coefficient in terms.items()))
+    for layer, parts in patch.joins.items():
+        with torch.no_grad():
+            for name, parameter in whole.layers[layer].named_parameters():
+                parameter.copy_(_joined(name, [(lvlm.layers[p.layer].get_parameter(name), p) for p in parts]))
     for (layer, role), change in patch.updates.items():
         module = whole.layers[layer].get_submodule(lvlm.anatomy.writers[role][layer].module)
         module.register_forward_hook(functools.partial(_add, change))
+    for layer, role in plan.sublayers:
+        module = whole.layers[layer].get_submodule(lvlm.anatomy.writers[role][layer].module)
+        module.register_forward_hook(lambda _, args, out: torch.zeros_like(out))
     with skipped(whole, plan.removed) as model:
+        for start, stop in plan.runs:
+            if start in patch.maps:  # after the hook that skips
+                whole.layers[stop - 1].register_forward_hook(functools.partial(_mapped, patch.maps[start]))
         yield model
 
 
@@ -98,6 +108,32 @@ def _add(change: Update, module: nn.Module, args: tuple[Tensor, ...], out: Tenso
     if change.shift is not None:
         total = total + change.shift
     return total if change.scale is None else change.scale * total
+
+
+def _joined(name: str, parts) -> Tensor:
+    """A tensor of a joined layer, head by head and channel by channel."""
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+        flipped = [(weight.T, part) for weight, part in parts]
+        return _joined("q_proj" if "o_proj" in name else "up_proj", flipped).T
+    kinds = {
+        "q_proj": "queries",
+        "k_proj": "groups",
+        "v_proj": "groups",
+        "gate_proj": "channels",
+        "up_proj": "channels",
+    }
+    for key, kind in kinds.items():
+        if key in name:
+            size = len(parts[0][0]) // sum(len(getattr(part, kind)) for _, part in parts)
+            return torch.cat([w[i * size : (i + 1) * size] for w, part in parts for i in getattr(part, kind).tolist()])
+    return sum((part.share if "proj" in name else part.norm) * tensor for tensor, part in parts)
+
+
+def _mapped(matrix: Tensor, _: nn.Module, args, out):
+    """What a skipped layer passes on, mapped."""
+    if isinstance(out, tuple):
+        return (out[0] @ matrix.T, *out[1:])
+    return out @ matrix.T
 
 
 def update(d: int) -> Update:

@@ -14,14 +14,18 @@ from helpers.commands import ENVIRONMENT
 
 from svl.config import PACKAGE
 from svl.run import keys
+from svl.strategies.cosine import Cosine
+from svl.strategies.iterative import Iterative
+from svl.strategies.sleb import Sleb
 
 CHANGES = {  # what is changed in which file -> the digests that change
     "a mended strategy": ("strategies/cosine.py", "\nX = 1\n", {"Cosine"}),
     "a mended selector": ("selectors/tis.py", "\nX = 1\n", {"Tis"}),
     "a mended compensation": ("compensation/linear.py", "\nX = 1\n", {"Linear"}),
     "least squares, which compensations share": ("compensation/regression.py", "\nX = 1\n", {"Linear"}),
-    "the hooks of calibration": ("calibration/hooks.py", "\nX = 1\n", {"stats", "patch", "probe"}),
-    "trying removals": ("calibration/removal_probe.py", "\nX = 1\n", {"probe"}),
+    "the hooks of calibration": ("calibration/hooks.py", "\nX = 1\n", {"stats", "patch", "probe", "rescoring"}),
+    "trying removals": ("calibration/removal_probe.py", "\nX = 1\n", {"probe", "rescoring"}),
+    "measuring again": ("calibration/rescoring.py", "\nX = 1\n", {"rescoring"}),
     "scores": ("evaluation/perplexity.py", "\nX = 1\n", {"perplexity"}),
     "a comment": ("calibration/hooks.py", "\n# a comment\n", set()),
     "a docstring": ("calibration/hooks.py", '\n"""A text that stands alone."""\n', set()),
@@ -126,3 +130,13 @@ def test_what_only_type_checkers_import_is_not_followed(tmp_path, monkeypatch):
     (tmp_path / "my_types" / "shapes.py").write_text("X = 2\n")
     keys.code_digest.cache_clear()
     assert keys.code_digest("my_types.method") == before
+
+
+def test_a_method_within_a_method_counts_with_its_code_and_settings():
+    ids = {
+        json.dumps(keys.method_identity(Iterative(of)), sort_keys=True) for of in (Cosine(), Sleb(), Sleb(samples=2))
+    }
+    assert len(ids) == 3
+    inner = keys.method_identity(Iterative(Sleb(samples=2)))["of"]
+    assert inner == keys.method_identity(Sleb(samples=2))
+    assert keys.method_settings(Iterative(Sleb(2))) == {"of": {"_target_": "svl.strategies.sleb.Sleb", "samples": 2}}

@@ -12,7 +12,7 @@ from helpers.pairwise import pairwise
 from hydra import compose, initialize_config_dir
 
 from svl import config
-from svl.calibration import calibrate
+from svl.calibration import calibrate, rescoring
 from svl.checkpoints import export, fingerprint
 from svl.config import CONF
 from svl.core import SvlError
@@ -192,3 +192,24 @@ def test_an_export_folder_is_held_during_the_whole_run(tmp_path, monkeypatch):
             tmp_path,
         )
     assert seen == [True]
+
+
+def test_a_stepwise_search_is_continued_and_told_of(tmp_path, monkeypatch):
+    """Three layers after two measure once more; another compensation measures all again, and is another plan."""
+    measured = []
+    again = calibrate.calibrate
+    monkeypatch.setattr(rescoring, "calibrate", lambda lvlm, *args, **options: (
+        measured.append(lvlm.anatomy.n_layers), again(lvlm, *args, **options))[1])  # fmt: skip
+    words = ["strategy=prune_and_comp", "selector=all", "calibration.samples=4", "model.device=cpu"]
+    plans = {}
+    for n in (2, 3):
+        run = pipeline.Run(composed(tmp_path, *words, f"n_remove={n}"), tmp_path)
+        stages = run.prepare()
+        plans[n], depth = stages.plan, stages.plan.n_layers
+        assert len(stages.patch.output["changed"]) > 0
+    assert measured == [depth - 1, depth - 2]
+    assert plans[3].order[:2] == plans[2].order
+    assert plans[3].provenance["passes"] == 2 + 3  # the fit of two layers, which is not kept, takes two passes again
+    other = pipeline.Run(composed(tmp_path, *words, "n_remove=2", "compensation=mean_update"), tmp_path)
+    other.plan(other.calibrate())
+    assert measured == [depth - 1, depth - 2, depth - 1]
