@@ -82,7 +82,7 @@ class Activations:
         """See `core.HiddenStates`."""
         self.lvlm.require_in_memory("looking at weights")
         weight = self.lvlm.layers[layer].get_parameter(single_matrix(self.lvlm, layer, writer))
-        return weight.detach().double().abs().sum(0)
+        return weight.detach().to(fp64_device(weight.device)).double().abs().sum(0)
 
     def stream(
         self,

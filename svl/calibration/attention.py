@@ -57,12 +57,14 @@ class Meter:
         return self._copies[device]
 
     def keep(self, layer: int, received: Tensor, emitted: Tensor, visible: tuple[Tensor, Tensor]) -> None:
-        """Keep a layer's sums [B, 2, T], and how many queries and keys are visible."""
+        """Keep a layer's sums [B, 2, T], and what `visible` gives."""
         # rows of padding attend to something, too: not measured
-        valid = self.modality_on(received.device).sum(1, keepdim=True)
-        queries, keys = visible
-        self.received[layer], self.emitted[layer] = received, emitted * valid
-        self.queries[layer], self.keys[layer] = queries * valid, keys * valid
+        self.received[layer], self.emitted[layer] = received, emitted * self._valid_on(received.device)
+        self.queries[layer], self.keys[layer] = visible
+
+    def _valid_on(self, device: torch.device) -> Tensor:
+        """[B, 1, T], 1 where a token is no padding."""
+        return self.modality_on(device).sum(1, keepdim=True)
 
     def check_layers(self, n_layers: int) -> None:
         """Raise SvlError if some layer had no attention map (it is a convolution, or linear attention)."""
@@ -81,7 +83,8 @@ class Meter:
         modality = self.modality_on(device)
         whole = torch.ones(modality.shape[-1], modality.shape[-1], device=device)
         seen = mask[:, 0].float() if mask is not None else whole.tril() if causal else whole
-        counts = (modality @ seen, (seen @ modality.mT).mT)
+        valid = self._valid_on(device)
+        counts = (modality @ seen * valid, (seen @ modality.mT).mT * valid)
         self._visible.append((mask, causal, counts))
         return counts
 

@@ -144,7 +144,7 @@ def measure_batch(lvlm: Lvlm, batch: Sequence[Sample], statistics: Sequence[str]
         meter.check_layers(len(layers))
         for name in ("received", "emitted", "queries", "keys"):
             per_layer = {i: x.to(lvlm.device) for i, x in getattr(meter, name).items()}
-            same = name in ("queries", "keys") and all(torch.equal(per_layer[0], per_layer[i]) for i in layers)
+            same = name in ("queries", "keys") and all(_equal(per_layer[0], per_layer[i]) for i in layers)
             whole[name] = torch.stack([per_layer[i] for i in (range(1) if same else layers)], 1).cpu()
     traces = []
     for b, sample in enumerate(batch):
@@ -152,6 +152,11 @@ def measure_batch(lvlm: Lvlm, batch: Sequence[Sample], statistics: Sequence[str]
         measured = {name: values[b][..., here] for name, values in whole.items()}
         traces.append(TokenTrace(sample.row, visual[b].cpu()[here], **measured))
     return traces
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal; a device is asked only about different ones."""
+    return a is b or torch.equal(a, b)
 
 
 def window_cosines(states: Sequence[Tensor]) -> Tensor:

@@ -76,8 +76,9 @@ def sublayer_hooks(lvlm: Lvlm, cosines: dict[int, Tensor]) -> Iterator[None]:
 
     def hook(i: int) -> Callable[..., None]:
         def measure(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            before, after = first_argument(args, kwargs).float(), first_output(output).float()
-            attention, mlp = (written.pop(role).reshape(before.shape) for role in roles)
+            after = first_output(output).float()
+            before = first_argument(args, kwargs).to(after.device).float()  # the layer's own
+            attention, mlp = (written.pop(role).to(after.device).reshape(before.shape) for role in roles)
             if not torch.allclose(before + attention + mlp, after, rtol=2e-2, atol=2e-2 * float(after.abs().max())):
                 raise SvlError(f"layer {i} of '{lvlm.name}' adds something else than attention and MLP write")
             pairs = ((before, before + attention), (after - mlp, after))

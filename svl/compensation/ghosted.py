@@ -71,7 +71,8 @@ class Ghosted(Compensation):
         solved = {step: regression.solve() for step, regression in fits.items()}
         maps = {}
         for start, stop in plan.runs:
-            total = torch.eye(len(solved[steps[0]][0]), dtype=torch.float64, device=solved[steps[0]][0].device)
+            any_map = solved[steps[0]][0]
+            total = torch.eye(len(any_map), dtype=any_map.dtype).to(any_map.device)
             for first, last in steps:
                 if start <= first and last <= stop:
                     total = total + total @ solved[first, last][0]

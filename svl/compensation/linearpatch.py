@@ -72,7 +72,9 @@ class LinearPatch(Compensation):
         for (start, stop), parts in ratios.items():
             scale = _mean_scale(parts, start, stop)
             maps[start] = ((basis * scale) @ basis.mT).float().cpu()
-            notes.append(f"layers {start}..{stop - 1}: channels grow by {scale.min():.3f} to {scale.max():.3f}")
+            notes.append(
+                f"layers {start}..{stop - 1}: channels grow by {float(scale.min()):.3f} to {float(scale.max()):.3f}"
+            )
         return Patch(maps=maps, notes=tuple(notes))
 
 

@@ -17,6 +17,7 @@ from svl.core.errors import SvlError
 from svl.core.patch import Patch
 from svl.core.plan import Plan
 from svl.models.lvlm import Lvlm
+from svl.models.placement import input_device
 
 ENTERING, LEAVING = "map_of_entering", "map_of_leaving"  # names of a layer's maps
 
@@ -29,7 +30,7 @@ class CutMap(nn.Module):
         self.weight = nn.Parameter(torch.empty(width, width, device="meta"), requires_grad=False)
 
     def forward(self, state: Tensor) -> Tensor:
-        return F.linear(state.float(), self.weight).to(state.dtype)
+        return F.linear(state.to(self.weight.device, torch.float32), self.weight).to(state.dtype)
 
 
 def check_no_maps(lvlm: Lvlm, plan: Plan) -> None:
@@ -57,6 +58,7 @@ def add_maps(lvlm: Lvlm, kept: nn.ModuleList, plan: Plan, patch: Patch) -> dict[
         number = len(kept) - 1 if is_last else plan.kept.index(stop)
         _add_map(kept[number], name, lvlm.anatomy.hidden_size)
         device = next(lvlm.layers[plan.kept[number]].parameters()).device
+        device = input_device(lvlm.model) if device.type == "meta" else device  # of a layer that is read when needed
         values[f"{lvlm.anatomy.layers}.{number}.{name}.weight"] = patch.maps[start].to(device, torch.float32)
     return values
 

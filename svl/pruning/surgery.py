@@ -63,8 +63,9 @@ def apply(lvlm: Lvlm, plan: Plan, patch: Patch | None = None) -> Lvlm:
     state |= cut_maps.add_maps(lvlm, anatomy.layers_of(pruned), plan, patch)
     absent = sublayers.leave_out(anatomy.layers_of(pruned), anatomy.layers, plan, left_out)
     state = {name: tensor for name, tensor in state.items() if not name.startswith(absent)}
-    parts = [*(name for name, _ in dense.named_modules()), *device_map(dense)]
-    state = place_like(dense, pruned, new_names(parts, anatomy, plan), state)
+    parts = new_names([*(name for name, _ in dense.named_modules()), *device_map(dense)], anatomy, plan)
+    parts = {old: new for old, new in parts.items() if not new.startswith(absent)}
+    state = place_like(dense, pruned, parts, state)
     with explained(f"'{lvlm.name}' cannot do without layers {list(plan.removed)}"):  # a layer may have another shape
         missing, unexpected = pruned.load_state_dict(state, strict=False, assign=True)
     copy_ties(dense, pruned, anatomy, plan)

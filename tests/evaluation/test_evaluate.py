@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from svl.core import SvlError
 from svl.data.pictures import open_picture
-from svl.evaluation.answerer import images_of
+from svl.evaluation.conversations import images_of
 from svl.models.anatomy import find_anatomy
 from svl.models.lvlm import Lvlm
 

@@ -14,7 +14,7 @@ from helpers.tasks import benchmark, sample_rows, script
 
 from svl.core import SvlError
 from svl.evaluation import benchmarks
-from svl.evaluation.answerer import images_of
+from svl.evaluation.conversations import images_of
 from svl.evaluation.settings import TaskOptions
 from svl.evaluation.tasks import utils
 from svl.run import run_result

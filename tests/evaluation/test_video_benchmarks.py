@@ -12,7 +12,7 @@ from helpers.video_standins import write_mvbench, write_video, write_videomme
 import svl
 from svl.core import SvlError
 from svl.evaluation import benchmarks
-from svl.evaluation.answerer import images_of, video_of
+from svl.evaluation.conversations import images_of, video_of
 from svl.evaluation.documents import video_lookup
 from svl.evaluation.settings import TaskOptions
 
