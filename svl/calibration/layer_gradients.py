@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from svl.models.devices import fp64_device
+
 T = TypeVar("T")
 
 
@@ -108,8 +110,12 @@ def _step_back(
             slopes[k], *gradients = torch.autograd.grad(leaving, [state, *weights], slopes[k].to(leaving.device))
             for total, gradient in zip(sums, gradients, strict=True):
                 total += gradient
-    products = (w.detach().float() * total for w, total in zip(weights, sums, strict=True))
-    return sum(float(product.abs().sum(dtype=torch.float64)) for product in products)
+    return sum(size_of(w.detach().float() * total) for w, total in zip(weights, sums, strict=True))
+
+
+def size_of(tensor: Tensor, power: int = 1) -> float:
+    """The sum of |x|^power over all numbers of a tensor, in fp64."""
+    return float(tensor.abs().pow(power).to(fp64_device(tensor.device)).sum(dtype=torch.float64))
 
 
 def layer_weights(layer: nn.Module) -> list[tuple[str, nn.Parameter]]:

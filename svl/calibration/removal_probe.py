@@ -21,13 +21,12 @@ from torch.nn import functional as F
 
 from svl.calibration.calibrate import no_progress
 from svl.calibration.encoding import encode_answer, explained_samples
-from svl.calibration.layer_gradients import layer_weights, taylor_salience
+from svl.calibration.layer_gradients import layer_weights, size_of, taylor_salience
 from svl.calibration.layer_replay import Replay, record_replay
 from svl.calibration.logits import LogitTail, find_logit_tail
 from svl.core import Patch, Plan, SvlError
 from svl.core.errors import out_of_memory
 from svl.data.samples import Sample, Samples
-from svl.models.devices import fp64_device
 from svl.models.lvlm import Lvlm, Progress
 from svl.models.placement import stored_tensor
 from svl.processes import all_or_none, gather_shares, my_share, process_rank
@@ -184,7 +183,7 @@ class ModelProbe:
     def magnitude(self, power: int) -> list[float]:
         """See `core.RemovalProbe`."""
         return [
-            sum(_size(stored_tensor(layer, name).float(), power) for name, _ in layer_weights(layer))
+            sum(size_of(stored_tensor(layer, name).float(), power) for name, _ in layer_weights(layer))
             for layer in self.layers
         ]
 
@@ -291,11 +290,6 @@ class ModelProbe:
         for first in range(0, len(rows), step):
             logits = self.tail.logits(states[first : first + step, positions]).float()
             yield from zip(logits, rows[first : first + step], strict=True)
-
-
-def _size(tensor: Tensor, power: int) -> float:
-    """Sum of |x|^power over a tensor, in fp64."""
-    return float(tensor.abs().pow(power).to(fp64_device(tensor.device)).sum(dtype=torch.float64))
 
 
 def _finite(value: float, what: str) -> float:

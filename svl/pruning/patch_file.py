@@ -16,6 +16,7 @@ from svl.core.patch import JoinedPart, Patch, Update
 
 PARTS = ("left", "right", "delta", "shift")
 INDICES = ("channels", "queries", "groups")  # of a joined part, `<layer>.join<number>.<which>`
+TERMS = "terms"  # of a joined part, likewise: its layer, norm and share, fp64 [3]
 
 
 def save_patch(patch: Patch, file: Path) -> None:
@@ -31,11 +32,13 @@ def save_patch(patch: Patch, file: Path) -> None:
         if update.scale is not None:
             tensors[f"{layer}.{role}.scale"] = torch.tensor(update.scale, dtype=torch.float64)
     tensors |= {f"{start}.map": matrix.cpu().clone().contiguous() for start, matrix in patch.maps.items()}
-    joins: dict[int, list[tuple[int, float, float]]] = {}
     for layer, joined in patch.joins.items():
-        joins[layer] = [(part.layer, part.norm, part.share) for part in joined]
-        tensors |= {f"{layer}.join{n}.{i}": getattr(p, i).clone() for n, p in enumerate(joined) for i in INDICES}
-    save_file(tensors, file, {"blends": json.dumps(patch.blends), "joins": json.dumps(joins)})
+        for n, source in enumerate(joined):
+            tensors |= {f"{layer}.join{n}.{which}": getattr(source, which).clone() for which in INDICES}
+            terms = [source.layer, source.norm, source.share]
+            tensors[f"{layer}.join{n}.{TERMS}"] = torch.tensor(terms, dtype=torch.float64)
+    # One entry of metadata: several would come in any order, and a patch must have one hash.
+    save_file(tensors, file, {"blends": json.dumps(patch.blends)})
 
 
 def load_patch(file: Path) -> Patch:
@@ -46,12 +49,14 @@ def load_patch(file: Path) -> Patch:
     """
     parts: dict[tuple[int, str], dict[str, Any]] = {}
     maps: dict[int, torch.Tensor] = {}
+    joined: dict[int, dict[int, dict[str, torch.Tensor]]] = {}
     with explained(f"'{file}' is not a patch"), safe_open(file, "pt") as source:
         for name in source.keys():  # noqa: SIM118 (not a dict)
             if at := re.fullmatch(r"([0-9]{1,9})\.map", name):
                 maps[int(at[1])] = source.get_tensor(name)
                 continue
-            if re.fullmatch(rf"[0-9]{{1,9}}\.join[0-9]{{1,9}}\.({'|'.join(INDICES)})", name):
+            if at := re.fullmatch(rf"([0-9]{{1,9}})\.join([0-9]{{1,9}})\.({'|'.join((*INDICES, TERMS))})", name):
+                joined.setdefault(int(at[1]), {}).setdefault(int(at[2]), {})[at[3]] = source.get_tensor(name)
                 continue
             found = re.fullmatch(r"([0-9]{1,9})\.(\w+)\.(\w+)", name)
             if not found or found[3] not in (*PARTS, "scale"):
@@ -60,13 +65,7 @@ def load_patch(file: Path) -> Patch:
             parts.setdefault((int(found[1]), found[2]), {})[found[3]] = tensor.item() if found[3] == "scale" else tensor
         blends = json.loads((source.metadata() or {}).get("blends", "{}"))
         joins = {
-            int(layer): tuple(
-                JoinedPart(
-                    int(k), float(norm), float(share), *(source.get_tensor(f"{layer}.join{n}.{i}") for i in INDICES)
-                )
-                for n, (k, norm, share) in enumerate(joined)
-            )
-            for layer, joined in json.loads((source.metadata() or {}).get("joins", "{}")).items()
+            layer: tuple(_joined_part(joined[layer][n]) for n in sorted(joined[layer])) for layer in sorted(joined)
         }
         updates = {key: Update(**parts[key]) for key in sorted(parts)}
         return Patch(updates, _numbered(blends), {start: maps[start] for start in sorted(maps)}, joins=joins)
@@ -75,3 +74,8 @@ def load_patch(file: Path) -> Patch:
 def _numbered(blends: dict[str, dict[str, Any]]) -> dict[int, dict[int, float]]:
     """The blends of a patch from JSON, which has texts as keys."""
     return {int(layer): {int(k): float(c) for k, c in terms.items()} for layer, terms in blends.items()}
+
+
+def _joined_part(tensors: dict[str, torch.Tensor]) -> JoinedPart:
+    layer, norm, share = tensors[TERMS].tolist()
+    return JoinedPart(int(layer), norm, share, *(tensors[which] for which in INDICES))

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from svl.core import Patch, Plan, SvlError, Update
+from svl.core import JoinedPart, Patch, Plan, SvlError, Update
 from svl.pruning import folding
 from svl.pruning.patch_file import load_patch, save_patch
 from svl.pruning.surgery import apply
@@ -142,6 +142,18 @@ def test_updates_of_any_shape_fit_exactly_or_are_refused(data, llama):
 
 
 # ------------------------------------------------------------------------------------------------------- files
+
+
+def test_a_patch_has_one_file(tmp_path):
+    """Scores go by its hash."""
+    part = JoinedPart(0, 0.3, 0.7, *(torch.arange(k) for k in (3, 2, 1)))
+    patch = Patch({(0, "mlp"): Update(scale=2.0)}, {1: {0: 0.5, 2: 0.5}}, {3: torch.eye(2)}, joins={2: (part, part)})
+    for n in range(8):
+        save_patch(patch, tmp_path / str(n))
+    assert len({(tmp_path / str(n)).read_bytes() for n in range(8)}) == 1
+    (first, second) = load_patch(tmp_path / "0").joins[2]
+    assert (first.layer, first.norm, first.share) == (0, 0.3, 0.7)
+    assert torch.equal(second.queries, part.queries)
 
 
 def test_patches_survive_their_file(tmp_path):
