@@ -21,7 +21,7 @@ from svl.models.hub_snapshot import HubSnapshot, find_hub_snapshot
 from svl.models.loading import load_processor, read_model_config
 from svl.models.lvlm import Lvlm
 from svl.models.transformers_internals import empty_model
-from svl.models.weight_files import PICKLES, find_weight_files
+from svl.models.weight_files import PICKLES, check_index, find_weight_files
 from svl.pruning.folding import check_foldable
 from svl.store.artifacts import Store
 
@@ -62,6 +62,7 @@ def _examine_source(checkpoint: str, revision: str | None, section: Section) -> 
     if os.path.isdir(checkpoint):
         folder = Path(checkpoint)
         files = find_weight_files(folder)
+        check_index(folder)
         size = sum(file.stat().st_size for file in files.files)
         section.ok(f"folder '{folder}': {len(files.files)} files with weights, {in_words(size)}")
         if files.pickled:
