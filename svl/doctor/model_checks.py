@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from svl.config import load_options
+from svl.config import load_options, plain_values
 from svl.core import layers_to_remove
 from svl.core.errors import SvlError, explained
 from svl.demo import bundled
@@ -20,6 +20,7 @@ from svl.models.anatomy import Anatomy, find_anatomy
 from svl.models.hub_snapshot import HubSnapshot, find_hub_snapshot
 from svl.models.loading import load_processor, read_model_config
 from svl.models.lvlm import Lvlm
+from svl.models.prompts import with_prompt_style
 from svl.models.transformers_internals import empty_model
 from svl.models.weight_files import PICKLES, check_index, find_weight_files
 from svl.pruning.folding import check_foldable
@@ -49,6 +50,7 @@ def examine_model(cfg: DictConfig, store: Store, section: Section) -> Examined |
         processor, token = load_processor(checkpoint, config, options)
         anatomy = find_anatomy(model, options.layers, image_token=token, protect=options.protect)
         lvlm = Lvlm(model, processor, anatomy, options.model_name(checkpoint))
+        lvlm = with_prompt_style(lvlm, cfg.model.prompt, plain_values(cfg.model.image_processor))
         found = Examined(lvlm, model_shape(lvlm, dtype))
         _examine_layers(cfg, anatomy, section)
         _examine_methods(cfg, lvlm, section)
