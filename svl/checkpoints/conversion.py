@@ -22,14 +22,13 @@ from svl.checkpoints import hub
 from svl.checkpoints.auxiliary_files import copy_auxiliary_files, find_auxiliary_files
 from svl.checkpoints.export import check_disk_space
 from svl.checkpoints.fingerprint import checkpoint_fingerprint
+from svl.checkpoints.pruning_record import CONVERTED
 from svl.checkpoints.safetensors_files import read_header
 from svl.core.errors import SvlError, explained
 from svl.models.weight_files import INDEX, WEIGHTS, find_weight_files, read_json
 from svl.store.files import whole_folder
 
 log = logging.getLogger(__name__)
-
-FIELD = "converted_from"  # of config.json
 
 
 def convert(source: Path | str, path: Path | str, revision: str | None = None) -> Path:
@@ -48,6 +47,8 @@ def convert(source: Path | str, path: Path | str, revision: str | None = None) -
         raise SvlError(f"source: the weights of '{source}' are no pickles ({weights.files[0].name}): use it as it is")
     config, files = read_json(folder / "config.json"), find_auxiliary_files(folder)
     origin = {"source": str(source), "fingerprint": checkpoint_fingerprint(str(folder), None, path, full_hash=True)}
+    if base_model := hub.hub_id(source):
+        origin["base_model"] = base_model
     check_disk_space(path, sum(file.stat().st_size for file in (*weights.files, *files)))
     with whole_folder(path) as target:
         weight_map = _write_tensors(weights.files, target)
@@ -58,7 +59,7 @@ def convert(source: Path | str, path: Path | str, revision: str | None = None) -
             index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
             (target / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         copy_auxiliary_files(folder, files, target)
-        (target / "config.json").write_text(json.dumps({**config, FIELD: origin}, indent=2) + "\n")
+        (target / "config.json").write_text(json.dumps({**config, CONVERTED: origin}, indent=2) + "\n")
     return path
 
 

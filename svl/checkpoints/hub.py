@@ -39,6 +39,11 @@ def local_checkpoint(source: str | Path, revision: str | None = None, pickles: b
     return folder
 
 
+def hub_id(source: str | Path) -> str | None:
+    """The hub id that `local_checkpoint` would take a source for; None of a folder."""
+    return None if os.path.isdir(os.path.expanduser(source)) else str(source)
+
+
 def check_hub_access(repo: str) -> None:
     """Raise SvlError unless `repo` is a name for a repository, and the Hub knows who is asking."""
     from huggingface_hub import HfApi

@@ -20,7 +20,7 @@ from svl.checkpoints.pruned_tensors import (
     prediction_layers,
     split_layer_number,
 )
-from svl.checkpoints.pruning_record import FIELD, pruning_record
+from svl.checkpoints.pruning_record import CONVERTED, FIELD, converted_model, pruning_record
 from svl.checkpoints.safetensors_writing import NewTensor, write_weights
 from svl.checkpoints.skeleton import Skeleton, read_skeleton
 from svl.core.errors import SvlError
@@ -123,7 +123,7 @@ def plan_checkpoint(
     tensors = list(plan_tensors(dense, plan, with_zeros(patch, plan)))
 
     dense_config, _ = read_model_config(folder, options)
-    base_model = str(source) if folder != Path(source).expanduser().absolute() else None
+    base_model = converted_model(getattr(dense_config, CONVERTED, None)) or hub.hub_id(source)
     record = pruning_record(plan, patch, key, base_model, getattr(dense_config, FIELD, None))
     config = pruned_config(dense_config, plan)
     if left_out := prediction_layers(dense, layer_prefix(dense)):

@@ -4,12 +4,17 @@
      "history": [{"n_layers": 16, "removed": [1, 2, 9, 10], ...}], "original": {"n_layers": 16, "removed": [...]}}
 
 `removed` and `compensated` are numbers of the model that was pruned; `original` has those of the first one.
+
+What was converted says so beside it, under `converted_from`; `base_model` is missing if it has no hub id:
+
+    {"source": "owner/name", "fingerprint": "12ab...", "base_model": "owner/name"}
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 from typing import Any
 
 from svl.core.errors import SvlError
@@ -19,6 +24,8 @@ from svl.core.plan import Plan
 log = logging.getLogger(__name__)
 
 FIELD = "layer_pruning"
+CONVERTED = "converted_from"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
 def changed_writers(patch: Patch | None) -> list[str]:
@@ -54,6 +61,12 @@ def pruning_record(
         n_layers, removed = original_layers(record)
         record["original"] = {"n_layers": n_layers, "removed": removed}
     return record
+
+
+def converted_model(origin: Any) -> str | None:
+    """Hub id of what a checkpoint was converted from, by its record; None without one, and if it is no such record."""
+    base_model = origin.get("base_model") if isinstance(origin, dict) else None
+    return base_model if isinstance(base_model, str) and HUB_ID.fullmatch(base_model) else None
 
 
 def original_layers(record: dict[str, Any]) -> tuple[int, list[int]]:

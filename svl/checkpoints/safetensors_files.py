@@ -80,6 +80,9 @@ def row_blocks(tensor: StoredTensor) -> Iterator[tuple[int, int | None]]:
 def read_tensors(folder: Path) -> dict[str, StoredTensor]:
     """The tensors of a checkpoint folder by name, in the order in which they lie on disk, from the headers alone.
 
+    As transformers reads them: all that are in the files, whatever an index says of them; of a name in several files,
+    the tensor in the last.
+
     Raises:
         SvlError: if the weights are pickles, quantised, damaged, incomplete, or laid out in a way that is not known.
     """
@@ -94,12 +97,7 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
         )
     found: dict[str, StoredTensor] = {}
     for file in weights.files:
-        tensors = read_header(file)
-        if twice := found.keys() & tensors.keys():
-            raise SvlError(f"'{folder}' has tensor '{min(twice)}' in two files")
-        found |= tensors
-    if weights.names is not None and (missing := weights.names - found.keys()):
-        raise SvlError(f"'{folder}' lacks tensor '{min(missing)}', which its index names")
+        found |= read_header(file)
     for name, tensor in found.items():
         if tensor.dtype not in DTYPES:
             raise SvlError(f"the weights in '{folder}' are quantised ('{name}' is stored as {tensor.dtype})")

@@ -109,8 +109,20 @@ class Samples:
         return iter(self.samples)
 
     def batches(self, size: int) -> list[tuple[Sample, ...]]:
-        """The samples in their order, `size` at a time."""
-        return [self.samples[i : i + size] for i in range(0, len(self), size)]
+        """The samples in their order, at most `size` at a time; the videos of one batch have equally many frames.
+
+        Processors of several families stack the videos of a batch.
+        """
+        batches: list[list[Sample]] = []
+        frames: set[int] = set()  # of the videos in the last batch
+        for sample in self:
+            shown = {len(sample.frames)} - {0}
+            if not batches or len(batches[-1]) == size or len(frames | shown) > 1:
+                batches.append([])
+                frames = set()
+            batches[-1].append(sample)
+            frames |= shown
+        return [tuple(batch) for batch in batches]
 
     @cached_property
     def fingerprint(self) -> str:

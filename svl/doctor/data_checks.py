@@ -46,7 +46,9 @@ def _ask_hub(calibration: DictConfig, section: Section) -> None:
     from datasets import load_dataset_builder
 
     builder = load_dataset_builder(calibration.path, calibration.name, revision=calibration.revision)
-    splits = sorted(builder.info.splits or {})
+    if calibration.image_table:
+        load_dataset_builder(calibration.path, calibration.image_table.name, revision=calibration.revision)
+    splits = sorted(builder.info.splits or builder.config.data_files or {})
     if splits and calibration.split.partition("[")[0] not in splits:
         raise SvlError(f"'{calibration.path}' has no split '{calibration.split}'; it has: {', '.join(splits)}")
     section.ok(f"data set '{calibration.path}' on the hub or in its cache; rows are streamed, none was read")

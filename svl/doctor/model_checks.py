@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from svl.config import build_method, load_options
+from svl.config import build_method, load_options, plain_values
 from svl.core import layers_to_remove
 from svl.core.errors import SvlError, explained
 from svl.demo import bundled
@@ -22,8 +22,9 @@ from svl.models.loading import load_processor, read_model_config
 from svl.models.lvlm import Lvlm
 from svl.models.options import LoadOptions
 from svl.models.placement import weights_by_place
+from svl.models.prompts import with_prompt_style
 from svl.models.transformers_internals import empty_model
-from svl.models.weight_files import PICKLES, find_weight_files
+from svl.models.weight_files import PICKLES, check_index, find_weight_files
 from svl.pruning.folding import check_foldable
 from svl.store.artifacts import Store
 
@@ -51,6 +52,7 @@ def examine_model(cfg: DictConfig, store: Store, section: Section) -> Examined |
         processor, token = load_processor(checkpoint, config, options)
         anatomy = find_anatomy(model, options.layers, image_token=token, protect=options.protect)
         lvlm = Lvlm(model, processor, anatomy, options.model_name(checkpoint))
+        lvlm = with_prompt_style(lvlm, cfg.model.prompt, plain_values(cfg.model.image_processor))
         found = Examined(lvlm, model_shape(lvlm, dtype))
         _examine_layers(cfg, anatomy, section)
         _examine_placement(options, lvlm, section)
@@ -65,6 +67,7 @@ def _examine_source(checkpoint: str, revision: str | None, section: Section) -> 
     if os.path.isdir(checkpoint):
         folder = Path(checkpoint)
         files = find_weight_files(folder)
+        check_index(folder)
         size = sum(file.stat().st_size for file in files.files)
         section.ok(f"folder '{folder}': {len(files.files)} files with weights, {in_words(size)}")
         if files.pickled:

@@ -247,6 +247,7 @@ def missing_parameters(model: PreTrainedModel, places: dict[str, Destination]) -
         made |= {place.name.replace(targets[0], target) for target in targets}
     optional = "|".join(model._keys_to_ignore_on_load_missing or ()) or r"(?!)"
     tied = model.all_tied_weights_keys
+    made |= {source for target, source in tied.items() if target in made}  # either of the two will do
     return sorted(n for n in model.state_dict().keys() - made if n not in tied and not re.search(optional, n))
 
 

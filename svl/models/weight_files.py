@@ -21,6 +21,7 @@ PICKLED = "pytorch_model.bin"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 STANDARD_NAMES = [WEIGHTS, INDEX, PICKLED, PICKLED_INDEX]  # transformers takes the first that is there
+NAMED = (".safetensors", ".safetensors.index.json")  # what the config may name
 ADAPTER = "adapter_config.json"
 CONVERT = "convert them once, with 'svl-export convert source={} out=DIR', and use that folder"
 
@@ -58,6 +59,10 @@ def find_weight_files(folder: Path) -> WeightFiles:
     if name is None:
         raise SvlError(_why_no_weights(folder))
     where = "name" if name in STANDARD_NAMES else "config"
+    if where == "config" and not name.endswith(NAMED):
+        raise SvlError(
+            f"'{folder}' takes weights from {name!r}, which its config names: only *{' or *'.join(NAMED)} can be"
+        )
     pickled = name in (PICKLED, PICKLED_INDEX)
     if not name.endswith(".index.json"):
         return WeightFiles((_checked(folder, name, where),), pickled=pickled)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import svl
 from svl.calibration.activations import Activations
 from svl.calibration.calibrate import calibrate, check_selector
 from svl.calibration.encoding import encode_answer, encode_samples
@@ -137,6 +138,29 @@ def test_a_batch_of_unlike_samples_is_calibrated_as_each_alone(kind, request, sa
         (alone,) = calibrate(lvlm, Samples("alone", (sample,)), batch_size=1).traces
         assert trace.visual.equal(alone.visual)
         torch.testing.assert_close(trace.cosine, alone.cosine, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["internvl3_8b", "llava_onevision_7b", "qwen2_5_vl_7b"])
+def test_videos_of_unequal_length_are_calibrated_as_each_alone(name, mimic, make_samples):
+    """In one set, in its order: statistics and hidden states; beside samples with a picture, and with nothing."""
+    lvlm = svl.load(mimic(name), device="cpu", dtype="float32", name=name)
+    pictures = [make_samples([1], seed=seed).samples[0].images[0] for seed in range(8)]  # of one size
+    videos = [pictures[:4], pictures[2:4], [], pictures[4:], pictures[1:5], [], pictures[:1], pictures]
+    made = [replace(s, images=(), frames=tuple(v)) for s, v in zip(make_samples([3] * 8), videos, strict=True)]
+    made[5] = replace(made[5], images=(pictures[0],))
+    mixed = Samples("mixed", tuple(made))
+    together = calibrate(lvlm, mixed, batch_size=8)
+    states = list(Activations(lvlm, mixed, together, batch_size=8).stream([1]))
+    for sample, trace, state in zip(mixed, together.traces, states, strict=True):
+        one = Samples("alone", (sample,))
+        alone = calibrate(lvlm, one, batch_size=1)
+        (expected,) = alone.traces
+        assert trace.index == sample.row
+        assert trace.visual.equal(expected.visual)
+        assert bool(trace.visual.any()) == bool(sample.frames or sample.images)
+        torch.testing.assert_close(trace.cosine, expected.cosine, atol=1e-5, rtol=0)
+        (expected_state,) = Activations(lvlm, one, alone, batch_size=1).stream([1])
+        torch.testing.assert_close(state.h(1), expected_state.h(1), atol=1e-4, rtol=1e-4)
 
 
 def test_the_turns_before_the_question_are_part_of_the_prompt(llama):

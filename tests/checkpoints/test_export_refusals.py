@@ -66,7 +66,6 @@ REFUSALS: dict[str, tuple[Any, str]] = {
     "lost shard": (lambda f: with_index(f, {"weight_map": {"a": "model-2.safetensors"}}), "lacks 'model-2.safeten"),
     "outside": (lambda f: with_index(f, {"weight_map": {"a": "../x.safetensors"}}), "takes weights from '../x.safe"),
     "hidden": (lambda f: with_index(f, {"weight_map": {"a": ".x.safetensors"}}), "takes weights from '.x.safetens"),
-    "lost tensor": (lambda f: with_index(f, {"weight_map": {"a": "model-1.safetensors"}}), "lacks tensor 'a'"),
     "lost layer": (
         lambda f: rewrite_tensors(f, lambda t: t.pop(LAYER.format(4)) is None), "not known: 1 weights of Llama",
     ),

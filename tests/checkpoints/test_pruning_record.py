@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from helpers.exports import set_config
+from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -27,6 +29,25 @@ def test_a_first_pruning_has_no_history():
         "compensated": ["0.attn", "2.mlp", "3.*"], "key": "abc", "base_model": "owner/name",
     }  # fmt: skip
     assert "base_model" not in pruning_record(plan, None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("origin", "name"),
+    [
+        ({"source": "owner/name", "fingerprint": "12ab", "base_model": "owner/name"}, "owner/name"),
+        ({"source": "folder/name", "fingerprint": "12ab"}, None),  # a folder, however it is called
+        ({"base_model": "a/b\n<img>"}, None),
+        ({"base_model": 3}, None),
+        ("owner/name", None),
+        (None, None),
+    ],
+)
+def test_what_was_converted_is_named_where_it_has_a_name(origin, name, checkpoint, tmp_path):
+    source = shutil.copytree(checkpoint("llama"), tmp_path / "source")
+    set_config(source, converted_from=origin)
+    out = export.save(source, Plan(4, (1,)), tmp_path / "out")
+    assert ModelCard.load(out / "README.md").data.base_model == name
+    assert json.loads((out / "config.json").read_text())["layer_pruning"].get("base_model") == name
 
 
 def test_steps_are_composed_to_numbers_of_the_first_model():

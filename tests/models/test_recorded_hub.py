@@ -12,7 +12,7 @@ from helpers.commands import ENVIRONMENT, QUIET, manifests, run_svl
 from helpers.hub_mimics import MIMICS
 from helpers.recorded_hub import RecordedHub
 from helpers.tasks import script
-from huggingface_hub import constants
+from huggingface_hub import ModelCard, constants
 from omegaconf import OmegaConf
 
 import svl
@@ -150,6 +150,9 @@ def test_pickles_on_the_hub_are_converted_once(recorded, tmp_path):
     folder = conversion.convert(CHAT, tmp_path / "converted")
     out = export.save(folder, Plan(8, (2, 5)), tmp_path / "out")
     assert svl.load(out, device="cpu").anatomy.n_layers == 6
+    again = export.save(out, Plan(6, (0,)), tmp_path / "again")
+    for card in (out, again):  # the original is named, not the folder of its conversion
+        assert ModelCard.load(card / "README.md").data.base_model == CHAT
 
 
 def test_a_whole_run_from_the_hub_and_again_without_it(recorded, monkeypatch, tmp_path):
