@@ -178,6 +178,7 @@ def test_a_failure_keeps_what_is_finished(tmp_path, monkeypatch):
     from svl.run import pipeline
 
     sample = ["tracker=none", "strategy=tail", "benchmark=demo", "benchmark.limit=4", f"paths.store={tmp_path}/store"]
+    config.register_with_hydra()
     with initialize_config_dir(str(config.CONF), version_base="1.3"):
         cfg = compose("config", overrides=[*sample, f"paths.outputs={tmp_path}/out", "ratio=0.125"])
     folder = tmp_path / "out"
