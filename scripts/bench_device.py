@@ -49,8 +49,11 @@ from transformers.utils import logging
 import svl
 from svl.calibration.encoding import encode_samples
 from svl.calibration.hooks import run_decoder
+from svl.compensation.come import Come
+from svl.compensation.ghosted import Ghosted
 from svl.compensation.linear import Linear
 from svl.compensation.linear_cosine import LinearCosine
+from svl.compensation.linearpatch import LinearPatch
 from svl.compensation.magnitude import Magnitude
 from svl.compensation.mean_update import MeanUpdate
 from svl.compensation.merge import Merge
@@ -225,7 +228,10 @@ COMPENSATIONS: dict[str, Any] = {
     "mean_update": MeanUpdate,
     "magnitude": Magnitude,
     "merge": Merge,
+    "come": Come,
     "linear": Linear,
+    "linearpatch": LinearPatch,
+    "ghosted": Ghosted,
     "linear_cosine": LinearCosine,
     "refit, gaps": lambda: Refit(layers="gaps"),
     "refit": Refit,

@@ -222,7 +222,7 @@ def test_gradients_in_a_process_of_their_own():
     environment = {**os.environ, "GRADIENTS_ON_FAKE_DEVICES": "1"}
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
-    assert "3 passed" in done.stdout
+    assert "4 passed" in done.stdout
 
 
 alone = pytest.mark.skipif("GRADIENTS_ON_FAKE_DEVICES" not in os.environ, reason="in a process of its own, see above")
@@ -291,7 +291,8 @@ def test_every_device_is_waited_for_when_speed_is_measured(pair, samples, monkey
 # -------------------------------------------------------------------------------- accelerators that lack something
 
 
-def test_sums_of_a_device_without_fp64_are_taken_on_the_cpu(checkpoint, samples):
+@alone
+def test_gradient_and_other_sums_of_a_device_without_fp64_are_taken_on_the_cpu(checkpoint, samples):
     from helpers.fake_devices import accelerator
 
     with accelerator() as name:

@@ -126,7 +126,8 @@ def _joined(name: str, parts) -> Tensor:
         if key in name:
             size = len(parts[0][0]) // sum(len(getattr(part, kind)) for _, part in parts)
             return torch.cat([w[i * size : (i + 1) * size] for w, part in parts for i in getattr(part, kind).tolist()])
-    return sum((part.share if "proj" in name else part.norm) * tensor for tensor, part in parts)
+    by_share = any(word in name for word in ("proj", "q_norm", "k_norm"))
+    return sum((part.share if by_share else part.norm) * tensor for tensor, part in parts)
 
 
 def _mapped(matrix: Tensor, _: nn.Module, args, out):

@@ -40,6 +40,7 @@ def test_one_pass_serves_strategies_selectors_and_ratios(tmp_path, monkeypatch):
             words = [*(f"{name}={value}" for name, value in chosen.items()), "compensation=none"]
             words += ["benchmark=none", "tracker=none", "calibration.samples=6", "calibration.batch_size=4"]
             words += [f"paths.store={tmp_path}", f"paths.outputs={tmp_path}", "model.device=cpu"]
+            words += ["calibration.statistics=[cosine,windows,attention]"]  # all that any of them asks for
             run = pipeline.Run(compose("config", overrides=words), tmp_path)
             plans.add(tuple(run.plan(run.calibrate()).output["removed"]))
     assert passes == [4, 2]
