@@ -192,8 +192,8 @@ class LockStep:
         if len(staying) == len(rows.numbers):
             return
         self._batch.rows[key] = self._batch.interned([rows.numbers[place] for place in staying])
-        if key in self._batch.slots:
-            layer = self._batch.slots[key].layer
+        layer = self._batch.slots[key].layer if key in self._batch.slots else None
+        if layer is not None and layer.is_initialized:  # else its block is left out, and keeps nothing
             layer.batch_select_indices(torch.tensor(staying, device=layer.keys.device))
 
     def _ends(self, settings: GenerationConfig) -> list[int]:
@@ -224,7 +224,8 @@ class LockStep:
                 leads = tuple(first.values())
                 module: nn.Module = own if identity == module_identity(own) else modules[of_one[0]]
                 lead_of = tuple(leads.index(first[history[k]]) for k in of_one)
-                found[-1].append(Group(module.forward, tuple(of_one), leads, lead_of))
+                forward = own.forward if module is own else module  # the host's will be replaced; others have hooks
+                found[-1].append(Group(forward, tuple(of_one), leads, lead_of))
             history = _continued(history, found[-1])
         return found
 

@@ -91,6 +91,22 @@ def test_patched_layers_are_run_for_their_models_only(llava, samples, encode):
     assert not torch.equal(found[1], found[2])
 
 
+def test_maps_at_cuts_and_missing_blocks_are_the_models_own(llava, samples, encode):
+    """Maps are applied by hooks of the layers beside a cut; a block that is left out fills no cache."""
+    turn = torch.eye(llava.anatomy.hidden_size).roll(1, 0)
+    plans = [
+        Plan(4, ()),
+        Plan(4, (1,)),
+        Plan(4, (1,)),
+        Plan(4, (2, 3)),
+        Plan(4, (), removed_attn=(2,)),
+        Plan(4, (1,), removed_attn=(3,), removed_mlp=(2,)),
+    ]
+    patches = [None, Patch(maps={1: turn}), None, Patch(maps={2: turn}), None, None]
+    models = [apply(llava, plan, patch) for plan, patch in zip(plans, patches, strict=True)]
+    check(llava, models, plans, encode(llava, samples.samples[:3]), settings())
+
+
 @contextmanager
 def rows_through_layers(*lvlms):
     """Of each call of a decoder layer's MLP, within the block: where its weights are, and its rows and tokens."""
