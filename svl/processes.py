@@ -117,18 +117,21 @@ def all_or_none(work: Callable[[], T]) -> T:
     """What `work` gives in this process, when all have done theirs.
 
     Raises:
-        SvlError: in all of them, if it was raised in one: none waits for another that has given up.
+        SvlError: if another process has failed; one that has failed itself raises what it failed with. So none waits
+            for another that has given up.
     """
+    if process_count() == 1:
+        return work()
     result, failure = None, None
     try:
         result = work()
-    except SvlError as error:
-        if process_count() == 1:
-            raise
+    except Exception as error:  # noqa: BLE001 (raised below, when the others know)
         failure = error
-    failures = [text for text in gather_values(None if failure is None else str(failure)) if text is not None]
-    if failures:
-        raise failure or SvlError(failures[0])
+    told = gather_values(None if failure is None else str(failure) or type(failure).__name__)
+    if failure is not None:
+        raise failure
+    if failed := [f"process {rank}: {text}" for rank, text in enumerate(told) if text is not None]:
+        raise SvlError(failed[0])
     return cast("T", result)
 
 

@@ -19,7 +19,7 @@ from helpers.commands import QUIET, SMALL, run_svl
 from helpers.fake_devices import FakeTensor, fake_devices
 from helpers.methods import CHOICES, method
 from helpers.paths import ROOT
-from helpers.references import logits
+from helpers.references import logits, together
 from helpers.spread_models import assert_plain, map_over, same
 from hydra import compose, initialize_config_dir
 
@@ -33,7 +33,6 @@ from svl.config import CONF
 from svl.core import Patch, Plan, SvlError, Update
 from svl.evaluation.efficiency import measure_efficiency
 from svl.evaluation.settings import EfficiencySettings
-from svl.evaluation.shared_prefill import SharedPrefill
 from svl.models import devices, placement
 from svl.models.lvlm import Lvlm
 from svl.pruning.selfcheck import check_surgery, example_inputs
@@ -271,10 +270,8 @@ def test_models_that_answer_together_answer_as_alone(pair, samples, encode, gene
     models = [spread, apply(spread, Plan(4, (3,))), apply(spread, Plan(4, (2,))), apply(spread, Plan(4, (2,)), scaled)]
     inputs = encode(spread, samples.samples[:2])
     alone = [generate(m.model, inputs, n=3).logits for m in models]
-    shared = SharedPrefill(models)
-    for k in shared.order:
-        with shared.reading(k):
-            same(list(generate(models[k].model, inputs, n=3).logits), list(alone[k]))
+    found, shared = together(models, lambda model: list(generate(model, inputs, n=3).logits))
+    same(found, [list(steps) for steps in alone])
     assert 0 < shared.layers_saved < shared.layers_passed
 
 

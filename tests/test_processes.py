@@ -18,6 +18,12 @@ SCRIPT = """
     processes.SILENCE = 4.0
     processes.join_processes()
     print(processes.gather_values(processes.process_rank() + 1), processes.broadcast_word("x"), flush=True)
+    def work():
+        if processes.process_rank() == 1:
+            raise MemoryError("no room")
+
+    if sys.argv[1] == "fail":
+        processes.all_or_none(work)
     if sys.argv[1] == "wait":
         processes.gather_values(sys.stdin.readline())
     elif processes.process_rank() == 0:
@@ -67,3 +73,11 @@ def test_a_silent_process_ends_the_others(start):
 def test_one_that_has_left_is_not_missed(start):
     processes = start("leave")
     assert [process.wait() for process in processes] == [0, 0]
+
+
+def test_what_fails_in_one_is_known_to_all(start):
+    """Whatever it is: one that leaves without a word would leave the others waiting for it."""
+    first, second = start("fail")
+    assert [process.wait() for process in (first, second)] == [1, 1]
+    assert "svl.core.errors.SvlError: process 1: no room" in first.stderr.read()
+    assert "MemoryError: no room" in second.stderr.read()

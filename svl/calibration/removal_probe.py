@@ -35,6 +35,7 @@ from svl.pruning import surgery
 Remember = Callable[[str, dict[str, Any], Callable[[], Any]], Any]
 BASE = -1  # the row with nothing more removed
 TOKENS = 2048  # tokens whose logits are computed at once
+MEMORY = 2**31  # bytes for states kept between the steps of a search
 
 
 @dataclass
@@ -71,7 +72,7 @@ class ModelProbe:
         lvlm: Lvlm,
         samples: Samples | None,
         *,
-        memory: int = 2**31,
+        memory: int = MEMORY,
         remember: Remember = lambda what, inputs, compute: compute(),
         show: Progress = no_progress,
     ):

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-COMPARED = 1024  # tokens whose states are compared at once, see svl.calibration.calibrate
-PROBE_MEMORY = 2**31  # bytes of states kept between the steps of a greedy search, see svl.calibration.removal_probe
+from svl.calibration.calibrate import CHUNK
+from svl.calibration.removal_probe import MEMORY
 
 
 @dataclass(frozen=True)
@@ -99,14 +99,14 @@ def _calibration(model: ModelShape, load: Load) -> Need:
     depth = model.layers + 1
     states = depth * tokens * model.hidden * model.bytes_each
     pairs = depth * model.layers // 2 * tokens * 4
-    compared = 2 * min(tokens, COMPARED) * depth * model.hidden * 4
-    formula = f"{formula}, or two fp32 copies of {COMPARED} tokens' states; + L + 1 states, L (L + 1) / 2 cosines"
+    compared = 2 * min(tokens, CHUNK) * depth * model.hidden * 4
+    formula = f"{formula}, or two fp32 copies of {CHUNK} tokens' states; + L + 1 states, L (L + 1) / 2 cosines"
     return Need("calibrate", model.weights + states + pairs + max(forward, compared), "device", formula)
 
 
 def _probing(model: ModelShape, load: Load) -> Need:
     state = load.samples * load.tokens * model.hidden * model.bytes_each
-    kept = min(PROBE_MEMORY, state * model.layers * (model.layers + 1) // 2)
+    kept = min(MEMORY, state * model.layers * (model.layers + 1) // 2)
     batch = _activations(model, model.layers * load.tokens)
     formula = "weights + a layer's activations of L rows of a sample + states kept between the steps"
     return Need("plan, by trying removals out", model.weights + batch + kept, "device", formula)

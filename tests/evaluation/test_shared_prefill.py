@@ -5,21 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.families import every, generate, lvlm_of
-from helpers.references import logits
+from helpers.references import logits, together
 
 from svl.core import Patch, Plan, SvlError, Update
 from svl.evaluation.shared_prefill import SharedPrefill
 from svl.pruning.surgery import apply
-
-
-def together(models, ask):
-    """What `ask(model)` gives when they read one batch one after the other, and what shares."""
-    shared = SharedPrefill(models)
-    found = [None] * len(models)
-    for k in shared.order:
-        with shared.reading(k):
-            found[k] = ask(models[k].model)
-    return found, shared
 
 
 def relatives(lvlm):

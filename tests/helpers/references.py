@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from svl.calibration.encoding import encode_answer
 from svl.core import Patch, Plan, Update
+from svl.evaluation.shared_prefill import SharedPrefill
 from svl.models.lvlm import Lvlm
 from svl.pruning.surgery import apply
 
@@ -20,6 +21,16 @@ from svl.pruning.surgery import apply
 def logits(model, inputs) -> Tensor:
     with torch.inference_mode():
         return model(**inputs).logits
+
+
+def together(models, ask):
+    """What `ask(model)` gives when they read one batch one after the other, and what shares."""
+    shared = SharedPrefill(models)
+    found = [None] * len(models)
+    for k in shared.order:
+        with shared.reading(k):
+            found[k] = ask(models[k].model)
+    return found, shared
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.families import SUPPORTED, generate, lvlm_of
-from helpers.references import close, compensated, logits
+from helpers.references import close, compensated, logits, together
 
 from svl.checkpoints import export
 from svl.checkpoints.pruning_record import changed_writers
@@ -18,7 +18,6 @@ from svl.compensation.linear import Linear
 from svl.core import Patch, Plan, SvlError, checked_patch
 from svl.evaluation import efficiency
 from svl.evaluation.settings import EfficiencySettings
-from svl.evaluation.shared_prefill import SharedPrefill
 from svl.pruning.patch_file import load_patch, save_patch
 from svl.pruning.surgery import apply
 
@@ -107,13 +106,10 @@ def test_models_with_maps_answer_together_as_alone(vlm, samples, encode):
     end, start = mapped_plan(vlm, (3, 4)), mapped_plan(vlm, (0, 1))
     models = [apply(vlm, *pair) for pair in ((plan, patch), (plan, other), end, start, (plan, None))] + [vlm]
     alone = [generate(m.model, inputs) for m in models]
-    shared, found = SharedPrefill(models), {}
-    for k in shared.order:
-        with shared.reading(k):
-            found[k] = generate(models[k].model, inputs)
-    for k, (words, numbers) in enumerate(alone):
-        assert torch.equal(found[k][0], words)
-        assert torch.equal(found[k][1], numbers)
+    found, shared = together(models, lambda model: generate(model, inputs))
+    for (words, numbers), (expected_words, expected_numbers) in zip(found, alone, strict=True):
+        assert torch.equal(words, expected_words)
+        assert torch.equal(numbers, expected_numbers)
     assert shared.layers_saved > 0
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.checkpoints import assert_same_checkpoint
 from helpers.families import SUPPORTED, generate, lvlm_of
-from helpers.references import close, logits
+from helpers.references import close, logits, together
 
 import svl
 from svl.checkpoints import export
@@ -18,7 +18,6 @@ from svl.core import Plan, SvlError, Update
 from svl.core.patch import Patch
 from svl.evaluation import efficiency
 from svl.evaluation.settings import EfficiencySettings
-from svl.evaluation.shared_prefill import SharedPrefill
 from svl.pruning.selfcheck import check_surgery
 from svl.pruning.sublayers import NoAttention, NoMlp
 from svl.pruning.surgery import apply
@@ -86,13 +85,10 @@ def test_models_without_blocks_answer_together_as_alone(vlm, samples, encode):
     models = [apply(vlm, Plan(4, (), removed_attn=attn, removed_mlp=mlp))
               for attn, mlp in (((3,), ()), ((2,), ()), ((2,), (3,)), ((), (1, 3)))] + [vlm]  # fmt: skip
     alone = [generate(m.model, inputs) for m in models]
-    shared, found = SharedPrefill(models), {}
-    for k in shared.order:
-        with shared.reading(k):
-            found[k] = generate(models[k].model, inputs)
-    for k, (words, numbers) in enumerate(alone):
-        assert torch.equal(found[k][0], words)
-        assert torch.equal(found[k][1], numbers)
+    found, shared = together(models, lambda model: generate(model, inputs))
+    for (words, numbers), (expected_words, expected_numbers) in zip(found, alone, strict=True):
+        assert torch.equal(words, expected_words)
+        assert torch.equal(numbers, expected_numbers)
     assert shared.layers_saved > 0
 
 
