@@ -49,8 +49,9 @@ def test_the_pruned_model_is_the_dense_one_that_skips_layers_and_adds_the_patch(
     stats = replace(select(measured, selector), probe=ModelProbe(lvlm, samples))
     hidden = Activations(lvlm, samples, stats)
     plan = strategy.plan(replace(stats, rescoring=ModelRescoring(hidden, compensation)), 2)
-    joint = chosen["strategy"] == "sublayer_cosine"  # attention and MLP of one layer are the layer
-    assert len(plan.removed) * (1 + joint) + len(plan.sublayers) == (0 if chosen["strategy"] == "identity" else 2)
+    joint = chosen["strategy"] in ("sublayer_cosine", "block_pruner")  # attention and MLP of one layer are the layer
+    wanted = {"identity": 0, "block_pruner": 4}.get(chosen["strategy"], 2)
+    assert len(plan.removed) * (1 + joint) + len(plan.sublayers) == wanted
     assert set(plan.removed) <= set(lvlm.anatomy.removable)
     assert Plan.from_json(plan.to_json()) == plan
     patch = compensation.fit(hidden, plan)

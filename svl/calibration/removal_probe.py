@@ -24,6 +24,7 @@ from svl.calibration.encoding import encode_answer, explained_samples
 from svl.calibration.layer_gradients import layer_weights, size_of, taylor_salience
 from svl.calibration.layer_replay import Replay, record_replay
 from svl.calibration.logits import LogitTail, find_logit_tail
+from svl.calibration.sublayer_sweep import Sublayer, block_name, block_number, sublayer_of, sweep_sublayers
 from svl.core import Patch, Plan, SvlError
 from svl.core.errors import out_of_memory
 from svl.data.samples import Sample, Samples
@@ -33,6 +34,7 @@ from svl.processes import all_or_none, gather_shares, my_share, process_rank
 from svl.pruning import surgery
 
 Remember = Callable[[str, dict[str, Any], Callable[[], Any]], Any]
+Swept = Iterator[tuple["ScoredSample", tuple[int, ...], Tensor]]
 BASE = -1  # the row with nothing more removed
 TOKENS = 2048  # tokens whose logits are computed at once
 MEMORY = 2**31  # bytes for states kept between the steps of a search
@@ -119,11 +121,16 @@ class ModelProbe:
     def losses(self, removed: Collection[int], candidates: Collection[int]) -> tuple[float, dict[int, float]]:
         """See `core.RemovalProbe`."""
 
-        def nll(logits: Tensor, base: Tensor, targets: Tensor) -> float:
-            return float(F.cross_entropy(logits, targets, reduction="sum"))
-
-        values = self._try("loss", nll, removed, candidates)
+        values = self._try("loss", _nll, removed, candidates, self._sweep)
         return values.pop(BASE), values
+
+    def sublayer_losses(
+        self, removed: Collection[Sublayer], candidates: Collection[Sublayer]
+    ) -> tuple[float, dict[Sublayer, float]]:
+        """See `core.RemovalProbe`."""
+        gone, tried = ([block_number(block) for block in blocks] for blocks in (removed, candidates))
+        values = self._try("sublayer loss", _nll, gone, tried, self._sweep_sublayers, block_name)
+        return values.pop(BASE), {sublayer_of(number): value for number, value in values.items()}
 
     def changes(self, removed: Collection[int], candidates: Collection[int]) -> dict[int, float]:
         """See `core.RemovalProbe`."""
@@ -131,7 +138,7 @@ class ModelProbe:
         def distance(logits: Tensor, base: Tensor, targets: Tensor) -> float:
             return float(torch.linalg.vector_norm(logits - base, dim=-1).sum())
 
-        values = self._try("change", distance, removed, candidates)
+        values = self._try("change", distance, removed, candidates, self._sweep)
         del values[BASE]
         return values
 
@@ -219,13 +226,15 @@ class ModelProbe:
         measure: Callable[[Tensor, Tensor, Tensor], float],
         removed: Collection[int],
         candidates: Collection[int],
+        sweep: Callable[[Collection[int], Collection[int]], Swept],
+        called: Callable[[int], str] = "layer {}".format,
     ) -> dict[int, float]:
-        """Sums of `measure(logits [n, V], base logits, targets)` per answer token, by row of `_sweep`."""
+        """Sums of `measure(logits [n, V], base logits, targets)` per answer token, by row of `sweep`."""
 
         @torch.no_grad()
         def measure_share() -> list[tuple[dict[int, float], int]]:
             found = []
-            for sample, rows, states in self._sweep(removed, candidates):
+            for sample, rows, states in sweep(removed, candidates):
                 values: dict[int, float] = {}
                 base: Tensor | None = None
                 for logits, i in self._logits(states, rows, sample.positions):
@@ -241,15 +250,25 @@ class ModelProbe:
                     total[i] += value
                 tokens += n_targets
             for i, value in total.items():
-                _finite(value, f"the {what} of '{self.lvlm.name}'" + ("" if i == BASE else f" without layer {i}"))
+                _finite(value, f"the {what} of '{self.lvlm.name}'" + ("" if i == BASE else f" without {called(i)}"))
             return {str(i): value / tokens for i, value in total.items()}
 
         inputs = {"removed": sorted(removed), "candidates": sorted(candidates)}
         return {int(i): value for i, value in self._remembered(what, inputs, compute).items()}
 
-    def _sweep(
-        self, removed: Collection[int], candidates: Collection[int]
-    ) -> Iterator[tuple[ScoredSample, tuple[int, ...], Tensor]]:
+    def _sweep_sublayers(self, removed: Collection[int], candidates: Collection[int]) -> Swept:
+        """As `_sweep`, of blocks by number."""
+        for sample in self.show(self.scored, f"{len(candidates)} removals", len(self.scored)):
+
+            def run(i: int, states: Tensor, sample: ScoredSample = sample) -> Tensor:
+                return self._run(self.layers[i], i, states, sample)
+
+            rows, states = sweep_sublayers(
+                run, self.layers, self.lvlm.anatomy, sample.state, self.start, removed, candidates
+            )
+            yield sample, (BASE, *rows), states
+
+    def _sweep(self, removed: Collection[int], candidates: Collection[int]) -> Swept:
         """For every sample: rows (`BASE`, then candidates ascending) and their states that leave the last layer.
 
         The batch that enters layer i is the base with the candidates below i.
@@ -291,6 +310,11 @@ class ModelProbe:
         for first in range(0, len(rows), step):
             logits = self.tail.logits(states[first : first + step, positions]).float()
             yield from zip(logits, rows[first : first + step], strict=True)
+
+
+def _nll(logits: Tensor, base: Tensor, targets: Tensor) -> float:
+    """Cross-entropy of `logits` [n, V], summed over positions."""
+    return float(F.cross_entropy(logits, targets, reduction="sum"))
 
 
 def _finite(value: float, what: str) -> float:

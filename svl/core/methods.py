@@ -106,6 +106,12 @@ class RemovalProbe(Protocol):
         """Loss without the layers `removed`, and without one more layer, for each of `candidates`."""
         ...
 
+    def sublayer_losses(
+        self, removed: Collection[tuple[int, str]], candidates: Collection[tuple[int, str]]
+    ) -> tuple[float, dict[tuple[int, str], float]]:
+        """As `losses`, without attentions and MLPs: (layer, "attn" or "mlp")."""
+        ...
+
     def changes(self, removed: Collection[int], candidates: Collection[int]) -> dict[int, float]:
         """Mean L2 distance of the answer tokens' logits from those without `removed`, for each of `candidates`."""
         ...

@@ -157,9 +157,11 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-4) -> None:
     torch.testing.assert_close(a, b, atol=tolerance * float(b.abs().max()), rtol=0)
 
 
-def rebuilt_loss(lvlm, examples, removed) -> float:
-    """Loss of the rebuilt model over answer tokens, through its own forward pass; one sample at a time."""
-    model, total, n = apply(lvlm, Plan(lvlm.anatomy.n_layers, tuple(removed))).model, 0.0, 0
+def rebuilt_loss(lvlm, examples, removed, blocks=()) -> float:
+    """Loss of the rebuilt model, without layers and (layer, role) blocks, over answer tokens, one sample at a time."""
+    attn, mlp = (tuple(i for i, found in blocks if found == role) for role in ("attn", "mlp"))
+    plan = Plan(lvlm.anatomy.n_layers, tuple(removed), removed_attn=attn, removed_mlp=mlp)
+    model, total, n = apply(lvlm, plan).model, 0.0, 0
     for example in examples.samples:
         inputs, answer = encode_answer(lvlm, example)
         with torch.inference_mode():

@@ -273,13 +273,14 @@ class MPLUGOwl2Multiway(nn.Module):
         self.multiway = nn.ModuleList(make() for _ in range(2))
 
     def forward(self, x: Tensor, visual: Tensor | None) -> Tensor:
-        """What the module of its modality makes of each token of `x` [B, T, d]; `visual` [B, T] is true where it is.
+        """What the module of its modality makes of each token of `x` [B, T, d]; `visual` [B or 1, T] is true where it is.
 
         None: all is text.
         """
         text, image = self.multiway
         if visual is None:
             return text(x)
+        visual = visual.expand(x.shape[:2])
         made = text(x[~visual])
         result = made.new_empty(*x.shape[:2], made.shape[-1])
         result[~visual], result[visual] = made, image(x[visual])

@@ -1,0 +1,55 @@
+"""Greedy removal of attentions and MLPs by loss (BlockPruner, arXiv 2406.10594).
+
+Every attention and every MLP still there is switched off in turn, and the one that is missed least goes; of equals the
+first, attentions before MLPs. The ratio counts halves of layers: 2 n blocks go for n layers, and a layer that loses both
+is removed. The loss is that of the calibration set's answer tokens, of plain text every next token, whose exponential
+is the paper's perplexity.
+
+Cost for B = 2 n of 2 L blocks, all removable: sum over steps k < B of (2 L - k) losses, e.g. 805 for 14 of 64. They take
+about half of as many forward passes (see `svl.calibration.sublayer_sweep`), and each is kept in the store, so that a
+longer search continues a shorter one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from svl.core import Plan, Stats, Strategy, SvlError, one_of
+
+
+@dataclass(frozen=True)
+class BlockPruner(Strategy):
+    """Greedy search over blocks.
+
+    Attributes:
+        targets: which may go: attn, mlp, or both.
+        samples: calibration samples that losses are measured on (null: all).
+    """
+
+    targets: tuple[str, ...] = ("attn", "mlp")
+    samples: int | None = None
+    needs: ClassVar[frozenset[str]] = frozenset({"probe"})
+
+    def __post_init__(self) -> None:
+        for target in self.targets:
+            one_of("strategy.targets", target, ("attn", "mlp"))
+        if not self.targets:
+            raise SvlError("strategy.targets is empty, but must name attn, mlp or both")
+
+    def plan(self, stats: Stats, n_remove: int) -> Plan:
+        """Remove 2 `n_remove` blocks of removable layers; there is no importance.
+
+        Raises:
+            SvlError: if there are fewer, or no layer would be left.
+        """
+        probe = stats.required_probe().with_samples(self.samples)
+        blocks = [(i, role) for role in ("attn", "mlp") if role in self.targets for i in stats.candidates(n_remove)]
+        if 2 * n_remove > len(blocks):
+            raise SvlError(f"cannot remove {2 * n_remove} blocks: only {len(blocks)} of {self.targets} may go")
+        removed: list[tuple[int, str]] = []
+        for _ in range(2 * n_remove):
+            _, losses = probe.sublayer_losses(removed, [block for block in blocks if block not in removed])
+            removed.append(min(losses, key=lambda block: (losses[block], blocks.index(block))))
+        attn, mlp = (tuple(i for i, found in removed if found == role) for role in ("attn", "mlp"))
+        return Plan(stats.n_layers, (), removed_attn=attn, removed_mlp=mlp)
