@@ -6,7 +6,7 @@ model with nothing more removed. So a candidate runs the layers from its own on,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,7 +39,7 @@ def block_name(number: int) -> str:
 
 def sweep_sublayers(
     run: Callable[[int, Tensor], Tensor],
-    layers: Sequence[nn.Module],
+    layers: nn.ModuleList,
     anatomy: Anatomy,
     state: Tensor,
     start: int,
@@ -65,7 +65,8 @@ def sweep_sublayers(
     """
     if missing := [role for role in ROLES if role not in anatomy.writers]:
         raise SvlError(f"not every layer of this model has a block '{missing[0]}', so they cannot be tried one by one")
-    states, rows = state, ()
+    states = state
+    rows: tuple[int, ...] = ()
     for i in range(start, len(layers)):
         mine = [block_number((i, role)) for role in ROLES]
         joining = tuple(number for number in mine if number in candidates)

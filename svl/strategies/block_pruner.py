@@ -1,13 +1,13 @@
 """Greedy removal of attentions and MLPs by loss (BlockPruner, arXiv 2406.10594).
 
 Every attention and every MLP still there is switched off in turn, and the one that is missed least goes; of equals the
-first, attentions before MLPs. The ratio counts halves of layers: 2 n blocks go for n layers, and a layer that loses both
-is removed. The loss is that of the calibration set's answer tokens, of plain text every next token, whose exponential
-is the paper's perplexity.
+first, attentions before MLPs. The ratio counts halves of layers: 2 n blocks go for n layers, and a layer that loses
+both is removed. The loss is that of the calibration set's answer tokens, of plain text every next token; the paper's
+perplexity is its exponential.
 
-Cost for B = 2 n of 2 L blocks, all removable: sum over steps k < B of (2 L - k) losses, e.g. 805 for 14 of 64. They take
-about half of as many forward passes (see `svl.calibration.sublayer_sweep`), and each is kept in the store, so that a
-longer search continues a shorter one.
+Cost for B = 2 n of 2 L blocks, all removable: sum over steps k < B of (2 L - k) losses, e.g. 805 for 14 of 64. They
+take about half of as many forward passes (see `svl.calibration.sublayer_sweep`), and each is kept in the store, so that
+a longer search continues a shorter one.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ class BlockPruner(Strategy):
             SvlError: if there are fewer, or no layer would be left.
         """
         probe = stats.required_probe().with_samples(self.samples)
-        blocks = [(i, role) for role in ("attn", "mlp") if role in self.targets for i in stats.candidates(n_remove)]
+        blocks: list[tuple[int, str]] = [
+            (i, role) for role in ("attn", "mlp") if role in self.targets for i in stats.candidates(n_remove)
+        ]
         if 2 * n_remove > len(blocks):
             raise SvlError(f"cannot remove {2 * n_remove} blocks: only {len(blocks)} of {self.targets} may go")
         removed: list[tuple[int, str]] = []

@@ -273,9 +273,9 @@ class MPLUGOwl2Multiway(nn.Module):
         self.multiway = nn.ModuleList(make() for _ in range(2))
 
     def forward(self, x: Tensor, visual: Tensor | None) -> Tensor:
-        """What the module of its modality makes of each token of `x` [B, T, d]; `visual` [B or 1, T] is true where it is.
+        """What the module of its modality makes of each token of `x` [B, T, d].
 
-        None: all is text.
+        `visual` [B or 1, T] is true where a token is visual; None: all is text.
         """
         text, image = self.multiway
         if visual is None:
