@@ -33,6 +33,8 @@ class Tis(TokenSelector):
         text_self: received (average of A[s, i] over textual queries) | emitted (of A[i, s] over textual keys).
         visible: average over the queries (keys) that can see (be seen by) the token; False averages over all of the
             modality, which under a causal mask favours early tokens.
+        skip: tokens at the start of every sample that are never chosen, and that `p` does not count: attention sinks,
+            or a system prompt by its length.
     """
 
     p: float = 0.5
@@ -41,6 +43,7 @@ class Tis(TokenSelector):
     layers: str = "mean"
     text_self: str = "received"
     visible: bool = True
+    skip: int = 0
     needs: ClassVar[frozenset[str]] = frozenset({"attention"})
 
     def __post_init__(self) -> None:
@@ -51,6 +54,8 @@ class Tis(TokenSelector):
             one_of("selector.layers", self.layers, ("mean", "each", "<layer number>"))
         if not 0 < self.p <= 1:
             raise SvlError(f"selector.p is {self.p}, but must lie in (0, 1]")
+        if self.skip < 0:
+            raise SvlError(f"selector.skip is {self.skip}, but must be at least 0")
 
     def scores(self, trace: TokenTrace) -> Tensor:
         """Importance of every token: fp64 [T], or [L, T] with `layers=each`.
@@ -89,7 +94,8 @@ class Tis(TokenSelector):
     def _top(self, scores: Tensor, visual: Tensor) -> Tensor:
         """0/1 marks [T] of the top tokens; of equals (to five digits) the earlier one is taken."""
         marks = torch.zeros(len(scores))
-        pools = [visual, ~visual] if self.pool == "modality" else [torch.ones_like(visual)]
+        late = torch.arange(len(scores), device=visual.device) >= self.skip
+        pools = [visual & late, ~visual & late] if self.pool == "modality" else [late]
         for pool in pools:
             members = pool.nonzero()[:, 0]
             if len(members) == 0:

@@ -11,7 +11,7 @@ from svl.selectors.tis import Tis
 
 
 @pytest.mark.parametrize("wrong", [{"p": 0}, {"p": 1.1}, {"rule": "top"}, {"pool": "all"}, {"layers": "last"},
-                                   {"layers": "-1"}, {"text_self": "both"}])  # fmt: skip
+                                   {"layers": "-1"}, {"text_self": "both"}, {"skip": -1}])  # fmt: skip
 def test_wrong_tis_settings_are_refused(wrong):
     with pytest.raises(SvlError, match=f"selector.{next(iter(wrong))}"):
         Tis(**wrong)
@@ -48,3 +48,16 @@ def test_tis_takes_the_exact_fraction_and_of_equals_the_earlier():
     noisy = torch.tensor([0.2, 0.2 + 1e-8, 0.2 - 1e-8, 0.2001], dtype=torch.float64)  # equal but for rounding errors
     assert Tis(p=0.5)._top(noisy, text[:4]).tolist() == [1, 0, 0, 1]
     assert Tis(p=0.5, rule="nucleus")._top(torch.zeros(4), text[:4]).tolist() == [1, 0, 0, 0]
+
+
+def test_skipped_tokens_are_never_chosen(llava, samples):
+    for trace in calibrate(llava, samples).traces:
+        for pool in ("joint", "modality"):
+            usual, late = (Tis(pool=pool, p=1.0, skip=n).weights(trace) for n in (0, 2))
+            assert bool(usual.all())
+            assert late.tolist() == [0, 0] + [1] * (len(trace.visual) - 2)
+        rest, scores = Tis(p=0.5, skip=2).weights(trace), Tis().scores(trace)[2:]
+        assert rest[:2].tolist() == [0, 0]
+        assert rest[2:].sum() == (len(scores) + 1) // 2  # half of those that are left
+        assert scores[rest[2:].bool()].min() >= scores[~rest[2:].bool()].max()
+    assert Tis(skip=10**6).weights(trace).sum() == 0
