@@ -206,11 +206,12 @@ class WalkStep:
                 x, given, wanted = (h[0].to(place).float() for h in (reads[writer], out, sample.dense))
                 yield x, given, wanted, sample.weights[self.layer].to(place)
 
-    def change(self, writer: str, delta: Tensor) -> None:
+    def change(self, writer: str, delta: Tensor) -> Tensor:
         """See `core.LayerStep`."""
         name = single_matrix(self.lvlm, self.layer, writer)
         weight = self.changed[name] if name in self.changed else stored_tensor(self.lvlm.layers[self.layer], name)
         self.changed[name] = folding.fold_update(weight, Update(delta=delta))
+        return self.changed[name]
 
 
 def single_matrix(lvlm: Lvlm, layer: int, role: str) -> str:

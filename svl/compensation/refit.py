@@ -75,8 +75,7 @@ class Refit(Compensation):
             for writer in self.targets:
                 change, note = self._refit(step, writer)
                 delta = change.mT.float().contiguous()
-                step.change(writer, delta)
-                updates[step.layer, writer] = Update(delta=delta.cpu())
+                updates[step.layer, writer] = Update(weight=step.change(writer, delta).cpu())
                 notes.append(f"layer {step.layer} {writer}: {note}")
         return Patch(updates, notes=tuple(notes))
 

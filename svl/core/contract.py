@@ -121,7 +121,7 @@ def checked_patch(compensation: Compensation, patch: Patch, plan: Plan) -> Patch
 
 
 def _is_finite(update: Update) -> bool:
-    parts = (update.left, update.right, update.delta, update.shift)
+    parts = (update.left, update.right, update.delta, update.shift, update.weight)
     if not all(part is None or bool(part.isfinite().all()) for part in parts):
         return False
     return update.scale is None or math.isfinite(update.scale)

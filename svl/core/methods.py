@@ -174,8 +174,8 @@ class LayerStep(Protocol):
         """
         ...
 
-    def change(self, writer: str, delta: Tensor) -> None:
-        """Add `delta` [d, n_in] to the weight of `writer`; the walk goes on with the changed layer."""
+    def change(self, writer: str, delta: Tensor) -> Tensor:
+        """Add `delta` [d, n_in] to the weight of `writer`, and give the new one; the walk goes on with it."""
         ...
 
 

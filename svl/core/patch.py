@@ -23,8 +23,9 @@ class Update:
 
     `left` [d, k] and `right` [k, d] (the identity where None) act on what the projection writes, whatever its input:
     they apply to every matrix of the writer (experts, too). `delta` [d, n_in] needs a writer of one matrix; `shift`
-    [d] is added to the bias and needs one. `scale` comes last, for every matrix and bias of the writer. Parts that are
-    None change nothing.
+    [d] is added to the bias and needs one. `scale` comes last, for every matrix and bias of the writer. `weight`
+    [d, n_in], in the model's dtype, stands in for W, of a writer of one matrix: in half precision it is half as large
+    as the fp32 change that led to it, and exact. Parts that are None change nothing.
     """
 
     left: Tensor | None = None
@@ -32,6 +33,7 @@ class Update:
     delta: Tensor | None = None
     shift: Tensor | None = None
     scale: float | None = None
+    weight: Tensor | None = None
 
 
 @dataclass(frozen=True)

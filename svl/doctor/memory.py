@@ -131,7 +131,12 @@ def _least_squares(model: ModelShape, load: Load, kept: int) -> list[Need]:
             "device",
             "weights + two states of every sample + 2 n (n + d) + 2 n^2 doubles, n = MLP width",
         ),
-        Need("keep the patch of a refit", kept * d * (n + d) * 4, "host", "d (n + d) fp32 numbers per kept layer"),
+        Need(
+            "keep the patch of a refit",
+            kept * d * (n + d) * model.bytes_each,
+            "host",
+            "d (n + d) numbers per kept layer",
+        ),
     ]
 
 

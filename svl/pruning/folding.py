@@ -65,8 +65,9 @@ def check_patch(patch: Patch, plan: Plan, anatomy: Anatomy, layers: nn.ModuleLis
         if update.scale is not None and not (isinstance(update.scale, int | float) and math.isfinite(update.scale)):
             raise SvlError(f"the patch scales '{role}' of layer {layer} by {update.scale!r}, which is no finite number")
         expected = {"left": (width, rank), "right": (rank, width), "shift": (width,)}
-        if update.delta is not None:
-            expected["delta"] = tuple(layers[layer].get_parameter(next(iter(names))).shape)
+        if update.delta is not None or update.weight is not None:
+            shape = tuple(layers[layer].get_parameter(next(iter(names))).shape)
+            expected |= {"delta": shape, "weight": shape}
         for part, shape in expected.items():
             check_part(getattr(update, part), shape, f"'{part}' of the patch for '{role}' of layer {layer}")
 
@@ -102,10 +103,14 @@ def check_part(part: Tensor | None, shape: tuple[int, ...], what: str) -> None:
 def fold_update(tensor: Tensor, update: Update, flipped: bool = False) -> Tensor:
     """scale (W + left @ right @ W + delta) in fp32, in W's dtype: `tensor` is a weight [d, n_in] or a bias [d].
 
+    Of an update with a `weight`, that is W.
+
     Experts [E, d, n_in] are changed one by one; `flipped` matrices are stored as [n_in, d]. Matrices are taken by
     blocks of columns, so that fp32 copies stay small, and always by the same ones, so that a result is the same bit
     for bit wherever it is computed.
     """
+    if update.weight is not None and tensor.ndim > 1:
+        tensor = (update.weight.mT if flipped else update.weight).to(tensor)
     factors = [part.to(tensor.device, torch.float32) for part in (update.right, update.left) if part is not None]
     result = torch.empty_like(tensor, memory_format=torch.contiguous_format)
     for new, old in zip(result, tensor, strict=True) if tensor.ndim == 3 else ((result, tensor),):
@@ -168,9 +173,9 @@ def tensors_of_update(anatomy: Anatomy, layer: int, role: str, update: Update) -
     writer = anatomy.writers[role][layer]
     if update.shift is not None and not (writer.single and writer.biases):
         raise SvlError(f"the patch shifts the bias of '{role}' of layer {layer}, which has none")
-    if update.delta is not None and not writer.single:
+    if (update.delta is not None or update.weight is not None) and not writer.single:
         raise SvlError(
-            f"the patch adds a matrix to '{role}' of layer {layer}, but {len(writer.matrices)} tensors ("
+            f"the patch has a matrix for '{role}' of layer {layer}, but {len(writer.matrices)} tensors ("
             f"{', '.join(writer.matrices)}) write there together; choose a compensation that multiplies"
         )
     return {**writer.matrices, **dict.fromkeys(writer.biases, False)}

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from svl.core.errors import SvlError, explained
 from svl.core.patch import JoinedPart, Patch, Update
 
-PARTS = ("left", "right", "delta", "shift")
+PARTS = ("left", "right", "delta", "shift", "weight")
 INDICES = ("channels", "queries", "groups")  # of a joined part, `<layer>.join<number>.<which>`
 TERMS = "terms"  # of a joined part, likewise: its layer, norm and share, fp64 [3]
 

@@ -10,11 +10,18 @@ from svl.calibration.calibrate import calibrate, select
 from svl.compensation.refit import Refit
 from svl.compensation.regression import Regression
 from svl.core import Patch, Plan, SvlError
+from svl.models.loading import load
+from svl.pruning.surgery import apply
 from svl.selectors.all_tokens import All
 
 
 def rows(n, d=16, seed=0):
     return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+def down_proj(lvlm, layer):
+    """The weight that a layer's MLP writes with."""
+    return lvlm.layers[layer].get_submodule(lvlm.anatomy.writers["mlp"][layer].module).weight
 
 
 def test_refit_is_the_regression_it_says(lm, samples):
@@ -33,7 +40,8 @@ def test_refit_is_the_regression_it_says(lm, samples):
     stacked = torch.cat([root * x, ridge.sqrt() * torch.eye(x.shape[1], dtype=x.dtype)])
     target = torch.cat([root * gap, torch.zeros(x.shape[1], gap.shape[1], dtype=x.dtype)])
     exact = torch.linalg.lstsq(stacked, target).solution.mT
-    torch.testing.assert_close(patch.updates[0, "mlp"].delta.double(), exact, atol=1e-4, rtol=1e-3)
+    change = patch.updates[0, "mlp"].weight.double() - down_proj(lm, 0).double()
+    torch.testing.assert_close(change, exact, atol=1e-4, rtol=1e-3)
 
 
 def test_refit_brings_the_pruned_model_closer_than_one_map_does(lm, make_samples):
@@ -58,6 +66,21 @@ def test_refit_brings_the_pruned_model_closer_than_one_map_does(lm, make_samples
     ):
         with pytest.raises(SvlError, match=f"compensation.{next(iter(wrong))}"):
             Refit(**wrong)
+
+
+def test_a_refit_is_kept_in_the_model_s_own_precision(checkpoint, samples):
+    """Half as large as the change in fp32, and still what the walk went on with, so that the gap is the one it says."""
+    lvlm = load(checkpoint("llava"), dtype="bfloat16")
+    hidden = Activations(lvlm, samples, select(calibrate(lvlm, samples), All()))
+    plan = Plan(4, (1,))
+    patch = Refit(ridges=(0.5,)).fit(hidden, plan)
+    pruned = apply(lvlm, plan, patch)
+    for layer, role in patch.updates:
+        weight = patch.updates[layer, role].weight
+        module = lvlm.anatomy.writers[role][layer].module
+        assert weight.dtype == torch.bfloat16
+        assert torch.equal(weight, pruned.layers[plan.kept.index(layer)].get_submodule(module).weight)
+        assert not torch.equal(weight, lvlm.layers[layer].get_submodule(module).weight)
 
 
 def test_a_regression_adds_up():

@@ -110,6 +110,8 @@ def compensated(lvlm: Lvlm, plan: Plan, patch: Patch):
 
 def _add(change: Update, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
     """What a projection writes, changed by an update: scale (y + left right y + delta x + shift)."""
+    if change.weight is not None:
+        out = F.linear(args[0], change.weight, module.bias)
     total = out
     if change.left is not None:
         right = change.right if change.right is not None else torch.eye(len(change.left))

@@ -56,5 +56,5 @@ def same(a: Any, b: Any) -> None:
 def assert_plain(patch: Patch) -> None:
     """Raise AssertionError unless the patch is data on the CPU."""
     for update in patch.updates.values():
-        for part in (update.left, update.right, update.delta, update.shift):
+        for part in (update.left, update.right, update.delta, update.shift, update.weight):
             assert part is None or type(part) is Tensor

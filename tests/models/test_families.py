@@ -252,7 +252,7 @@ def test_updates_multiply_what_a_layer_writes(family, verdict):
             assert (expected - dense).abs().max() > 1e-3 * dense.abs().max()
             extra = Update(delta=torch.zeros(d, 1))
             if not writer.single:
-                with pytest.raises(SvlError, match=f"adds a matrix to '{role}' of layer {layer}.*write there together"):
+                with pytest.raises(SvlError, match=f"has a matrix for '{role}' of layer {layer}.*write there together"):
                     apply(lvlm, Plan(n, ()), Patch({(layer, role): extra}))
             if not (writer.single and writer.biases):
                 with pytest.raises(SvlError, match=f"shifts the bias of '{role}' of layer {layer}, which has none"):

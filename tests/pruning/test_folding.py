@@ -70,6 +70,18 @@ def test_a_patch_computes_in_fp32_and_keeps_the_dtype():
     assert torch.equal(folding.fold_update(weight, UPDATE), exact.float().bfloat16())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("flipped", [False, True])
+def test_a_weight_stands_in_and_is_changed_as_the_one_it_replaces(dtype, flipped):
+    old, new = chance(32, 300).to(dtype), chance(32, 300).to(dtype)
+    stored = old.mT.contiguous() if flipped else old
+    for update in (Update(), UPDATE, Update(delta=chance(32, 300), scale=0.5)):
+        changed = folding.fold_update(stored, replace(update, weight=new), flipped)
+        assert torch.equal(changed.mT if flipped else changed, folding.fold_update(new, update))
+    bias = chance(32)
+    assert torch.equal(folding.fold_update(bias, Update(weight=new)), bias)
+
+
 # ------------------------------------------------------------------------------------------- what does not fit
 
 NAN, INF = float("nan"), float("inf")
@@ -125,7 +137,7 @@ def test_updates_of_any_shape_fit_exactly_or_are_refused(data, llama):
     """What passes the check is folded into a weight of the same shape and of finite numbers."""
     shapes = st.lists(st.sampled_from([1, 2, 31, 32, 48]), max_size=3).map(tuple)
     parts = {}
-    for part in ("left", "right", "delta", "shift"):
+    for part in ("left", "right", "delta", "shift", "weight"):
         if data.draw(st.booleans()):
             fill = data.draw(st.sampled_from([0.0, 0.5, NAN, INF, 1]))
             dtype = torch.int32 if isinstance(fill, int) else torch.float32
@@ -157,13 +169,13 @@ def test_a_patch_has_one_file(tmp_path):
 
 
 def test_patches_survive_their_file(tmp_path):
-    updates = {(11, "mlp"): UPDATE, (2, "attn"): Update(delta=chance(32, 48), shift=chance(32))}
+    updates = {(11, "mlp"): UPDATE, (2, "attn"): Update(delta=chance(32, 48), shift=chance(32), weight=chance(32, 48))}
     save_patch(Patch(updates, {3: {3: 0.5, 4: 0.5}}), tmp_path / "patch.safetensors")
     again = load_patch(tmp_path / "patch.safetensors")
     assert again.blends == {3: {3: 0.5, 4: 0.5}}
     assert list(again.updates) == sorted(updates)
     for key, update in updates.items():
-        for part in ("left", "right", "delta", "shift"):
+        for part in ("left", "right", "delta", "shift", "weight"):
             before, after = getattr(update, part), getattr(again.updates[key], part)
             assert after is None if before is None else torch.equal(after, before)
 
