@@ -52,11 +52,12 @@ class Strategy(Method, ABC):
     """Which layers go.
 
     `needs`: the statistics it reads ("cosine", "windows", "sublayers", "attention"), "probe" to try removals out on the
-    model, "weights" for a probe without data, or "rescoring" to measure again after removals.
+    model, with "gradients" besides for `RemovalProbe.taylor`, "weights" for a probe without data, or "rescoring" to
+    measure again after removals.
     """
 
     known_needs: ClassVar[frozenset[str]] = frozenset(
-        {"cosine", "windows", "sublayers", "attention", "probe", "weights", "rescoring"}
+        {"cosine", "windows", "sublayers", "attention", "probe", "gradients", "weights", "rescoring"}
     )
 
     @abstractmethod

@@ -116,7 +116,8 @@ def _examine_memory(
         evaluation_batch=cfg.benchmark.batch_size,
         new_tokens=cfg.benchmark.max_new_tokens or GUESSED_ANSWER,
         windows="windows" in needs.union(cfg.calibration.statistics),
-        probes="probe" in needs,
+        probes="probe" in needs and "gradients" not in needs,
+        gradients="gradients" in needs,
     )
     section.note(f"lower bounds in these terms; {told}, calibration.batch_size={load.calibration_batch}")
     n_remove = asked_removals(cfg, examined.shape.layers)

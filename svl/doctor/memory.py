@@ -51,6 +51,7 @@ class Load:
         new_tokens: of an answer.
         windows: whether cosines between all pairs of layers are measured.
         probes: whether the strategy tries removals out.
+        gradients: whether it asks for gradients.
     """
 
     samples: int
@@ -60,6 +61,7 @@ class Load:
     new_tokens: int
     windows: bool
     probes: bool = False
+    gradients: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ def stage_needs(model: ModelShape, load: Load, n_remove: int) -> list[Need]:
     return [
         Need("load", model.weights, "device", "weights"),
         _calibration(model, load),
-        *([_probing(model, load), _gradients(model, load)] if load.probes else []),
+        *([_probing(model, load)] if load.probes else []),
+        *([_gradients(model, load)] if load.gradients else []),
         *_least_squares(model, load, round(kept * model.layers)),
         _evaluation(model, load),
         Need("export", int(kept * model.weights), "disk", "weights without the removed layers, at least"),

@@ -127,6 +127,14 @@ def test_what_it_calls_impossible_fails_and_what_it_does_not_runs(doctor, checkp
         run_svl(*QUIET, *model, "strategy=shortgpt", *words, cwd=tmp_path, code=code)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "listed"), [("sleb", ["trying removals out"]), ("shortened_taylor", ["gradients"]), ("tail", [])]
+)
+def test_plans_take_what_their_strategy_does(strategy, listed, doctor, checkpoint):
+    memory = section(doctor("model=local", f"model.path={checkpoint('llava')}", f"strategy={strategy}"), "memory")
+    assert re.findall(r"plan, by ([a-z ]+):", memory) == listed
+
+
 def test_protected_layers_are_listed_with_the_reason(doctor, mimic):
     page = doctor("model=local", f"model.path={mimic('qwen3_vl_8b')}")
     assert re.search(r"note  stay: 0-\d: visual features enter after it, by its position \(DeepStack\)", page)

@@ -87,7 +87,7 @@ def test_a_stage_takes_what_the_formula_says(work, stages, windows, lvlm, data):
     """Up to three tenths more, which are temporary results of single operations; and not so little that it misleads."""
     shape = model_shape(lvlm, torch.float32)
     tokens = lvlm.encode([lvlm.prompt(data.samples[0].prompt, 1)], [data.samples[0].pictures])["input_ids"].shape[1]
-    needs = {need.stage: need for need in stage_needs(shape, Load(16, tokens, 4, 4, 32, windows, probes=True), 2)}
+    needs = {need.stage: need for need in stage_needs(shape, Load(16, tokens, 4, 4, 32, windows, True, True), 2)}
     said = sum(needs[stage].bytes for stage in stages) - shape.weights
     with tensor_memory() as peak:
         work(lvlm, data)
