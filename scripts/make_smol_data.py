@@ -2,7 +2,7 @@
 
     python scripts/make_smol_data.py
 
-The rules of make_demo_data.py hold: test and calibration scenes were never trained on, one question per scene,
+The rules of make_demo_data.py hold: test, validation and calibration scenes were never trained on, one question per scene,
 answers that could be guessed are balanced, rows are shuffled.
 """
 
@@ -23,6 +23,7 @@ QUOTA = {kind: EACH for kind in smol.ASKED if kind not in ("existence", "compare
 QUOTA |= {"existence yes": 38, "existence no": 37, "compare yes": 37, "compare no": 38}
 QUOTA |= {"count 0": 14, "count 1": 19, "count 2": 19, "count 3": 15, "count 4": 8}
 QUOTA |= {"choice A": 19, "choice B": 19, "choice C": 19, "choice D": 18}
+VALIDATION = {kind: 30 for kind in smol.ASKED if kind != "describe"}
 GUESSABLE = {name.split()[0] for name in QUOTA if " " in name}
 
 
@@ -45,6 +46,7 @@ def draw(seed: int) -> dict[str, list[Pair]]:
     drawn = {
         "smol_short": short,
         "smol_describe": take(fresh, lines, lambda q: f"describe {'nothing' if q.answer == smol.EMPTY else 'shapes'}"),
+        "smol_validation": fill("validation", {k: 1 for k in every if k != "describe"}, VALIDATION, lambda q: q.kind),
         "smol_calibration": fill("calibration", every, dict.fromkeys(every, 24), lambda q: q.kind),
     }
     for name, pairs in drawn.items():

@@ -16,7 +16,7 @@ from helpers.paths import ROOT
 from svl.demo import scenes, smol
 from svl.demo.tasks import utils
 
-FILES = ("smol_short", "smol_describe", "smol_calibration")
+FILES = ("smol_short", "smol_describe", "smol_validation", "smol_calibration")
 PLACES = {f"{row} {column}": (x, y) for y, row in enumerate(smol.ROWS) for x, column in enumerate(smol.COLUMNS)}
 WAYS = {phrase: scenes.DIRECTIONS[way] for way, phrase in smol.BESIDE.items()}
 ATTRIBUTES = {"color": set(scenes.COLORS), "shape": set(scenes.SHAPES), "size": set(scenes.SIZES)}
@@ -145,7 +145,8 @@ def test_data_are_what_the_script_makes(data, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])
     make, demo = (importlib.import_module(f"make_{name}_data") for name in ("smol", "demo"))
     for name, pairs in make.draw(0).items():
-        assert {scene.split for scene, _ in pairs} == {"calibration" if name == "smol_calibration" else "test"}
+        split = name.removeprefix("smol_")
+        assert {scene.split for scene, _ in pairs} == {split if split in ("calibration", "validation") else "test"}
         assert make.table(name, pairs).data.column("prompt").to_pylist() == [row["prompt"] for row in data[name]]
         assert [demo.png(scene) for scene, _ in pairs] == [row["image"]["bytes"] for row in data[name]]
         assert [read(*pair) for pair in pairs] == [row["answer"] for row in data[name]]
@@ -160,6 +161,7 @@ def test_kinds_and_answers_are_balanced(data):
     held_out = data["smol_short"] + data["smol_describe"]
     assert Counter(row["kind"] for row in held_out) == dict.fromkeys(smol.ASKED, 75)
     assert Counter(row["kind"] for row in data["smol_calibration"]) == dict.fromkeys(smol.ASKED, 24)
+    assert set(Counter(row["kind"] for row in data["smol_validation"]).values()) == {30}
     for kind, most in {"existence": 38, "compare": 38, "choice": 19, "count": 19}.items():
         assert max(Counter(row["answer"] for row in held_out if row["kind"] == kind).values()) == most
 
