@@ -2,8 +2,8 @@
 
     python scripts/make_smol_data.py
 
-The rules of make_demo_data.py hold: test, validation and calibration scenes were never trained on, one question per scene,
-answers that could be guessed are balanced, rows are shuffled.
+The rules of make_demo_data.py hold: test, validation and calibration scenes were never trained on, one question per
+scene, answers that could be guessed are balanced, rows are shuffled.
 """
 
 from __future__ import annotations
