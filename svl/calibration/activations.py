@@ -117,7 +117,7 @@ class Activations:
             return present, states, reads, writes
 
         place = fp64_device(lvlm.device)
-        batches, traces = self.samples.batches(self.batch_size), iter(self.stats.traces)
+        batches, traces = self.samples.batches(self.batch_size, lvlm.needs_equal_images), iter(self.stats.traces)
         with out_of_memory("compensation", f"lower calibration.batch_size (now {self.batch_size})"):
             for present, states, reads, writes in lvlm.map(run, batches, self.show, "compensate"):
                 for b, here in enumerate(present.to(place)):

@@ -53,7 +53,7 @@ def calibrate(
     Raises:
         SvlError: if a sample does not go through the model, a layer has nothing to measure, or memory runs out.
     """
-    batches = samples.batches(batch_size)
+    batches = samples.batches(batch_size, lvlm.needs_equal_images)
     numbers = range(len(batches)) if folder is None else my_share(len(batches))
 
     def measure() -> Iterator[list[TokenTrace]]:
