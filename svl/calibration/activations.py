@@ -114,6 +114,11 @@ class Activations:
                     module = model.layers[new[layer]].get_submodule(writer.module)
                     stack.enter_context(writer_hook(module, (layer, role), reads, writes))
                 run_decoder(model, inputs)
+            if idle := [layer for layer, role in writers if (layer, role) not in writes]:
+                raise SvlError(
+                    f"layer {idle[0]} of '{model.name}' does not run for samples without an image, so what it writes "
+                    "cannot be fitted; leave such samples out"
+                )
             return present, states, reads, writes
 
         place = fp64_device(lvlm.device)

@@ -25,6 +25,11 @@ every = pytest.mark.parametrize("family", sorted(FILES))
 ONE_IMAGE = ("blip2", "fuyu", "instructblip", "kosmos2_5")
 VIDEOS = [name for name, files in FILES.items() if files.video]
 IMAGES_OR_VIDEOS = ("glm4v", "molmo2")
+TAIL = "does more between its decoder layers and its logits than is known here"
+NO_LOSS = {
+    "aya_vision": TAIL, "cohere2_vision": TAIL, "kosmos2_5": TAIL, "lfm2_vl": TAIL,
+    "mllama": "reads images by cross-attention, so strategies that try removals out cannot be used",
+}  # fmt: skip
 QUESTION, WORDS = "what colour is the shape", ("", " red", " red green blue")
 
 
@@ -36,15 +41,28 @@ def family_model(tmp_path_factory):
     def of(name: str) -> Lvlm:
         if name not in kept:
             folder = write(tmp_path_factory.mktemp("families") / name, name)
-            kept[name] = with_prompt_style(svl.load(folder, device="cpu", dtype="float32", name=name), FILES[name].style)
+            loaded = svl.load(folder, device="cpu", dtype="float32", name=name)
+            kept[name] = with_prompt_style(loaded, FILES[name].style)
+            if name == "kosmos2_5":  # 4,096 patches of every picture take time
+                kept[name].processor.images_kwargs = {"max_patches": 64}
         return kept[name]
 
     return of
 
 
 def pictures(*counts: int) -> list[list[bytes]]:
-    """So many for each prompt, of different sizes."""
-    return [[png(5 * i + k, 20 - 4 * k, 12 + 4 * i) for k in range(n)] for i, n in enumerate(counts)]
+    """So many for each prompt, of different sizes.
+
+    No square ones: of a batch without padding in any picture, Phi-4's tower in transformers looks back only.
+    """
+    return [[png(5 * i + k, 24 - 4 * k, 12 + 4 * i) for k in range(n)] for i, n in enumerate(counts)]
+
+
+def mixed(lvlm: Lvlm, fewest: int = 0) -> Samples:
+    """Three samples with no, two pictures and one, or with one each where the model takes nothing else."""
+    shown = pictures(*(1, 1, 1) if lvlm.name in ONE_IMAGE else (fewest, 2, 1))
+    rows = (Sample(i, QUESTION + WORDS[i], tuple(images), "blue") for i, images in enumerate(shown))
+    return Samples("random", tuple(rows))
 
 
 def assert_as_alone(lvlm, texts, images, videos=None) -> None:
@@ -73,7 +91,9 @@ def test_prompts_with_several_images_and_none_are_what_they_are_alone(family, fa
 
     if family in ONE_IMAGE:
         for counts in ((0, 2, 1), (0, 0), (2, 2)):
-            with pytest.raises(SvlError, match=rf"'{family}' takes one image before every prompt; these have ") as error:
+            with pytest.raises(
+                SvlError, match=rf"'{family}' takes one image before every prompt; these have "
+            ) as error:
                 lvlm.encode(*asked(*counts))
         verdict("refused", note=str(error.value))
         assert_as_alone(lvlm, *asked(1, 1, 1))
@@ -92,19 +112,30 @@ def test_prompts_with_several_images_and_none_are_what_they_are_alone(family, fa
 @pytest.mark.column("several_images")
 def test_calibration_in_batches_measures_what_it_does_one_by_one(family, family_model):
     lvlm = family_model(family)
-    shown = pictures(*(1, 1, 1) if family in ONE_IMAGE else (0, 2, 1))
-    samples = Samples("random", tuple(
-        Sample(i, QUESTION + WORDS[i], tuple(images), "blue") for i, images in enumerate(shown)
-    ))  # fmt: skip
+    samples = mixed(lvlm)
     statistics = ("cosine", "windows", *(() if family in MAPLESS else ("attention",)))
     together, alone = (calibrate(lvlm, samples, statistics=statistics, batch_size=n) for n in (3, 1))
     for ours, theirs in zip(together.traces, alone.traces, strict=True):
         assert torch.equal(ours.visual, theirs.visual)
-        assert bool(ours.visual.any()) == bool(shown[ours.index])
+        assert bool(ours.visual.any()) == bool(samples.samples[ours.index].images)
         for field in ("cosine", "windows", "received", "emitted", "queries", "keys"):
             if (measured := getattr(theirs, field)) is not None:
                 assert torch.isfinite(measured).all()
-                torch.testing.assert_close(getattr(ours, field), measured, atol=1e-4, rtol=1e-4)
+                pair = torch.broadcast_tensors(
+                    getattr(ours, field), measured
+                )  # counts that all layers share are kept once
+                torch.testing.assert_close(*pair, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("family", sorted(set(FILES) - {"fuyu"}))  # whose processor takes no answer after a prompt
+@pytest.mark.column("several_images")
+def test_losses_of_samples_with_several_images_and_none(family, family_model):
+    lvlm = family_model(family)
+    samples = mixed(lvlm)
+    if family in NO_LOSS:
+        with pytest.raises(SvlError, match=NO_LOSS[family]):
+            ModelProbe(lvlm, samples).losses((), ())
+        return
     layer = lvlm.anatomy.removable[0]
     loss, without = ModelProbe(lvlm, samples).losses((), (layer,))
     assert loss == pytest.approx(rebuilt_loss(lvlm, samples, ()), rel=1e-4)
@@ -124,7 +155,9 @@ def test_videos_beside_images_and_neither_are_what_they_are_alone(family, family
         assert_as_alone(lvlm, texts, images, videos)
     else:
         assert_as_alone(lvlm, *pictured)
-    forwards, backwards = (logits(lvlm.model, lvlm.encode(texts[1:2], None, [f]))[0, -1] for f in (frames[0], frames[0][::-1]))
+    forwards, backwards = (
+        logits(lvlm.model, lvlm.encode(texts[1:2], None, [f]))[0, -1] for f in (frames[0], frames[0][::-1])
+    )
     assert (forwards - backwards).abs().max() > 1e-3 * forwards.abs().max()
 
 
