@@ -102,7 +102,7 @@ def sublayer_hooks(lvlm: Lvlm, cosines: dict[int, Tensor]) -> Iterator[None]:
 def state_hooks(lvlm: Lvlm, points: Sequence[int], states: dict[int, Tensor], stop: bool = False) -> Iterator[None]:
     """Within the block, forward passes put h_i into `states`; with `stop`, EnoughError ends them at the deepest.
 
-    A layer that does not run (cross-attention, where there is no image) passes on its input: h_i is what enters the next.
+    A layer that does not run (cross-attention, without an image) passes on its input: h_i is what enters the next.
     """
     waiting: list[int] = []
 

@@ -43,8 +43,8 @@ def record_replay(lvlm: Lvlm, inputs: dict[str, Tensor], start: int, check: bool
     of the last one, where the model can be told so.
 
     Raises:
-        SvlError: if not every layer runs, running the layers one by one does not end on the state that the model's own pass ends on, or the
-            logits are not finite.
+        SvlError: if not every layer runs, if running them one by one does not end on the state that the model's own
+            pass ends on, or the logits are not finite.
     """
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     states: list[Tensor] = []

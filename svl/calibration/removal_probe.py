@@ -192,8 +192,8 @@ class ModelProbe:
         """Run one sample through the dense model and keep what its layers are called with."""
         if self.lvlm.needs_equal_images:  # layers cannot run for several candidates at once
             raise SvlError(
-                f"'{self.lvlm.name}' reads images by cross-attention, so strategies that try removals out cannot be used; "
-                "choose one that reads statistics"
+                f"'{self.lvlm.name}' reads images by cross-attention, so strategies that try removals out cannot be "
+                "used; choose one that reads statistics"
             )
         inputs, answer = encode_answer(self.lvlm, sample)
         with explained_samples([sample]):

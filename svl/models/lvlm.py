@@ -14,7 +14,6 @@ from svl.core.errors import SvlError, explained
 from svl.data.pictures import open_picture
 from svl.models import devices, placement
 from svl.models.anatomy import Anatomy
-from svl.models.processors import IMAGES_OR_VIDEOS, PICTURE_FIRST
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -198,6 +197,8 @@ class Lvlm:
         """What the processor is given for images: a list per prompt, which every processor takes, or nothing."""
         if images and (len(images) != len(texts) or not all(isinstance(given, list | tuple) for given in images)):
             raise SvlError(f"images must come as one list for each of the {len(texts)} prompts, empty for none")
+        from svl.models.processors import PICTURE_FIRST
+
         counts = [len(given) for given in images]
         if isinstance(self.processor, PICTURE_FIRST) and set(counts) - {1}:
             raise SvlError(f"'{self.name}' takes one image before every prompt; these have {counts}")
@@ -216,6 +217,8 @@ class Lvlm:
             return {}
         if getattr(self.processor, "video_processor", None) is None:
             raise SvlError(f"'{self.name}' takes no videos: its processor has no part for them")
+        from svl.models.processors import IMAGES_OR_VIDEOS
+
         if any(images) and isinstance(self.processor, IMAGES_OR_VIDEOS):
             raise SvlError(f"'{self.name}' takes no images beside videos in one batch; give it one by one")
         shown = [list(map(open_picture, frames)) for frames in videos if frames]

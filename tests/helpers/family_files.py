@@ -1,7 +1,7 @@
-"""Checkpoints of the families in helpers.families, with files as the hub's: for the processors of transformers' own classes.
+"""Checkpoints of the families in helpers.families, with files as the hub's, for transformers' own processor classes.
 
-`write(folder, name)` puts the family's tiny model there, a tokenizer of its 64 tokens, and the preprocessor and processor
-files with the keys that real ones have (their sizes are the tiny model's).
+`write(folder, name)` puts the family's tiny model there, a tokenizer of its 64 tokens, and the preprocessor and
+processor files with the keys that real ones have (their sizes are the tiny model's).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from helpers.families import END, FAMILIES, IMAGE, START, VIDEO, VOCABULARY, Fam
 from helpers.hub_mimics.files import CLIP_MEAN, CLIP_STD, HALF, RESCALE, write_json
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-WORDS = "user assistant what where how many is the colour shape circle red green blue two of them and not in".split()
+WORDS = ["user", "assistant", "what", "where", "is", "the", "colour", "shape", "red", "green", "blue"]
 SIDE = {"height": 16, "width": 16}
 USUAL = {"do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True, "resample": 3,
          "rescale_factor": RESCALE}  # fmt: skip
@@ -238,12 +238,14 @@ FILES = {
         tokens={IMAGE: "[IMG]", START: "[IMG_BREAK]", END: "[IMG_END]"}, mark="[IMG]",
     ),
     "qwen3_5": Files(
-        "Qwen3VLProcessor", "Qwen2VLImageProcessor", QWEN, video={**QWEN, "video_processor_type": "Qwen3VLVideoProcessor"},
+        "Qwen3VLProcessor", "Qwen2VLImageProcessor", QWEN,
+        video={**QWEN, "video_processor_type": "Qwen3VLVideoProcessor"},
         tokens=QWEN_TOKENS, names=QWEN_NAMES, mark="<|vision_start|><|image_pad|><|vision_end|>",
         video_mark="<|vision_start|><|video_pad|><|vision_end|>", tokenizer="letters",
     ),
     "qwen3_vl_moe": Files(
-        "Qwen3VLProcessor", "Qwen2VLImageProcessor", QWEN, video={**QWEN, "video_processor_type": "Qwen3VLVideoProcessor"},
+        "Qwen3VLProcessor", "Qwen2VLImageProcessor", QWEN,
+        video={**QWEN, "video_processor_type": "Qwen3VLVideoProcessor"},
         tokens=QWEN_TOKENS, names=QWEN_NAMES, mark="<|vision_start|><|image_pad|><|vision_end|>",
         video_mark="<|vision_start|><|video_pad|><|vision_end|>",
     ),
