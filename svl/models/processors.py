@@ -60,17 +60,10 @@ def corrected(processor: Any) -> Any:
         settings = processor.image_processor.to_dict()
         processor.image_processor = MllamaImageProcessorPil.from_dict(settings)
     if isinstance(processor, InstructBlipProcessor):
-        parts = processor.image_processor, processor.tokenizer, processor.qformer_tokenizer
-        return with_template(InstructBlipPrompts(*parts, processor.num_query_tokens), processor)
+        readers = processor.tokenizer, getattr(processor, "qformer_tokenizer")  # noqa: B009 (set by its parent)
+        return InstructBlipPrompts(processor.image_processor, *readers, processor.num_query_tokens)
     if isinstance(processor, Kosmos2_5Processor):
-        parts = processor.image_processor, processor.tokenizer
-        return with_template(Kosmos25Prompts(*parts, processor.num_image_tokens), processor)
-    return processor
-
-
-def with_template(processor: Any, source: Any) -> Any:
-    """A processor with the chat template of another, where its class does not take one."""
-    processor.chat_template = source.chat_template
+        return Kosmos25Prompts(processor.image_processor, processor.tokenizer, processor.num_image_tokens)
     return processor
 
 
