@@ -1,6 +1,7 @@
 """Write the support table of docs/families.md from docs/families.json, the results of the family tests.
 
-    python -m pytest tests/models/test_families.py tests/models/test_inputs.py tests/checkpoints/test_export.py \\
+    python -m pytest tests/models/test_families.py tests/models/test_inputs.py \\
+        tests/models/test_family_inputs.py tests/checkpoints/test_export.py \\
         --families docs/families.json
     python scripts/make_family_table.py
 
@@ -22,7 +23,7 @@ COLUMNS = {
     "several_images": "several images",
     "video": "video",
 }
-WORDS = {"exact": "yes", "refused": "refused", "none": "no", None: "not tested"}
+WORDS = {"exact": "yes", "refused": "refused", "none": "no", "text": "–", None: "not tested"}
 
 
 def table(results: dict) -> str:

@@ -274,7 +274,6 @@ def checkpoint(tmp_path_factory, randomise):
 def mimic(tmp_path_factory):
     """Folder of a tiny checkpoint whose files are like those that conf/model/<name>.yaml names on the hub."""
     from helpers.hub_mimics import MIMICS
-    from transformers.models.smolvlm import processing_smolvlm
 
     folders: dict[str, Path] = {}
 
@@ -284,9 +283,7 @@ def mimic(tmp_path_factory):
             MIMICS[name](folders[name])
         return folders[name]
 
-    with pytest.MonkeyPatch.context() as patch:  # a package that SmolVLM asks for, and uses on videos only
-        patch.setattr(processing_smolvlm, "num2words", processing_smolvlm.num2words or str)
-        yield folder
+    return folder
 
 
 @pytest.fixture(scope="session")

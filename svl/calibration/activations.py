@@ -114,10 +114,15 @@ class Activations:
                     module = model.layers[new[layer]].get_submodule(writer.module)
                     stack.enter_context(writer_hook(module, (layer, role), reads, writes))
                 run_decoder(model, inputs)
+            if idle := [layer for layer, role in writers if (layer, role) not in writes]:
+                raise SvlError(
+                    f"layer {idle[0]} of '{model.name}' does not run for samples without an image, so what it writes "
+                    "cannot be fitted; leave such samples out"
+                )
             return present, states, reads, writes
 
         place = fp64_device(lvlm.device)
-        batches, traces = self.samples.batches(self.batch_size), iter(self.stats.traces)
+        batches, traces = self.samples.batches(self.batch_size, lvlm.needs_equal_images), iter(self.stats.traces)
         with out_of_memory("compensation", f"lower calibration.batch_size (now {self.batch_size})"):
             for present, states, reads, writes in lvlm.map(run, batches, self.show, "compensate"):
                 for b, here in enumerate(present.to(place)):

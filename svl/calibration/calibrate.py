@@ -53,7 +53,7 @@ def calibrate(
     Raises:
         SvlError: if a sample does not go through the model, a layer has nothing to measure, or memory runs out.
     """
-    batches = samples.batches(batch_size)
+    batches = samples.batches(batch_size, lvlm.needs_equal_images)
     numbers = range(len(batches)) if folder is None else my_share(len(batches))
 
     def measure() -> Iterator[list[TokenTrace]]:
@@ -133,6 +133,9 @@ def measure_batch(lvlm: Lvlm, batch: Sequence[Sample], statistics: Sequence[str]
         meter = stack.enter_context(measuring)
         run_decoder(lvlm, inputs)
     layers = range(lvlm.anatomy.n_layers)
+    for measured in filter(None, (cosines, parts)):
+        for i in set(layers) - set(measured):  # it did not run, so what enters it leaves it
+            measured[i] = torch.ones_like(next(iter(measured.values())))
     whole: dict[str, Tensor] = {}  # [B, L, ..., T]
     if cosines:
         whole["cosine"] = torch.stack([cosines[i].to(lvlm.device) for i in layers], 1).cpu()
@@ -149,8 +152,8 @@ def measure_batch(lvlm: Lvlm, batch: Sequence[Sample], statistics: Sequence[str]
     traces = []
     for b, sample in enumerate(batch):
         here = present[b].cpu()
-        measured = {name: values[b][..., here] for name, values in whole.items()}
-        traces.append(TokenTrace(sample.row, visual[b].cpu()[here], **measured))
+        fields = {name: values[b][..., here] for name, values in whole.items()}
+        traces.append(TokenTrace(sample.row, visual[b].cpu()[here], **fields))
     return traces
 
 

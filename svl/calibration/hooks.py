@@ -21,7 +21,8 @@ class EnoughError(Exception):
 def run_decoder(lvlm: Lvlm, inputs: dict[str, Tensor], all_logits: bool = False) -> Any:
     """The model's output for `inputs`: its layers on all positions, logits of the last one where it can be told so."""
     takes_number = "logits_to_keep" in inspect.signature(lvlm.model.forward).parameters
-    few = {} if all_logits or not takes_number else {"logits_to_keep": 1}
+    # as an index: told a number, models whose last layers reuse keys and values run these on so many positions only
+    few = {} if all_logits or not takes_number else {"logits_to_keep": torch.tensor([-1])}
     return lvlm.model(**inputs, use_cache=False, **few)
 
 
@@ -37,7 +38,7 @@ def first_output(output: Any) -> Tensor:
 
 @contextmanager
 def cosine_hooks(lvlm: Lvlm, cosines: dict[int, Tensor]) -> Iterator[None]:
-    """Within the block, forward passes put cos(h_i, h_{i+1}) [B, T] (fp32) into `cosines[i]`."""
+    """Within the block, forward passes put cos(h_i, h_{i+1}) [B, T] (fp32) into `cosines[i]`, if layer i runs."""
     newest: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []  # a state, and itself in fp32 with its norms
 
     def widened(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,21 +100,26 @@ def sublayer_hooks(lvlm: Lvlm, cosines: dict[int, Tensor]) -> Iterator[None]:
 
 @contextmanager
 def state_hooks(lvlm: Lvlm, points: Sequence[int], states: dict[int, Tensor], stop: bool = False) -> Iterator[None]:
-    """Within the block, forward passes put h_i into `states`; with `stop`, EnoughError ends them at the deepest."""
+    """Within the block, forward passes put h_i into `states`; with `stop`, EnoughError ends them at the deepest.
+
+    A layer that does not run (cross-attention, without an image) passes on its input: h_i is what enters the next.
+    """
+    waiting: list[int] = []
 
     def keep(i: int, state: Tensor) -> None:
-        states[i] = state
-        if stop and i == points[-1]:
+        while waiting and waiting[0] <= i:
+            states[waiting.pop(0)] = state
+        if stop and not waiting:
             raise EnoughError
 
     def handles() -> Iterator[Any]:
-        for i in points:
-            if i < lvlm.anatomy.n_layers:
-                yield lvlm.layers[i].register_forward_pre_hook(
-                    lambda _, args, kwargs, i=i: keep(i, first_argument(args, kwargs)), with_kwargs=True
-                )
-            else:
-                yield lvlm.layers[-1].register_forward_hook(lambda _, args, output, i=i: keep(i, first_output(output)))
+        yield lvlm.model.register_forward_pre_hook(lambda *_: waiting.__setitem__(slice(None), points))
+        for i, layer in enumerate(lvlm.layers):
+            yield layer.register_forward_pre_hook(
+                lambda _, args, kwargs, i=i: keep(i, first_argument(args, kwargs)), with_kwargs=True
+            )
+        n = lvlm.anatomy.n_layers
+        yield lvlm.layers[-1].register_forward_hook(lambda _, args, output: keep(n, first_output(output)))
 
     with hooked(handles()):
         yield

@@ -43,8 +43,8 @@ def record_replay(lvlm: Lvlm, inputs: dict[str, Tensor], start: int, check: bool
     of the last one, where the model can be told so.
 
     Raises:
-        SvlError: if running the layers one by one does not end on the state that the model's own pass ends on, or the
-            logits are not finite.
+        SvlError: if not every layer runs, if running them one by one does not end on the state that the model's own
+            pass ends on, or the logits are not finite.
     """
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     states: list[Tensor] = []
@@ -60,6 +60,11 @@ def record_replay(lvlm: Lvlm, inputs: dict[str, Tensor], start: int, check: bool
     handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in lvlm.layers]
     with hooked([*handles, lvlm.layers[-1].register_forward_hook(end)]):
         logits = run_decoder(lvlm, inputs, all_logits=check).logits
+    if len(calls) < len(lvlm.layers):
+        raise SvlError(
+            f"some layers of '{lvlm.name}' do not run for a sample without an image, so they cannot run one by one; "
+            "leave such samples out"
+        )
     replay = Replay(start, states[start], calls)
     if check:
         if not bool(logits.isfinite().all()):

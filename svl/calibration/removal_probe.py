@@ -197,6 +197,11 @@ class ModelProbe:
 
     def _record(self, sample: Sample) -> ScoredSample:
         """Run one sample through the dense model and keep what its layers are called with."""
+        if self.lvlm.needs_equal_images:  # layers cannot run for several candidates at once
+            raise SvlError(
+                f"'{self.lvlm.name}' reads images by cross-attention, so strategies that try removals out cannot be "
+                "used; choose one that reads statistics"
+            )
         inputs, answer = encode_answer(self.lvlm, sample)
         with explained_samples([sample]):
             replay, logits = record_replay(self.lvlm, inputs, self.start, check=self._tail is None)

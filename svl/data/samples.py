@@ -108,16 +108,18 @@ class Samples:
     def __iter__(self) -> Iterator[Sample]:
         return iter(self.samples)
 
-    def batches(self, size: int) -> list[tuple[Sample, ...]]:
+    def batches(self, size: int, equal_images: bool = False) -> list[tuple[Sample, ...]]:
         """The samples in their order, at most `size` at a time; the videos of one batch have equally many frames.
 
-        Processors of several families stack the videos of a batch.
+        Processors of several families stack the videos of a batch. With `equal_images`, samples of one batch have
+        equally many of them, too.
         """
         batches: list[list[Sample]] = []
         frames: set[int] = set()  # of the videos in the last batch
         for sample in self:
             shown = {len(sample.frames)} - {0}
-            if not batches or len(batches[-1]) == size or len(frames | shown) > 1:
+            other = equal_images and batches and len(batches[-1][0].images) != len(sample.images)
+            if not batches or len(batches[-1]) == size or len(frames | shown) > 1 or other:
                 batches.append([])
                 frames = set()
             batches[-1].append(sample)

@@ -87,6 +87,14 @@ class Lvlm:
         """Whether the model's processor takes videos."""
         return self.takes_images and getattr(self.processor, "video_processor", None) is not None
 
+    @property
+    def needs_equal_images(self) -> bool:
+        """Whether the prompts of one batch must show equally many images.
+
+        Where cross-attention reads them, a prompt with fewer would be shown padding in the place of the others.
+        """
+        return bool(getattr(self.model.config.get_text_config(), "cross_attention_layers", None))
+
     def render(self, conversation: list[dict[str, Any]]) -> str:
         """A conversation in the model's own chat template, or as plain text where it has none.
 
@@ -101,7 +109,10 @@ class Lvlm:
         """
         template = getattr(self.processor, "chat_template", None)
         if template is None and any(_has_image(turn["content"]) for turn in conversation):
-            raise SvlError(f"model '{self.name}' has no chat template, so an image cannot be placed in its prompt")
+            raise SvlError(
+                f"model '{self.name}' has no chat template, so an image cannot be placed in its prompt; model.prompt "
+                "names another way to write it"
+            )
         if template is None or not self.takes_images:  # templates of text models expect strings
             conversation = [{**turn, "content": _joined_text(turn["content"])} for turn in conversation]
         if template is None:
@@ -130,10 +141,15 @@ class Lvlm:
         return self.render(turns)
 
     def check_text(self, text: str) -> None:
-        """Raise SvlError if a text holds the model's own mark of an image or a video: only the template writes it."""
+        """Raise SvlError if a text holds a mark of an image or a video, the model's or the processor's own.
+
+        Only the template writes them.
+        """
+        marks: list[Any] = [getattr(self.processor, name, None) for name in ("image_token", "video_token")]
         for placeholder in self.anatomy.visual_token_ids:
             with explained(f"the tokenizer of '{self.name}' has no image placeholder {placeholder}"):
-                mark = self.tokenizer.convert_ids_to_tokens(placeholder)
+                marks.append(self.tokenizer.convert_ids_to_tokens(placeholder))
+        for mark in marks:
             if isinstance(mark, str) and mark in text:
                 raise SvlError(f"the prompt '{text[:60]}' contains {mark}; leave it out: the template places the image")
 
@@ -168,7 +184,7 @@ class Lvlm:
             return_tensors="pt",
             add_special_tokens=not template_wrote_bos,
             **self._image_arguments(texts, images or ()),
-            **self._video_arguments(texts, videos or ()),
+            **self._video_arguments(texts, images or (), videos or ()),
         )
         dtype, known = self.model.dtype, _forward_arguments(type(self.model))
         return {
@@ -181,9 +197,19 @@ class Lvlm:
         """What the processor is given for images: a list per prompt, which every processor takes, or nothing."""
         if images and (len(images) != len(texts) or not all(isinstance(given, list | tuple) for given in images)):
             raise SvlError(f"images must come as one list for each of the {len(texts)} prompts, empty for none")
+        from svl.models.processors import PICTURE_FIRST
+
+        counts = [len(given) for given in images]
+        if isinstance(self.processor, PICTURE_FIRST) and set(counts) - {1}:
+            raise SvlError(f"'{self.name}' takes one image before every prompt; these have {counts}")
+        if self.needs_equal_images and len(set(counts)) > 1:
+            raise SvlError(
+                f"'{self.name}' reads images by cross-attention, so prompts of one batch must show equally many; these "
+                f"have {counts}"
+            )
         return {"images": [list(map(open_picture, given)) for given in images]} if any(images) else {}
 
-    def _video_arguments(self, texts: list[str], videos: Sequence[Any]) -> dict[str, Any]:
+    def _video_arguments(self, texts: list[str], images: Sequence[Any], videos: Sequence[Any]) -> dict[str, Any]:
         """What the processor is given for videos: their frames, all of them, and when they are, or nothing."""
         if videos and len(videos) != len(texts):
             raise SvlError(f"videos must come as one list of frames, or None, for each of the {len(texts)} prompts")
@@ -191,6 +217,10 @@ class Lvlm:
             return {}
         if getattr(self.processor, "video_processor", None) is None:
             raise SvlError(f"'{self.name}' takes no videos: its processor has no part for them")
+        from svl.models.processors import IMAGES_OR_VIDEOS
+
+        if any(images) and isinstance(self.processor, IMAGES_OR_VIDEOS):
+            raise SvlError(f"'{self.name}' takes no images beside videos in one batch; give it one by one")
         shown = [list(map(open_picture, frames)) for frames in videos if frames]
         times = [
             {"total_num_frames": len(frames), "fps": 1 / SECONDS_PER_FRAME, "frames_indices": list(range(len(frames)))}

@@ -7,7 +7,19 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoProcessor, MllamaProcessor, PaliGemmaProcessor, ProcessorMixin
+from transformers import (
+    AutoProcessor,
+    Blip2Processor,
+    FuyuProcessor,
+    Glm4vProcessor,
+    InstructBlipProcessor,
+    Kosmos2_5Processor,
+    MllamaProcessor,
+    Molmo2Processor,
+    PaliGemmaProcessor,
+    ProcessorMixin,
+    SmolVLMProcessor,
+)
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
 from svl.core.errors import SvlError, did_you_mean, explained, reason_of
@@ -18,6 +30,10 @@ if TYPE_CHECKING:
 
 KIND = "image_processor_type"  # the setting that names another class
 CLASS_TOKEN = ("clip_vision_model",)  # towers that put a token of their own before those of the patches
+# These put a picture before the prompt themselves; no mark in its text says where.
+PICTURE_FIRST = (Blip2Processor, FuyuProcessor, InstructBlipProcessor, Kosmos2_5Processor)
+# Of these, or of their models, one call reads images or videos.
+IMAGES_OR_VIDEOS = (Glm4vProcessor, Molmo2Processor, SmolVLMProcessor)
 
 
 def read_processor(
@@ -27,8 +43,10 @@ def read_processor(
     processor: Any = corrected(
         AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     )
+    stated, _ = ProcessorMixin.get_processor_dict(path, revision=revision)
+    if isinstance(processor, ProcessorMixin) and processor.chat_template is None:
+        processor.chat_template = stated.get("chat_template")  # some classes do not take theirs
     if hasattr(processor, "vision_feature_select_strategy"):
-        stated, _ = ProcessorMixin.get_processor_dict(path, revision=revision)
         complete_visual_tokens(processor, config, stated)
     return processor
 
@@ -41,6 +59,11 @@ def corrected(processor: Any) -> Any:
     if isinstance(processor, MllamaProcessor):  # its usual one takes no batch whose first prompt has none
         settings = processor.image_processor.to_dict()
         processor.image_processor = MllamaImageProcessorPil.from_dict(settings)
+    if isinstance(processor, InstructBlipProcessor):
+        readers = processor.tokenizer, getattr(processor, "qformer_tokenizer")  # noqa: B009 (set by its parent)
+        return InstructBlipPrompts(processor.image_processor, *readers, processor.num_query_tokens)
+    if isinstance(processor, Kosmos2_5Processor):
+        return Kosmos25Prompts(processor.image_processor, processor.tokenizer, processor.num_image_tokens)
     return processor
 
 
@@ -58,7 +81,8 @@ def complete_visual_tokens(processor: Any, config: PreTrainedConfig, stated: Col
     if tower is None:
         return
     if processor.vision_feature_select_strategy is None:
-        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+        # a model that has no such field (VipLlava) leaves out the tower's own token, as "default" says
+        processor.vision_feature_select_strategy = getattr(config, "vision_feature_select_strategy", "default")
     if hasattr(processor, "num_image_tokens") and processor.num_image_tokens is None:
         processor.num_image_tokens = (tower.image_size // tower.patch_size) ** 2
     if hasattr(processor, "patch_size") and processor.patch_size is None:
@@ -94,6 +118,31 @@ class PaliGemmaPrompts(PaliGemmaProcessor):
             ProcessorMixin.validate_inputs(self, images=images, text=text, **kwargs)
         else:
             super().validate_inputs(images=images, text=text, **kwargs)
+
+
+class InstructBlipPrompts(InstructBlipProcessor):
+    """InstructBLIP's processor, whose Q-Former reads an instruction from its first position on, as it learned to."""
+
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
+        """As the parent's, with the padding of the instruction on the right."""
+        inputs = super().__call__(images=images, text=text, **kwargs)
+        ids, mask = inputs["qformer_input_ids"], inputs["qformer_attention_mask"]
+        for tokens, present in zip(ids, mask, strict=True):
+            padding = int(present.argmax())
+            tokens.copy_(tokens.roll(-padding))
+            present.copy_(present.roll(-padding))
+        return inputs
+
+
+class Kosmos25Prompts(Kosmos2_5Processor):
+    """Kosmos-2.5's processor, whose picture is where it is in prompts padded on the left, too."""
+
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
+        """As the parent's, which writes `<bos>` into the prompt, and takes prompts to be padded on the right."""
+        inputs = super().__call__(images=images, text=text, **{**kwargs, "add_special_tokens": False})
+        for row, present in zip(inputs["image_embeds_position_mask"], inputs["attention_mask"], strict=True):
+            row.copy_(row.roll(int(present.argmax())))
+        return inputs
 
 
 def with_settings(image_processor: Any, settings: Mapping[str, Any]) -> Any:

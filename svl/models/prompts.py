@@ -16,14 +16,14 @@ from typing import Any
 
 from svl.core.errors import one_of
 from svl.models.lvlm import Lvlm
-from svl.models.processors import with_settings
+from svl.models.processors import PICTURE_FIRST, with_settings
 
 TEMPLATES = Path(__file__).parent / "prompt_templates"
 STYLES = ("chat", "paligemma", "plain", "vicuna_v1")  # chat: the checkpoint's own
 
 
 def style_template(style: str, image_token: str = "<image>") -> str | None:
-    """The chat template of a style in STYLES, with the model's placeholder of an image; None for "chat"."""
+    """The chat template of a style in STYLES, with the model's mark of an image (empty: none); None for "chat"."""
     if style == "chat":
         return None
     text = (TEMPLATES / f"{style}.jinja").read_text().rstrip("\n")
@@ -45,7 +45,8 @@ def with_prompt_style(lvlm: Lvlm, style: str, image_processor: Mapping[str, Any]
     one_of("model.prompt", style, STYLES)
     processor = copy.copy(lvlm.processor)
     if style != "chat":
-        processor.chat_template = style_template(style, getattr(processor, "image_token", None) or "<image>")
+        mark = "" if isinstance(processor, PICTURE_FIRST) else getattr(processor, "image_token", None) or "<image>"
+        processor.chat_template = style_template(style, mark)
     if image_processor:
         images: Any = getattr(processor, "image_processor", None)
         processor.image_processor = with_settings(images, image_processor)

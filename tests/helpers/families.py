@@ -323,7 +323,7 @@ def gemma4() -> Family:
                "layer_types": [SLIDING, SLIDING, SLIDING, FULL] * 2, "num_kv_shared_layers": 3,
                "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8}  # fmt: skip
     tower = {**TOWER, "head_dim": 8, "num_key_value_heads": 2, "pooling_kernel_size": 2, "patch_size": 4,
-             "position_embedding_size": 8}  # fmt: skip
+             "position_embedding_size": 64}  # fmt: skip
     places = torch.tensor([[[x, y] for y in range(4) for x in range(4)]])
     picture = {"pixel_values": pixels(1, 16, 48), "pictures": {"image_position_ids": places}}
     return plain("gemma4", decoder, tower, 4, token="image_token_id", video_token_id=VIDEO, **picture)
@@ -355,8 +355,9 @@ def llama4() -> Family:
 @family
 def aria() -> Family:
     decoder = {**LLAMA, "intermediate_size": 24, "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 2}
-    tower = config("idefics3_vision", **TOWER, image_size=16, patch_size=4)
-    return plain("aria", decoder, tower, 5, projector_patch_to_query_dict={16: 5})
+    tower = config("idefics3_vision", **TOWER, image_size=980, patch_size=70)  # what its processor always gives
+    picture = {"pixel_values": pixels(1, 3, 980, 980), "projector_patch_to_query_dict": {196: 5}}
+    return plain("aria", decoder, tower, 5, **picture)
 
 
 @family
@@ -449,29 +450,29 @@ def glm4v() -> Family:
 # --------------------------------------------------------------------------------------------------- others
 
 
-@family
-def phi4_multimodal() -> Family:
-    """One config for text and all; 2 x 2 tokens of the picture and of its only crop, ends of lines, a separator."""
-    vision = {
-        **TOWER,
-        "image_size": 16,
-        "patch_size": 4,
-        "crop_size": 16,
-        "image_token_id": IMAGE,
-        "num_hidden_layers": 3,
-    }
+def phi4(side: int, visual: int) -> Family:
+    """Phi-4 with pictures of so many pixels a side, `visual` tokens each."""
+    vision = {**TOWER, "image_size": side, "patch_size": 4, "crop_size": side, "image_token_id": IMAGE,
+              "num_hidden_layers": 3}  # fmt: skip
     audio = {"hidden_size": 16, "intermediate_size": 16, "num_blocks": 1, "num_attention_heads": 2,
              "ext_pw_out_channel": 16, "depthwise_separable_out_channel": 16, "input_size": 16,
              "nemo_conv_channels": 8, "audio_token_id": VIDEO, "feature_layer": -1}  # fmt: skip
-    sizes = {k: v for k, v in LLAMA.items() if k != "head_dim"}
+    length = max(256, 8 * visual)
+    sizes = {**{k: v for k, v in LLAMA.items() if k != "head_dim"}, "max_position_embeddings": length}
     whole = Phi4MultimodalConfig(
-        **sizes, original_max_position_embeddings=256, vision_config=vision, audio_config=audio
+        **sizes, original_max_position_embeddings=length, vision_config=vision, audio_config=audio
     )
     pictures = {
-        "image_pixel_values": pixels(1, 2, 3, 16, 16), "image_sizes": torch.tensor([[16, 16]]),
-        "image_attention_mask": torch.ones(1, 2, 4, 4).int(),
+        "image_pixel_values": pixels(1, 2, 3, side, side), "image_sizes": torch.tensor([[side, side]]),
+        "image_attention_mask": torch.ones(1, 2, side // 4, side // 4).int(),
     }  # fmt: skip
-    return build(whole, 13, pictures, AutoModelForCausalLM)
+    return build(whole, visual, pictures, AutoModelForCausalLM)
+
+
+@family
+def phi4_multimodal() -> Family:
+    """One config for text and all; 2 x 2 tokens of the picture and of its only crop, ends of lines, a separator."""
+    return phi4(16, 13)
 
 
 @family
@@ -512,7 +513,7 @@ def kosmos2_5() -> Family:
     decoder = {"vocab_size": VOCABULARY, "embed_dim": WIDTH, "layers": DEPTH, "ffn_dim": 48, "attention_heads": 4,
                "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
     tower = {"hidden_size": 16, "patch_embed_hidden_size": 12, "intermediate_size": 24, "head_dim": 8,
-             "num_hidden_layers": 2, "num_attention_heads": 2, "max_num_patches": 16}  # fmt: skip
+             "num_hidden_layers": 2, "num_attention_heads": 2, "max_num_patches": 4096}  # fmt: skip
     numbered = torch.cat([torch.arange(16).reshape(16, 1) // 4 + 1, torch.arange(16).reshape(16, 1) % 4 + 1], 1)
     patches = torch.cat([numbered.float()[None], pixels(1, 16, 12)], 2)
     family = build(

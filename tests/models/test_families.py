@@ -49,8 +49,20 @@ def test_models_are_small_and_see_their_picture():
         assert (logits(made.model, other) - logits(made.model, made.inputs)).abs().max() > 0.1, name
 
 
+TEXT_ONLY = ("gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
+
+
+@pytest.mark.parametrize("family", TEXT_ONLY)
+@pytest.mark.column("several_images", "video")
+def test_text_models_take_no_images(family, verdict):
+    lvlm, _ = lvlm_of(family)
+    assert not lvlm.takes_images
+    assert not lvlm.takes_videos
+    verdict("text")
+
+
 @pytest.mark.parametrize("family", REFUSED)
-@pytest.mark.column("surgery", "tis", "compensation", "export")
+@pytest.mark.column("surgery", "tis", "compensation", "export", "several_images", "video")
 def test_a_family_that_cannot_be_supported_says_why(family, verdict):
     with pytest.raises(SvlError, match=re.escape(REFUSED[family])) as error:
         find_anatomy(FAMILIES[family]().model)

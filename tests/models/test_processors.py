@@ -104,6 +104,14 @@ def test_text_models_have_no_image_processor_to_set(llama):
         with_prompt_style(llama, "chat", {"size": 4})
 
 
+def test_smolvlm2_names_the_times_of_a_videos_frames(mimic):
+    """In words, which the package num2words writes."""
+    lvlm = svl.load(mimic("smolvlm2_2b"), device="cpu", name="smolvlm2")
+    frames = [Image.new("RGB", (40, 30), colour) for colour in ("red", "green", "blue")]
+    inputs = lvlm.encode([lvlm.prompt("What?", 0, video=True)], None, [frames])
+    assert "series of three frames" in lvlm.tokenizer.decode(inputs["input_ids"][0])
+
+
 def test_a_missing_package_is_named_with_the_extra_that_has_it(mimic, monkeypatch):
     monkeypatch.setattr(processing_smolvlm, "num2words", None)
     with pytest.raises(SvlError, match=r"needs the package num2words, .*pip install 'svl\[smolvlm\]'"):
