@@ -214,7 +214,7 @@ def test_same_sweep_again_reuses_every_stage(sweep):
     before = manifests(folder / "store")
     again = run_svl("-m", "strategy=tail,random", "ratio=0.125,0.25", *QUIET, "paths.outputs=again", cwd=folder).stdout
     assert manifests(folder / "store") == before
-    assert len(re.findall(r"plan +stored", again)) == 4
+    assert len(re.findall(r"^  stored .*plan", again, re.MULTILINE)) == 4
     assert "loaded" not in again
     first, second = (sorted((folder / where).rglob("result.json")) for where in ("out", "again"))
     assert [p.read_text() for p in first[:4]] == [p.read_text() for p in second]
