@@ -21,7 +21,7 @@ METHODS = [choice for choice in ALL if choice.group in config.METHODS]
 
 
 def shown(*words: str, cwd: Path, code: int = 0, **environment: str) -> str:
-    done = run_command(svl.cli.main, *words, cwd=cwd, code=code, **environment)
+    done = run_command(svl.cli.main, *words, cwd=cwd, code=code, COLUMNS="120", **environment)
     return done.stdout + done.stderr
 
 
@@ -74,9 +74,9 @@ def test_papers_are_those_of_the_header():
 
 def test_a_list_names_sources(tmp_path):
     pytest.importorskip("lmms_eval")
-    assert re.search(r"^  pope +POPE: .*\[lmms-lab-encoder/POPE\]$", shown("list", "benchmarks", cwd=tmp_path), re.M)
+    assert "[lmms-lab-encoder/POPE]" in shown("list", "benchmarks", cwd=tmp_path)
     models = shown("list", "models", "calibrations", cwd=tmp_path)
-    assert "[llava-hf/llava-1.5-7b-hf]" in models.replace("\n", " ")
+    assert "[llava-hf/llava-1.5-7b-hf]" in models
     assert "[Salesforce/wikitext]" in models
     assert len(shown("list", cwd=tmp_path).splitlines()) < 20
 
