@@ -1,7 +1,7 @@
 """What the site has besides the files of docs/: pages made from schema and code, the changelog, the experiments.
 
-A hook of MkDocs, see mkdocs.yml; `make docs` builds. Links into the repository that are no page of the site become plain
-text: the site has to work from a folder, without a server that the source is on.
+A hook of MkDocs, see mkdocs.yml; `make docs` builds. Links into the repository that are no page of the site become
+plain text: the site has to work from a folder, without a server that the source is on.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ ROOT = Path(__file__).parents[1]
 EXPERIMENTS = "experiments"
 SHOWN = (".md", ".png")  # of an experiment's folder
 RAW = {"changelog.md": "CHANGELOG.md"}  # pages that are files of the repository
-_LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s]+)\)")
+FRAME_SCRIPT = "https://unpkg.com/iframe-worker/shim"  # which the theme's plugin `offline` asks for
+_LINK = re.compile(r"(?<!!)\[([^\[\]]*)\]\(([^)\s]+)\)")
 
 
 # ------------------------------------------------------------------------------------------------------- hook
@@ -67,6 +68,12 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     return _LINK.sub(to_page, markdown)
 
 
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    """Take the script that lets a page in a folder search from the site, not from a server."""
+    here = posixpath.dirname(page.file.dest_uri) or "."
+    return output.replace(FRAME_SCRIPT, posixpath.relpath("offline_search.js", here))
+
+
 # ------------------------------------------------------------------------------------------- generated pages
 
 
@@ -97,11 +104,11 @@ def group_section(group: Group) -> Iterator[str]:
         yield "Of each task (`benchmark.tasks.TASK.NAME`):"
         yield settings_table([("", field) for field in choices.task_settings()])
     found = choices.choices(group.name)
-    yield table(("choice", "", "source"), ((f"`{c.name}`", cell(c.summary), sources_cell(c)) for c in found))
+    yield table(("choice", "what it is", "source"), ((f"`{c.name}`", cell(c.summary), sources_cell(c)) for c in found))
     rows = [(choice, choice.settings()) for choice in found if choice.target]
     if any(fields for _, fields in rows):
         yield "Settings of each:"
-        heads = ("choice", "setting", "type", "default", "")
+        heads = ("choice", "setting", "type", "default", "meaning")
         yield table(heads, ((f"`{c.name}`", *setting_cells("", field)) for c, fields in rows for field in fields))
 
 
@@ -112,7 +119,10 @@ def api_page() -> str:
         "# Python API",
         "`import svl` gives these names; each is imported when it is first used. Hydra, datasets, lmms-eval, W&B and "
         "matplotlib are not needed for them.",
-        *(f"::: svl.{svl.public_module(name)}.{name}" for name in names),
+        *(
+            f"::: svl.{svl.public_module(name)}.{name}\n    options: {{heading: svl.{name}, toc_label: {name}}}"
+            for name in names
+        ),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -122,7 +132,7 @@ def api_page() -> str:
 
 def settings_table(fields: Sequence[tuple[str, Field]]) -> str:
     """Settings, each with what stands before its name."""
-    return table(("setting", "type", "default", ""), (setting_cells(before, field) for before, field in fields))
+    return table(("setting", "type", "default", "meaning"), (setting_cells(before, field) for before, field in fields))
 
 
 def setting_cells(before: str, field: Field) -> tuple[str, str, str, str]:
@@ -153,7 +163,7 @@ def sentence(text: str) -> str:
 
 def code(text: str) -> str:
     """Code in a cell of a table."""
-    return f"`{text}`".replace("|", "\\|")
+    return f"`{text}`"
 
 
 def cell(text: str) -> str:
