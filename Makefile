@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test coverage lint size clean
+.PHONY: help demo test coverage lint docs size clean
 help:            ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
 
@@ -35,8 +35,11 @@ lint: .venv/.ready  ## ruff, mypy and the contracts on imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: .venv/.ready  ## the site, into build/site: every link is checked, and it opens without a server or network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 size: ## what .venv takes on disk
 	@du -sh .venv
 
 clean:           ## remove outputs and caches (not .venv)
-	rm -rf outputs .pytest_cache .ruff_cache .mypy_cache .import_linter_cache dist
+	rm -rf outputs build .pytest_cache .ruff_cache .mypy_cache .import_linter_cache dist

@@ -32,11 +32,7 @@ from svl.quantization.base import Quantization
 from svl.trackers.record import Tracker
 from svl.visual_tokens.base import VisualTokens
 
-PACKAGE = Path(__file__).parent
-
-
-CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # installed, or a checkout
-
+PACKAGE, CONF = plugins.PACKAGE, plugins.CONF  # svl's folder, and that of its configuration
 
 # Groups of methods, and what their classes derive from.
 METHODS: dict[str, type[Method]] = {

@@ -22,11 +22,11 @@ def _open_mapping() -> Any:
 class Model:
     """What is pruned: a checkpoint folder or hub id."""
 
-    path: str = MISSING
+    path: str = MISSING  # checkpoint folder or hub id
     name: str | None = None  # in plans and reports; default: last part of the path
-    revision: str | None = None
+    revision: str | None = None  # branch, tag or commit on the hub
     dtype: str = "auto"  # auto (as stored) | float32 | bfloat16 | float16
-    device: str = "auto"
+    device: str = "auto"  # auto (the first accelerator, else the CPU) | cuda:1 | cpu | ...
     device_map: Any = None  # instead of one device: auto | balanced | balanced_low_0 | sequential | {module: device}
     max_memory: Any = None  # of device_map: {device: size}, such as {0: 20GiB, cpu: 60GiB}; null: all that is free
     attn_implementation: str = "auto"  # auto (transformers' choice) | sdpa | eager | flash_attention_2
@@ -37,7 +37,7 @@ class Model:
     layers: str | None = None  # dotted path of the decoder layers, where structure does not tell
     image_token: Any = None  # the image placeholder or its id, where config and processor do not tell
     protect: Any = "auto"  # layers that must stay: auto (those that others depend on) | none | a list
-    trust_remote_code: bool = False
+    trust_remote_code: bool = False  # run model code that comes with the checkpoint
     full_hash: bool = False  # read all of the checkpoint in every run: for storage whose times cannot be relied on
 
 
@@ -48,8 +48,8 @@ class Calibration:
     path: str = MISSING  # a file, a folder of images, or (with `format`) a data set of the hub or a copy of it
     format: str | None = None  # how rows become samples, see svl.data.row_formats; null: of own files, by their columns
     name: str | None = None  # configuration of the data set
-    split: str = "train"
-    revision: str | None = None
+    split: str = "train"  # of the data set
+    revision: str | None = None  # branch, tag or commit of the data set on the hub
     # {name: configuration with the images, column: the one that names an image}
     image_table: dict[str, str] = field(default_factory=_open_mapping)
     images: str | None = None  # folder that paths of pictures and videos are relative to; null: the file's own
@@ -60,8 +60,8 @@ class Calibration:
     frames: int = 8  # of a video file
     samples: int | None = None  # null: all; else a subset drawn by `seed`
     seed: int = 0  # of the subset; independent of the root seed, so that random strategies share a calibration
-    batch_size: int = 8
-    # measured in the one pass
+    batch_size: int = 8  # samples at once
+    # measured in the one pass: cosine, windows, sublayers, attention; what the methods need is added
     statistics: list[str] = field(default_factory=lambda: ["cosine", "attention"])
 
 
@@ -70,7 +70,7 @@ class Task:
     """One lmms-eval task of a benchmark."""
 
     metric: str = MISSING  # the main one, in averages
-    higher_is_better: bool = True
+    higher_is_better: bool = True  # of a loss, false
     scale: float = 1.0  # divides the main metric in averages (MME: 2000)
     max_new_tokens: int | None = None  # cap per answer; null: the task's own
     style: str = "default"  # variant of the task's prompts
@@ -80,12 +80,12 @@ class Task:
 class Benchmark:
     """What models are scored on."""
 
-    name: str = MISSING
-    tasks: dict[str, Task] = field(default_factory=dict)
+    name: str = MISSING  # in reports
+    tasks: dict[str, Task] = field(default_factory=dict)  # settings by name of an lmms-eval task
     include_path: str | None = None  # folder of task YAML files besides svl's and lmms-eval's own
     data: str | None = None  # folder with copies of the data sets, named like them; null: the hub or its cache
     limit: float | None = None  # first samples of each task only (below 1: share); shown wherever such a result is
-    batch_size: int = 16
+    batch_size: int = 16  # questions at once
     max_new_tokens: int | None = None  # cap per answer of all tasks; null: each task's
     frames: int = 8  # of a video that are shown
     likelihood: bool = False  # score closed questions by the likelihood of their options, too: a pass for each
@@ -95,7 +95,7 @@ class Benchmark:
 class Evaluator:
     """What answers the questions."""
 
-    name: str = "transformers"  # | vllm
+    name: str = "transformers"  # transformers | vllm
     options: dict[str, Any] = field(default_factory=_open_mapping)  # of vllm.LLM
 
 
@@ -103,15 +103,15 @@ class Evaluator:
 class Paths:
     """Where results go."""
 
-    outputs: str = MISSING
-    store: str = MISSING
+    outputs: str = MISSING  # folders of runs and sweeps
+    store: str = MISSING  # finished stages, which runs share
 
 
 @dataclass
 class Export:
     """The pruned checkpoint."""
 
-    path: str | None = None
+    path: str | None = None  # folder for it; null: none is written
 
 
 @dataclass

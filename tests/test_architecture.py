@@ -153,7 +153,7 @@ def test_commands_start_without_heavy_libraries():
     """`--help`, completion, mistakes and reports answer at once."""
     heavy = {"torch", "transformers", "lmms_eval", "datasets", "wandb", "mlflow", "matplotlib", "pyarrow"}
     commands = "import svl.cli, svl.report.command, svl.checkpoints.export_command, svl.trackers.wandb"
-    commands += ", svl.evaluation.benchmarks"
+    commands += ", svl.evaluation.benchmarks, svl.catalog.command"
     assert modules_after(commands) & heavy == set()
 
 

@@ -1,4 +1,7 @@
-"""No compensation: kept layers stay bit-identical."""
+"""No compensation: kept layers stay bit-identical.
+
+Cost: no forward pass.
+"""
 
 from __future__ import annotations
 

@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from tqdm import tqdm
 
 from svl import processes
 from svl.core import SvlError
@@ -30,6 +29,7 @@ from svl.evaluation.lock_step import LockStep
 from svl.evaluation.prompt_sizes import PromptSizes
 from svl.evaluation.shared_prefill import SharedPrefill
 from svl.models.lvlm import Lvlm
+from svl.text.progress import progress
 
 T = TypeVar("T")
 Answers = tuple[Any, ...]  # to one request, every model's
@@ -135,13 +135,9 @@ class Answerer(Model):
         self._warm_up(requests, cap)
         began = time.perf_counter()
         answers: list[Answers] = [()] * len(requests)
-        hidden = processes.process_rank() > 0 or None  # None: where the output is no terminal
         batches = list(self._batches(requests, cap))
         self._coming.clear()
-        with (
-            ThreadPoolExecutor(1) as pool,
-            tqdm(total=len(requests), desc=self.description, unit="question", disable=hidden) as bar,
-        ):
+        with ThreadPoolExecutor(1) as pool, progress(self.description, len(requests), "questions") as answered:
             for (max_new_tokens, batch), following in zip(batches, [*batches[1:], None], strict=True):
                 if following and self.on_accelerator:
                     asked = [requests[i] for i in following[1]]
@@ -149,7 +145,7 @@ class Answerer(Model):
                 given = self.answer_batch([requests[i] for i in batch], max_new_tokens)
                 for i, of_models in zip(batch, given, strict=True):
                     answers[i] = of_models
-                bar.update(len(batch))
+                answered(len(batch))
         self._seconds[requests[0].request_type] = time.perf_counter() - began
         return answers
 

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from svl.core import SvlError, one_of
 from svl.core.errors import explained, out_of_memory
@@ -27,6 +26,7 @@ from svl.evaluation import benchmarks
 from svl.evaluation.score_statistics import Part, standard_error
 from svl.evaluation.settings import TaskOptions
 from svl.models.lvlm import Lvlm
+from svl.text.progress import show_progress
 
 if TYPE_CHECKING:
     from svl.data.samples import Sample
@@ -101,7 +101,7 @@ def text_losses(lvlm: Lvlm, task: str, samples: Sequence[Sample], options: TaskO
     """How well the model predicts each text, in their order."""
     size, losses = options.batch_size, []
     starts = range(0, len(samples), size)
-    for start in tqdm(starts, desc=options.description or task, unit="batch", disable=None):
+    for start in show_progress(starts, options.description or task, len(starts)):
         batch = samples[start : start + size]
         rows = ", ".join(str(sample.row) for sample in batch)
         with (

@@ -51,7 +51,7 @@ class EfficiencySettings:
     Not frozen, as it is also the schema of a group of the configuration.
     """
 
-    batch_size: int = 1
+    batch_size: int = 1  # prompts at once
     new_tokens: int = 32  # of every answer
     warmup: int = 1  # rounds that do not count
     repeats: int = 0  # rounds; 0: nothing is measured

@@ -25,6 +25,7 @@ from svl.models.placement import load_spread, weights_by_place
 from svl.models.size_checks import check_counts, check_size, described_model
 from svl.models.weight_files import check_index, stored_names
 from svl.text.escaping import for_terminal
+from svl.text.progress import still_working
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -82,7 +83,7 @@ def _load(path: str, options: LoadOptions) -> Lvlm:
     if isinstance(options.device_map, dict) and not options.trust_remote_code:  # whose code may need values
         weights_by_place(described_model(auto, config, path, torch.bfloat16, options), options.device_map)
     processor, token = load_processor(path, config, options)
-    with explained_loading(path), without_report():
+    with explained_loading(path), without_report(), still_working("loading"):
         model, info = _read_weights(path, auto, options, device)
     anatomy = find_anatomy(model, options.layers, image_token=token, protect=options.protect)
     check_complete(path, info, model, anatomy)

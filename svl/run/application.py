@@ -24,9 +24,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from svl import config
 from svl.processes import process_rank
-from svl.run import interruption, job_records, parallel
+from svl.run import interruption, job_records
 from svl.run.messages import one_line, safe_line
 from svl.run.sweep import search_objective
+from svl.run.time_left import start_job
 from svl.store.files import write_text_whole
 from svl.text.redaction import redact_text
 
@@ -48,11 +49,15 @@ def app(cfg: DictConfig) -> float | None:
     folder = Path(info.runtime.output_dir)
     announce_job(cfg, info, sweep is not None)
     try:
+        from svl.run.parallel import lease_accelerator
         from svl.run.pipeline import run_configuration
+        from svl.run.stages import StageLog
 
         if os.environ.get("SVL_LEASE"):
-            parallel.lease_accelerator()
-        result = run_configuration(cfg, folder, sweep)
+            lease_accelerator()
+        told, began = StageLog(), time.perf_counter()
+        result = run_configuration(cfg, folder, sweep, told)
+        work = (time.perf_counter() - began - told.shared, told.shared) if told.computed else None
         searching = sweep is not None and not info.sweeper._target_.endswith("BasicSweeper")
         objective = search_objective(cfg, result) if searching else None
     except Exception as error:
@@ -63,7 +68,7 @@ def app(cfg: DictConfig) -> float | None:
         job_records.record_failure(sweep, info.job.num, folder, line)
         raise
     if sweep is not None and result:
-        job_records.record_result(sweep, info.job.num, folder, result)
+        job_records.record_result(sweep, info.job.num, folder, result, work)
     log.info("  results in %s", folder)
     return objective
 
@@ -75,19 +80,8 @@ def announce_job(cfg: DictConfig, info: Any, sweeping: bool) -> None:
         log.warning("this experiment is a sweep over %s; add -m to run all of it", ", ".join(swept))
     words: Any = OmegaConf.to_container(info.overrides.task, resolve=False)  # they may refer to nothing
     changed = " ".join(word for word in words if not word.startswith("experiment="))
-    progress = sweep_progress(int(info.job.num)) if sweeping else ""
-    log.info("%s%s", progress, changed or f"strategy={info.runtime.choices['strategy']} ratio={cfg.ratio:g}")
-
-
-def sweep_progress(done: int) -> str:
-    """ "[3/12, about 40 s left] ": place of a job in its sweep, the time judged by the jobs before it."""
-    jobs, began = os.environ.get("SVL_JOBS"), os.environ.get("SVL_BEGAN")
-    if not jobs or not began:
-        return f"[{done + 1}] "
-    if not done:
-        return f"[1/{jobs}] "
-    left = (time.time() - float(began)) / done * (int(jobs) - done)
-    return f"[{done + 1}/{jobs}, about {left:.0f} s left] "
+    place = start_job(Path(info.sweep.dir), int(info.job.num)) if sweeping else ""
+    log.info("%s%s", place, changed or f"strategy={info.runtime.choices['strategy']} ratio={cfg.ratio:g}")
 
 
 def report_failure(error: Exception, folder: Path) -> str:

@@ -15,6 +15,7 @@ from svl.config import plain_values
 from svl.core.errors import SvlError, out_of_memory
 from svl.processes import process_rank
 from svl.run.keys import method_identity
+from svl.text.progress import still_working
 
 if TYPE_CHECKING:
     from svl.run.setup import RunSetup
@@ -74,7 +75,8 @@ def export_run(setup: RunSetup, variant: ModelVariant, run: Entry) -> None:
     if not path:
         return
     if export.exporting_run(path) != run.key:
-        with out_of_memory("the export", "choose a compensation that changes less at once, or free some memory"):
+        smaller = "choose a compensation that changes less at once, or free some memory"
+        with out_of_memory("the export", smaller), still_working("exporting"):
             write_checkpoint(variant, path, run)
     log.info("  exported to %s", path)
 

@@ -29,6 +29,7 @@ class JobRecord:
         failure: why it failed, in one line; None if it did not.
         facts: of the result of a finished job, what tells it from others.
         ratio: of a finished job.
+        work: seconds that it took by itself and in stages that it shares with others; None if it computed nothing.
     """
 
     number: int
@@ -36,6 +37,7 @@ class JobRecord:
     failure: str | None = None
     facts: dict[str, Any] | None = None
     ratio: float | None = None
+    work: tuple[float, float] | None = None
 
 
 def clear_records(sweep: Path) -> None:
@@ -48,11 +50,13 @@ def record_failure(sweep: Path, number: int, folder: Path, reason: str) -> None:
     _write(sweep, JobRecord(number, str(folder), failure=redact_text(" ".join(reason.split()))))
 
 
-def record_result(sweep: Path, number: int, folder: Path, result: dict[str, Any]) -> None:
-    """Note that a job finished."""
+def record_result(
+    sweep: Path, number: int, folder: Path, result: dict[str, Any], work: tuple[float, float] | None = None
+) -> None:
+    """Note that a job finished; `work` as in JobRecord."""
     names = ("model", "strategy", "selector", "compensation", "seed", "n_remove", "settings")
     facts = {name: result[name] for name in names} | {"n_layers": result["plan"]["n_layers"]}
-    _write(sweep, JobRecord(number, str(folder), facts=facts, ratio=result["ratio"]))
+    _write(sweep, JobRecord(number, str(folder), facts=facts, ratio=result["ratio"], work=work))
 
 
 def _write(sweep: Path, record: JobRecord) -> None:

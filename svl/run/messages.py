@@ -6,6 +6,7 @@ import difflib
 import logging
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
@@ -65,7 +66,8 @@ def explain_composition(error: BaseException, outer: BaseException) -> str:
     """One line for a composition error, with what was probably meant."""
     text = f"{outer}\n{error}"
     if found := re.search(r"Could not find '(\w+(?:/\w+)*)/([^/']*)'", text):
-        return explain_choice(*found.groups())
+        _, _, listed = text.partition("Available options in '")  # those of Hydra's plugins are in no folder
+        return explain_choice(found[1], found[2], re.findall(r"^\t(\S+)$", listed, re.MULTILINE))
     if found := re.search(r"Ambiguous value for argument '([^']+)'", text):
         return f"{found.group(1)} names several values: add -m to run all of them, or brackets to make it a list"
     if re.search(r"object_type=(Range|Choice|Glob|Interval)", text):  # Hydra trips over its own dataclass
@@ -82,22 +84,22 @@ def explain_composition(error: BaseException, outer: BaseException) -> str:
     return f"{path.group(1)}: {line}" if path else line
 
 
-def explain_choice(group: str, choice: str) -> str:
-    """The line for a choice that a group does not have: those with a similar name, else all."""
-    choices = sorted({file.stem for folder in config_folders() for file in (folder / group).glob("*.yaml")})
+def explain_choice(group: str, choice: str, listed: Sequence[str] = ()) -> str:
+    """The line for a choice that a group does not have: those of a similar name, else all. `listed` exist, too."""
+    files = {file.stem for folder in config_folders() for file in (folder / group).glob("*.yaml")}
+    choices = sorted(files.union(listed))
     near = difflib.get_close_matches(choice, choices, n=NEAR, cutoff=0.4)
     if not near or len(choices) <= NEAR:
         listing = f"choices: {', '.join(choices)}"
     else:
-        listing = f"similar: {', '.join(near)}; svl --help lists all {len(choices)}"
+        listing = f"similar: {', '.join(near)}; svl list {group} shows all {len(choices)}"
     return f"there is no {group} '{choice}'{did_you_mean(choice, choices)}; {listing}"
 
 
 def config_folders() -> list[Path]:
     """Folders that configuration is composed from."""
     own = hydra_internals.command_line_config_folder()
-    others = [plugin.conf for plugin in plugins.find_plugins()]
-    return [folder for folder in (config.CONF, own, *others) if folder]
+    return [plugins.CONF, *([own] if own else []), *plugins.conf_folders()[1:]]
 
 
 def neighbouring_settings(key: str) -> list[str]:

@@ -27,7 +27,7 @@ from svl.run.keys import method_identity, stage_code
 from svl.run.parallel import in_scratch
 from svl.run.run_result import RunStages, build_result, result_inputs
 from svl.run.setup import RunSetup
-from svl.run.stages import log_outcome, log_stage, make_stage, show_progress
+from svl.run.stages import StageLog, make_stage
 from svl.run.strategy_inputs import (
     count_removals,
     describe_origin,
@@ -39,19 +39,26 @@ from svl.run.strategy_inputs import (
 from svl.run.variants import ModelVariant, check_benchmark_data
 from svl.store.artifacts import Entry
 from svl.store.files import write_text_whole
+from svl.text.progress import show_progress
 
 log = logging.getLogger(__name__)
 
 Output = dict[str, Any]
 
 
-def run_configuration(cfg: DictConfig, folder: Path, sweep: Path | None = None) -> Output:
-    """Run a configuration; files go to `folder`, finished stages to the store. `sweep`: the folder of all its jobs.
+def run_configuration(cfg: DictConfig, folder: Path, sweep: Path | None = None, told: StageLog | None = None) -> Output:
+    """Run a configuration; files go to `folder`, finished stages to the store.
+
+    Args:
+        cfg: the configuration.
+        folder: of the run's own files.
+        sweep: the folder of all jobs, where it is one of them.
+        told: takes what is told of its stages.
 
     Raises:
         SvlError: on bad input, before any heavy work.
     """
-    run = Run(cfg, folder)
+    run = Run(cfg, folder, told)
     if sweep:
         parallel.claim_model_name(sweep, run.setup.name, run.setup.fingerprint)
     try:
@@ -65,12 +72,18 @@ def run_configuration(cfg: DictConfig, folder: Path, sweep: Path | None = None) 
 class Run:
     """One configuration on its way through the stages. Raises SvlError on bad input before any heavy work."""
 
-    def __init__(self, cfg: DictConfig, folder: Path):
-        self.setup, self.folder = RunSetup(cfg), folder
+    def __init__(self, cfg: DictConfig, folder: Path, told: StageLog | None = None):
+        self.setup, self.folder, self.log = RunSetup(cfg), folder, told or StageLog()
 
     def execute(self) -> Output:
         """All stages; the run's result, also written to the output folder as result.json with plan.json."""
-        began = time.perf_counter()
+        try:
+            return self._execute(time.perf_counter())
+        finally:
+            self.log.flush()
+            self.log.shared += self.setup.seconds_loading
+
+    def _execute(self, began: float) -> Output:
         check_benchmark_data(self.setup)
         stages = self.prepare()
         write_text_whole(self.folder / "plan.json", stages.plan.to_json())
@@ -83,7 +96,7 @@ class Run:
         run = self.record(stages)
         exporting.export_run(self.setup, stages.pruned_model, run)
         tracking.track_run(self.setup, self.folder, stages, run)
-        log_outcome(run.output, time.perf_counter() - began)
+        self.log.outcome(run.output, time.perf_counter() - began)
         return run.output
 
     def prepare(self) -> RunStages:
@@ -148,7 +161,7 @@ class Run:
             "statistics": setup.statistics,
             "protect": setup.options.protect,
         }
-        return log_stage("calibrate", make_stage(setup, "stats", inputs, build, help=measure))
+        return self.log.stage("calibrate", make_stage(setup, "stats", inputs, build, help=measure), shared=True)
 
     def plan(self, stats: Entry | None) -> Entry:
         """Stage `plan`: which layers go."""
@@ -188,9 +201,10 @@ class Run:
         all_plan = setup.probes or setup.rescores  # what they try out and measure again is in step in all processes
         entry = make_stage(setup, "plan", inputs, build, help=in_scratch(build) if all_plan else None)
         removed, passes = entry.output["removed"], entry.output.get("passes")
+        brief = f"removes layers {removed}, {len(removed)} in all"
         cost = "" if passes is None else f", chosen one by one in {passes} passes over the calibration set"
         parts = f"; of others {', '.join(entry.output['sublayers'])}" if "sublayers" in entry.output else ""
-        return log_stage("plan", entry, f"removes layers {removed}, {len(removed)} in all{parts}{cost}")
+        return self.log.stage("plan", entry, f"{brief}{parts}{cost}", brief=brief + parts)
 
     def check(self, plan: Plan) -> None:
         """Stage `check`: without these layers, the model computes what it computes when it skips them.
@@ -215,7 +229,7 @@ class Run:
         if plan.sublayers:
             inputs["sublayers"] = plan.sublayers
         entry = make_stage(setup, "check", {**inputs, "protect": setup.options.protect}, build)
-        log_stage("check", entry, f"differs by {entry.output['difference']:.1g} from skipping these layers")
+        self.log.stage("check", entry, f"differs by {entry.output['difference']:.1g} from skipping these layers")
 
     def compensate(self, stats: Entry | None, plan: Plan) -> Entry | None:
         """Stage `patch`: updates of kept weights; None if no layer is removed."""
@@ -257,7 +271,7 @@ class Run:
         entry = make_stage(setup, "patch", inputs, build)
         for note in entry.output["notes"]:
             log.warning("  compensation: %s", note)
-        return log_stage("compensate", entry, f"changes {', '.join(entry.output['changed']) or 'nothing'}")
+        return self.log.stage("compensate", entry, f"changes {', '.join(entry.output['changed']) or 'nothing'}")
 
     def score(self, variant: ModelVariant) -> dict[str, Entry]:
         """Stage `score`, one artifact per task: equal layers and weights are evaluated once, whatever led to them."""
@@ -272,7 +286,9 @@ class Run:
                 value = found[task].output["metrics"][options.metric]["value"]
                 shown = "undefined" if value is None else f"{value:.3f}"
                 if not (variant.is_dense and found[task].reused):  # one line per sweep is enough
-                    log_stage("evaluate", found[task], f"{variant.title}: {task} {options.metric} {shown}")
+                    scored = f"{task} {options.metric} {shown}"
+                    message = f"{variant.title}: {scored}"
+                    self.log.stage("evaluate", found[task], message, brief=scored, shared=variant.is_dense)
         finally:
             variant.close()
         return found
@@ -307,7 +323,8 @@ class Run:
             inputs["placement"] = [setup.options.device_map, setup.options.max_memory]
         entry = make_stage(setup, "efficiency", inputs, build, alone=True)
         parts = ", ".join(f"{part} x{ratio['value']:.2f}" for part, ratio in entry.output["speedup"].items())
-        return log_stage("measure", entry, f"{parts} (ideal x{entry.output['ideal']:.2f})")
+        told = f"{parts} (ideal x{entry.output['ideal']:.2f})"
+        return self.log.stage("measure", entry, told, brief=told)
 
     def record(self, stages: RunStages) -> Entry:
         """Stage `run`: the result, in the store and in the output folder, with the questions that flipped."""

@@ -95,6 +95,7 @@ def missing_scores(run: Run) -> list[MissingScore]:
             if setup.store.get("score", inputs) is None:
                 missing.append(MissingScore(variant, task, inputs))
     setup.release_model()
+    run.log.flush()
     return missing
 
 

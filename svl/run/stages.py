@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from tqdm import tqdm
 
 from svl.core.errors import out_of_memory
 from svl.run.parallel import Help, make_in_step
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from svl.run.setup import RunSetup
 
 log = logging.getLogger(__name__)
+LINE = "  %-10s %8s  %s"  # stage, seconds, what came of it
 
 # What to turn down when memory runs out in a stage; calibration and evaluation know better where it did.
 LESS_MEMORY = {
@@ -58,22 +58,53 @@ def make_stage(
     return make_in_step(setup.store, stage, inputs, timed, help)
 
 
-def log_stage(stage: str, entry: Entry, message: str = "") -> Entry:
-    """Log a finished stage; gives its entry."""
-    how = "stored" if entry.reused else f"{entry.output['work']:.1f} s"
-    log.info("  %-10s %8s  %s", stage, how, message)
-    return entry
+class StageLog:
+    """What a run tells of its stages: a line for each that was computed, and one for all between them that were stored.
 
+    Attributes:
+        shared: seconds of work that other jobs of a sweep need not do again, such as calibration.
+        computed: whether anything was computed that is of this run alone.
+    """
 
-def log_outcome(result: dict[str, Any], seconds: float) -> None:
-    """Log what a run came to, and what its comparison with the dense model suffers from."""
-    for task, score in result["scores"].items():
-        if note := (score["change"] or {}).get("note"):
-            log.warning("  %s: %s", task, note)
-    if result["retained"]:
-        log.info("  retained %.1f %% of dense, %.1f s", 100 * result["retained"]["value"], seconds)
+    def __init__(self) -> None:
+        self.shared = 0.0
+        self.computed = False
+        self._stored: list[tuple[str, str]] = []
 
+    def stage(self, stage: str, entry: Entry, message: str = "", *, brief: str = "", shared: bool = False) -> Entry:
+        """Tell of a finished stage; gives its entry.
 
-def show_progress(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
-    """Progress over batches, with the time left."""
-    return tqdm(items, desc=f"  {what}", total=total, leave=False, dynamic_ncols=True, disable=None)
+        Args:
+            stage: what it is called.
+            entry: its result.
+            message: what is told of it if it was computed.
+            brief: what is told of it if it was stored.
+            shared: whether other jobs of a sweep find it stored, whatever their method and ratio.
+        """
+        if entry.reused:
+            self._stored.append((stage, brief))
+            return entry
+        self.flush()
+        log.info(LINE, stage, f"{entry.output['work']:.1f} s", message)
+        self.shared += entry.output["work"] if shared else 0
+        self.computed |= not shared
+        return entry
+
+    def flush(self) -> None:
+        """Tell of stored stages what was not told yet."""
+        if not self._stored:
+            return
+        counts = Counter(stage for stage, _ in self._stored)
+        names = ", ".join(f"{n} x {stage}" if n > 1 else stage for stage, n in counts.items())
+        told = "; ".join(brief for _, brief in self._stored if brief)
+        log.info(LINE, "stored", "", f"{names}: {told}" if told else names)
+        self._stored.clear()
+
+    def outcome(self, result: dict[str, Any], seconds: float) -> None:
+        """Tell what a run came to, and what its comparison with the dense model suffers from."""
+        self.flush()
+        for task, score in result["scores"].items():
+            if note := (score["change"] or {}).get("note"):
+                log.warning("  %s: %s", task, note)
+        if result["retained"]:
+            log.info("  retained %.1f %% of dense, %.1f s", 100 * result["retained"]["value"], seconds)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from svl.core import Plan, RemovalProbe, Rescoring, Stats, layers_to_remove
 from svl.run.keys import method_identity, stage_code
-from svl.run.stages import make_stage, show_progress
+from svl.run.stages import make_stage
+from svl.text.progress import show_progress
 
 if TYPE_CHECKING:
     from svl.run.setup import RunSetup

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from svl.config import METHODS, build_method, check_known
 from svl.core import SvlError
-from svl.run import hydra_internals
+from svl.run import hydra_internals, time_left
 from svl.run.job_records import clear_records
 from svl.run.messages import SafeFormatter, safe_line
 from svl.run.parallel import in_leased_process
@@ -33,13 +32,13 @@ log = logging.getLogger(__name__)
 
 
 class Sweep(Callback):
-    """Before the first job: tells jobs how many they are, since when and where (environment variables SVL_JOBS,
-    SVL_BEGAN and SVL_SWEEP), finds misspelt settings of all of them, and scores together what can be.
+    """Before the first job: notes how many there are and where (for this process, in SVL_JOBS and SVL_SWEEP), finds
+    misspelt settings of all of them, and scores together what can be.
     """
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Check the sweep, and expand it as the basic sweeper will. (One that searches decides on jobs as it goes.)"""
-        os.environ["SVL_BEGAN"], os.environ["SVL_SWEEP"] = str(time.time()), str(config.hydra.sweep.dir)
+        os.environ["SVL_SWEEP"] = str(config.hydra.sweep.dir)
         os.environ.pop("SVL_JOBS", None)
         clear_records(Path(config.hydra.sweep.dir))
         try:
@@ -63,7 +62,7 @@ def prepare_jobs(config: DictConfig) -> None:
     jobs = hydra_internals.expand_sweep([f"{k}={v}" for k, v in params.items()] + list(config.hydra.overrides.task))
     os.environ["SVL_JOBS"] = str(len(jobs))
     hydra_internals.keep_composed_jobs()
-    check_jobs(config, jobs)
+    time_left.write_jobs(Path(config.hydra.sweep.dir), check_jobs(config, jobs))
     if config.together > 1:
         from svl.run.shared_scores import make_shared_scores
 
@@ -79,13 +78,17 @@ def leases(config: DictConfig) -> bool:
     return bool((config.hydra.job.get("env_set") or {}).get("SVL_LEASE"))
 
 
-def check_jobs(config: DictConfig, jobs: Sequence[Sequence[str]]) -> None:
+def check_jobs(config: DictConfig, jobs: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
     """Build the methods of every job, so that a misspelt setting of the last one is found before the first one starts.
+
+    Returns:
+        Of every job, the settings of what it shares with others.
 
     Raises:
         SvlError: the first mistake, with the job's overrides; or if jobs sweep by themselves, see below.
     """
     checked: set[str] = set()
+    shared = []
     for overrides in jobs:
         job = hydra_internals.compose_job(config, overrides)
         check_no_sweep_within(config, job)
@@ -99,6 +102,8 @@ def check_jobs(config: DictConfig, jobs: Sequence[Sequence[str]]) -> None:
                 build_method(job[group], group)
             except SvlError as error:
                 raise SvlError(f"{error} (in the job {' '.join(overrides)})") from error
+        shared.append({group: OmegaConf.to_container(job[group], resolve=False) for group in time_left.SHARED})
+    return shared
 
 
 def check_no_sweep_within(config: DictConfig, job: DictConfig) -> None:

@@ -1,4 +1,7 @@
-"""No layer at all: the dense model as a strategy, so that it runs through the same stages as the others."""
+"""No layer at all: the dense model as a strategy, so that it runs through the same stages as the others.
+
+Cost: no forward pass.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Layers named by hand: for single-layer probes, published layer sets and plans of other tools. Needs no data."""
+"""Layers named by hand: for single-layer probes, published layer sets and plans of other tools.
+
+Cost: no forward pass.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Random layers: the floor that every method must beat. Needs no data; report several seeds."""
+"""Random layers: the floor that every method must beat. Report several seeds.
+
+Cost: no forward pass.
+"""
 
 from __future__ import annotations
 

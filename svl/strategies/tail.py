@@ -1,4 +1,7 @@
-"""Deepest layers, keeping the last: the "simple" rule of arXiv 2403.17887 and a sanity baseline. Needs no data."""
+"""Deepest layers, keeping the last: the "simple" rule of arXiv 2403.17887 and a sanity baseline.
+
+Cost: no forward pass.
+"""
 
 from __future__ import annotations
 

@@ -68,18 +68,19 @@ class CommandLineParser(argparse.ArgumentParser):
 
 
 def run_command(name: str, work: Callable[[], None]) -> int:
-    """Do the work of the command `name`; its exit code.
+    """Do the work of the command `name`; its exit code. Messages of a command without a name begin with "error:".
 
     0 if all went well; 1 after an error that a person can mend, told in one line on stderr; 130 after Ctrl-C. Bugs keep
     their traceback.
     """
+    prefix = f"{name}: " if name else ""
     try:
         work()
     except SvlError as error:
-        print(f"{name}: error: {for_terminal(' '.join(str(error).split()))}", file=sys.stderr)
+        print(f"{prefix}error: {for_terminal(' '.join(str(error).split()))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; nothing half-written is left", file=sys.stderr)
+        print(f"{prefix}interrupted; nothing half-written is left", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # of `svl-report ls | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
