@@ -111,6 +111,10 @@ class Tracker(Method, ABC):
             SvlError: if settings or environment variables cannot be right, or a library is not installed.
         """
 
+    def each(self, name: str) -> Mapping[str, Tracker]:
+        """The trackers that this one stands for, by name: itself, called `name`. Each is asked on its own."""
+        return {name: self}
+
     @abstractmethod
     def mirror(self, record: Record) -> str | None:
         """Show a run there, replacing what is there under its key.
