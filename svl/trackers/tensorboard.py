@@ -95,11 +95,12 @@ def _write_hparams(writer: SummaryWriter, record: Record, numbers: Mapping[str, 
     """The run's row in the HPARAMS tab: its settings, and the averages to compare by."""
     from torch.utils.tensorboard.summary import hparams
 
-    settings = dict(tag.partition(":")[::2] for tag in record.tags)
+    settings: dict[str, Any] = dict(tag.partition(":")[::2] for tag in record.tags)
     settings |= {name: _plain(value) for name, value in flatten(record.config) if not name.startswith("svl/")}
     averages = {name: value for name, value in numbers.items() if name in ("eval/average", "eval/retained")}
+    file: Any = writer.file_writer
     for event in hparams(settings, averages):
-        writer.file_writer.add_summary(event)  # add_hparams would make another run of it
+        file.add_summary(event)  # add_hparams would make another run of it
 
 
 def _plain(value: Any) -> bool | str | float | int:
