@@ -65,7 +65,7 @@ def _changes(store: Store, first: Row, second: Row, task: str | None) -> list[Pa
     if task is None and not all(map(_average_is_known, (*first.runs, *second.runs))):
         return None
     tasks = first.first.tasks if task is None else [task]
-    found = []
+    found: list[Part] = []
     for name in tasks:
         entries = [[stored_scores(store, run).get(name) for run in row.runs] for row in (first, second)]
         ours, theirs = ([entry for entry in side if entry] for side in entries)
