@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 import os
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def build_method(node: DictConfig, group: str, where: str | None = None) -> Any:
             listing = ", ".join(known) or "-"
             raise SvlError(f"{where} has no setting '{key}'{did_you_mean(key, known)}; it has: {listing}")
     kinds = _method_fields(cls).items()
-    inner = {name: build_method(node[name], kind, f"{where}.{name}") for name, kind in kinds if name in values}
+    inner = {name: _build_inner(node[name], *kind, f"{where}.{name}") for name, kind in kinds if name in values}
     values = {name: value for name, value in values.items() if name not in inner}
     try:
         typed = OmegaConf.merge(OmegaConf.structured(_schema(cls)), values)
@@ -109,11 +110,26 @@ def build_method(node: DictConfig, group: str, where: str | None = None) -> Any:
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in typing.cast(dict, plain).items()}, **inner)
 
 
-def _method_fields(cls: type) -> dict[str, str]:
-    """The fields of a method that are methods themselves -> their group."""
+def _build_inner(node: Any, group: str, by_name: bool, where: str) -> Any:
+    """The method that a field describes, or its methods by name."""
+    if not by_name:
+        return build_method(node, group, where)
+    if not OmegaConf.is_dict(node):
+        raise SvlError(f"{where} is {node!r}, but must be a mapping of names to settings of a {group}")
+    return {str(name): build_method(node[name], group, f"{where}.{name}") for name in node}
+
+
+def _method_fields(cls: type) -> dict[str, tuple[str, bool]]:
+    """The fields of a method that hold methods themselves -> their group, and whether they are several by name."""
     groups = {kind: group for group, kind in METHODS.items()}
-    hints = typing.get_type_hints(cls)
-    return {f.name: groups[hints[f.name]] for f in dataclasses.fields(cls) if f.init and hints[f.name] in groups}
+    hints, found = typing.get_type_hints(cls), {}
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        by_name = typing.get_origin(hint) is Mapping
+        kind = typing.get_args(hint)[1] if by_name else hint
+        if field.init and kind in groups:
+            found[field.name] = (groups[kind], by_name)
+    return found
 
 
 def _find_class(target: str, group: str, where: str) -> type[Method]:

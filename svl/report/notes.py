@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 
 from svl.report.published import published_notes
 from svl.report.rows import Section, answer_speed, benchmark_speed
+from svl.report.significance import LEVEL
 
 
 def table_notes(section: Section) -> list[str]:
@@ -14,10 +16,11 @@ def table_notes(section: Section) -> list[str]:
     tasks = ", ".join(f"{task} ({score['metric']}, n = {score['n']})" for task, score in result["scores"].items())
     notes = [
         f"Benchmarks: {tasks or 'none'}.",
-        "±: standard error over the samples; in rows of several seeds, standard deviation over the seeds.",
+        f"±: {error_meaning(section)}.",
         *_beside_notes(section),
         "Retained: average relative to the dense average.",
-        "Bold: the best at that ratio and all that are not significantly worse (95 %, paired by question if possible).",
+        f"{BOLD}, question by question where the answers are stored.",
+        *_recovery_notes(section),
         *_speed_notes(section),
     ]
     if section.limit is not None:
@@ -29,6 +32,37 @@ def table_notes(section: Section) -> list[str]:
     return [*notes, *_pair_notes(section), *_seed_notes(section), *published_notes(section)]
 
 
+def table_caption(section: Section) -> list[str]:
+    """What a paper says below the table, plain sentences; how runs came about is left to the notes."""
+    scores = section.last.result["scores"]
+    tasks = ", ".join(f"{section.short_name(task)} (n = {score['n']})" for task, score in scores.items())
+    sentences = [f"{section.model} without some of its decoder layers" + (f": {tasks}." if tasks else ".")]
+    if section.limit is not None:
+        sentences.append(f"Only a part of every benchmark was used (limit {section.limit:g}).")
+    return [*sentences, f"±: {error_meaning(section)}.", f"{BOLD}."]
+
+
+def error_meaning(section: Section) -> str:
+    """What stands behind ±."""
+    seeds = any(len(row.runs) > 1 for row in section.rows)
+    return "standard error over the questions" + (", and over the seeds where a row has several" if seeds else "")
+
+
+def _recovery_notes(section: Section) -> list[str]:
+    """What the columns of a training after pruning say."""
+    if not section.recovers:
+        return []
+    devices = sorted({str(device) for run in section.runs if (device := _device(run.recovery.get("device")))})
+    where = f" on {', '.join(devices)}" if devices else ""
+    return [f"Recovery: samples, tokens and time of the training after pruning{where}; – where there was none."]
+
+
+def _device(device: object) -> object:
+    """A device in words."""
+    return device.get("name") or device.get("type") if isinstance(device, Mapping) else device
+
+
+BOLD = f"Bold: the best of its ratio, and all that do not differ from it significantly (paired tests, p < {LEVEL:g})"
 MEANINGS = {
     "likelihood": "the average if the likeliest option were the answer, of benchmarks with closed questions",
     "above_chance": "(accuracy - chance) / (1 - chance) of yes-or-no and multiple-choice questions, 0 for guesses",

@@ -1,15 +1,16 @@
 """The report as one HTML file that needs nothing else: styles, script, figures and images are in it.
 
-Here the data of the page is put together; `page.html.jinja` lays it out, and its script sorts, filters, opens a row,
-and shows an image when its row is opened. A policy in the file's head forbids all requests.
+Here the data of the page is put together; `page.html.jinja` lays it out with `page.css`, and `page.js` sorts, filters,
+opens and compares rows. What a reader has chosen is in the address behind #, so that it can be passed on. A policy in
+the file's head forbids all requests.
 """
 
 from __future__ import annotations
 
 import base64
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -18,21 +19,38 @@ from markupsafe import Markup
 
 from svl.core import Plan
 from svl.evaluation import score_statistics
+from svl.report.page_answers import MOST, add_image, compared_answers, row_id, shortened, thumbnails
 from svl.report.pictures import Picture
 from svl.report.results import Run, stored_scores
-from svl.report.rows import Estimate, Row, Section
-from svl.report.tables import PAPER, Line, Table
+from svl.report.rows import Row, Section
+from svl.report.table_writers import as_csv, as_latex
+from svl.report.tables import PAPER, Line, Table, error_text
 from svl.store.artifacts import Entry, Store
-from svl.text.escaping import for_html
-
-MOST = 8  # flipped questions that are shown of a plan, a benchmark and a direction
-LONGEST = 400  # characters of a question or an answer that are shown
+from svl.text.escaping import for_html, for_terminal
 
 Pairs = Mapping[str, tuple[Entry, Entry]]  # by task, the scores of the pruned and the dense model
 
 
+@dataclass(frozen=True)
+class Live:
+    """A page that is written again while runs finish.
+
+    Attributes:
+        seconds: after how many of them a browser reads it again.
+        news: what is new, in a line.
+    """
+
+    seconds: int
+    news: str
+
+
 def render_page(
-    name: str, sections: Sequence[Section], tables: Sequence[Table], drawn: Sequence[Sequence[Picture]], store: Store
+    name: str,
+    sections: Sequence[Section],
+    tables: Sequence[Table],
+    drawn: Sequence[Sequence[Picture]],
+    store: Store,
+    live: Live | None = None,
 ) -> str:
     """The page of an experiment.
 
@@ -42,6 +60,7 @@ def render_page(
         tables: the table of each section.
         drawn: the figures of each section.
         store: where the runs' scores are; scores that are gone are said to be.
+        live: if it will be written again.
     """
     images: dict[str, str] = {}
     runs = [run for section in sections for run in section.runs]
@@ -49,9 +68,50 @@ def render_page(
         _section_data(section, table, pictures, store, images)
         for section, table, pictures in zip(sections, tables, drawn, strict=True)
     ]
+    settings = {row_id(row): _settings(section, row) for section in sections for row in section.rows}
+    data = {
+        "rows": {
+            row_id(row): {
+                "name": for_terminal(f"{row.label} {100 * row.ratio:g} %"),
+                "settings": settings[row_id(row)],
+                "removed": row.first.plan.removed,
+                "layers": row.first.plan.n_layers,
+            }
+            for section in sections
+            for row in section.rows
+        },
+        "sections": [compared_answers(section, store, images) for section in sections],
+    }
     return _template().render(
-        title=name, n_runs=len(runs), sections=shown, versions=sorted({run.versions for run in runs}), images=images
+        title=name,
+        n_runs=len(runs),
+        sections=shown,
+        filters=_filters(list(settings.values())),
+        versions=sorted({run.versions for run in runs}),
+        images=images,
+        data=data,
+        live=live,
     )
+
+
+def _settings(section: Section, row: Row) -> dict[str, str]:
+    """Whatever can tell rows apart, as text: model, method, ratio, all settings that were used."""
+    result = row.first.result
+    methods = {name: str(result[name] or "none") for name in ("strategy", "selector", "compensation")}
+    known = {"model": section.model, **methods, "ratio": f"{100 * row.ratio:g} %", **dict(row.first.settings())}
+    if section.limit is not None:
+        known["limit"] = f"{section.limit:g}"
+    return {for_terminal(name): for_terminal(value) for name, value in known.items()}
+
+
+def _filters(rows: Sequence[Mapping[str, str]]) -> list[tuple[str, list[str]]]:
+    """Settings in which rows differ (a setting that a row has not is one), with their values."""
+    found = []
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = list(dict.fromkeys(row[name] for row in rows if name in row))
+        if name != "strategy" and (len(values) > 1 or any(name not in row for row in rows)):
+            found.append((name, values))
+    return found
 
 
 def _template() -> Any:
@@ -84,6 +144,7 @@ def _section_data(
     return {
         "title": section.title,
         "strategies": list(dict.fromkeys(strategy for _, strategy in labels)),
+        "downloads": {"csv": as_csv(table), "tex": as_latex([table])},
         "groups": groups,
         "columns": table.columns,
         "lines": [
@@ -92,26 +153,38 @@ def _section_data(
         ],
         "notes": table.notes,
         "figures": [
-            {"png": base64.b64encode(picture.path.read_bytes()).decode(), "caption": picture.caption}
+            {
+                "png": base64.b64encode(picture.path.read_bytes()).decode(),
+                "caption": picture.caption,
+                "file": picture.path.name,
+            }
             for picture in pictures
         ],
     }
 
 
 def _details(section: Section, line: Line, row: Row, store: Store, images: dict[str, str]) -> dict[str, Any]:
-    """What a row opens: plan, numbers, settings, and questions that flipped against the dense model."""
+    """What a row opens: plans, numbers, settings, and questions that flipped against the dense model."""
     run = row.first
-    result = run.result
-    methods = [("selector", result["selector"] or "none"), ("compensation", result["compensation"] or "none")]
+    methods = [(name, run.result[name] or "none") for name in ("selector", "compensation")]
     return {
+        "id": row_id(row),
+        "name": f"{row.label} {100 * row.ratio:g} %",
         "strategy": row.strategy,
-        "seeds": row.seeds,
-        "seed": result["seed"],
-        "layers": _layers(run.plan),
-        "has_importance": bool(run.plan.importance),
-        "removed": ", ".join(map(str, run.plan.removed)) or "none",
+        "seeds": [other.result["seed"] for other in row.runs],
+        "same": row.seeds > len(row.runs),
+        "plans": [
+            {
+                "seed": other.result["seed"],
+                "layers": _layers(other.plan),
+                "has_importance": bool(other.plan.importance),
+                "removed": ", ".join(map(str, other.plan.removed)) or "none",
+            }
+            for other in row.runs
+        ],
         "numbers": [_numbers(section, row, task) for task in (*section.tasks, None)],
         "settings": [*methods, *run.settings()],
+        "recovery": [(name, str(value)) for name, value in run.recovery.items()],
         "flips": list(_flips(_pairs(run, store), images)),
     }
 
@@ -133,20 +206,25 @@ def _layers(plan: Plan) -> list[dict[str, Any]]:
 
 
 def _numbers(section: Section, row: Row, task: str | None) -> list[str]:
-    """A benchmark (None: the average): value with its 95 % interval, dense value, what the answers say one by one."""
-    run, scale = row.first, section.scale(task)
-    places = 3 if section.lower_is_better(task) else 1
-    estimate = Estimate.of(run.main_metric(task)).times(scale)
+    """A benchmark (None: the average): value, its errors and 95 % interval, the dense value, what the answers say.
+
+    Of several seeds, value and errors are those of the mean, and what the answers say is that of each.
+    """
+    scale, places = section.scale(task), 3 if section.lower_is_better(task) else 1
+    estimate = row.score(task).times(scale)
     interval = estimate.interval(section.limits(task))
-    dense = run.main_metric(task).get("dense")
-    change = (run.result["scores"][task].get("change") if task else None) or {}
+    dense = row.first.main_metric(task).get("dense")
+    changes = [(run.result["scores"][task].get("change") if task else None) or {} for run in row.runs]
+    units = [f"{c['units_gained']} / {c.get('units_lost')}" for c in changes if c.get("units_gained") is not None]
+    errors = (estimate.questions, estimate.draws)
     return [
         task or "average",
         "–" if estimate.value is None else f"{estimate.value:.{places}f}",
+        *("–" if error is None else error_text(error, places) if error else "0" for error in errors),
         "–" if interval is None else f"{interval[0]:.{places}f} to {interval[1]:.{places}f}",
         "–" if dense is None else f"{scale * dense:.{places}f}",
-        f"{change['p']:.2g}" if isinstance(change.get("p"), float) else "–",
-        "–" if change.get("units_gained") is None else f"{change['units_gained']} / {change.get('units_lost')}",
+        "; ".join(f"{c['p']:.2g}" for c in changes if isinstance(c.get("p"), float)) or "–",
+        "; ".join(units) or "–",
     ]
 
 
@@ -163,16 +241,12 @@ def _flips(pairs: Pairs, images: dict[str, str]) -> Iterator[dict[str, Any]]:
     """Benchmark by benchmark, the questions that only one of the pruned and the dense model answered right."""
     for task, (pruned, dense) in pairs.items():
         gained, lost = score_statistics.flipped(pruned, dense)
-        stored = _thumbnails(pruned) | _thumbnails(dense)
+        stored = thumbnails(pruned) | thumbnails(dense)
         ways = []
         for name, right, flips in (("lost", "dense", lost), ("gained", "pruned", gained)):
             cards = []
             for ours, theirs in flips[:MOST]:
-                number = str(ours["doc_id"])
-                image = f"{dense.key}/{number}" if number in stored else None
-                if image:
-                    images[image] = stored[number]
-                cards.append(_card(ours, theirs, image))
+                cards.append(_card(ours, theirs, add_image(dense, ours["doc_id"], stored, images)))
             if cards:
                 ways.append({"name": name, "right": right, "cards": cards, "more": max(0, len(flips) - MOST)})
         yield {"name": task, "n_lost": len(lost), "n_gained": len(gained), "ways": ways}
@@ -183,22 +257,8 @@ def _card(pruned: Mapping[str, Any], dense: Mapping[str, Any], image: str | None
     return {
         "image": image,
         "number": pruned["doc_id"],
-        "question": _shortened(pruned["question"]),
-        "expected": _shortened(pruned["target"]),
-        "dense": _shortened(dense["prediction"]),
-        "pruned": _shortened(pruned["prediction"]),
+        "question": shortened(pruned["question"]),
+        "expected": shortened(pruned["target"]),
+        "dense": shortened(dense["prediction"]),
+        "pruned": shortened(pruned["prediction"]),
     }
-
-
-def _shortened(value: Any) -> str:
-    text = str(value).strip()
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]} …"
-
-
-def _thumbnails(entry: Entry) -> dict[str, str]:
-    """Small images of the questions that a model answered wrong, by number, as data: addresses."""
-    file = entry.path / "thumbnails.json"
-    if not file.is_file():
-        return {}
-    found = json.loads(file.read_text(encoding="utf-8"))
-    return {number: image for number, image in found.items() if str(image).startswith("data:image/")}

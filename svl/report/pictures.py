@@ -7,11 +7,12 @@ import math
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from svl.core import Plan
+from svl.report.notes import error_meaning
 from svl.report.results import Run
 from svl.report.rows import Row, Section
 from svl.store.artifacts import Store
@@ -57,8 +58,10 @@ def draw_figures(section: Section, store: Store, out: Path, suffix: str) -> list
 
 
 def _drawings(section: Section, store: Store) -> Iterator[Drawing]:
+    plans = _plans(section)
+    yield from _removed_drawing(section, plans)  # the cover: what all methods do, in one picture
     yield from _score_drawings(section)
-    yield from _layer_drawings(section)
+    yield from _importance_drawing(section, plans)
     yield from _token_drawings(section)
     yield from _compensation_drawings(section, store)
 
@@ -93,14 +96,17 @@ def _score_drawings(section: Section) -> Iterator[Drawing]:
     ylabel = "average over the benchmarks" + (" (%)" if scale == 100 else "")
     labels = curves.Labels(section.title, ylabel)
     seeds = _seed_note(section.rows)
-    bars = "Bars: one standard error, or standard deviation over seeds" if seeds else "Bars: one standard error"
-    caption = f"Average over the benchmarks against the layers removed. {bars}.{seeds}"
+    bars = f"Bars: one {error_meaning(section)}."
+    bars += " Dots: single seeds." if seeds else ""
+    caption = f"Average over the benchmarks against the layers removed. {bars}{seeds}"
     yield Drawing("accuracy_vs_ratio", curves.accuracy_vs_ratio(points, reference, labels), caption)
     is_timed = section.clock is not None and section.clock.what == "answer"  # while answering, other work counts, too
     if not is_timed or section.lower_is_better(None) or all(math.isnan(point.speed) for point in every):
         return
     how = "one answer, measured in turn with the dense model"
-    caption = f"Average over the benchmarks against the speed-up of {how}; grey: the best.{seeds}"
+    caption = f"Average over the benchmarks against the speed-up of {how}; grey: the Pareto front. {bars}{seeds}"
+    if others := sum(math.isnan(point.speed) for point in every):
+        caption += f" Left out: {others} of {len(every)} plans, whose speed was measured under other conditions."
     yield Drawing("accuracy_vs_speed", curves.accuracy_vs_speed(points, reference, labels), caption)
 
 
@@ -111,7 +117,9 @@ def _point(section: Section, row: Row) -> Point | None:
     estimate = row.score(None).times(section.scale(None))
     if estimate.value is None:
         return None
-    point = Point(row.ratio, estimate.value, *estimate.bar(estimate.value, section.limits(None)))
+    scale, values = section.scale(None), [run.main_metric(None).get("value") for run in row.runs]
+    seeds = tuple(scale * value for value in values if value is not None) if len(values) > 1 else ()
+    point = Point(row.ratio, estimate.value, *estimate.bar(estimate.value, section.limits(None)), seeds=seeds)
     speed = section.speed(row)
     return point if speed is None else point._replace(speed=speed)
 
@@ -119,29 +127,47 @@ def _point(section: Section, row: Row) -> Point | None:
 # ------------------------------------------------------------------------------------------------- layers
 
 
-def _layer_drawings(section: Section) -> Iterator[Drawing]:
-    """Importance of layers, and which of them go."""
-    from svl.report.figures import layers
+Plans = dict[str, dict[float, list[Plan]]]  # by label and ratio, one for each seed
 
-    plans: dict[str, dict[float, list[Plan]]] = {label: {} for label in _labels(section)}
+
+def _plans(section: Section) -> Plans:
+    plans: Plans = {label: {} for label in _labels(section)}
     for row in section.rows:
         plans[row.label][row.ratio] = row.plans
+    return plans
+
+
+def _removed_drawing(section: Section, plans: Plans) -> Iterator[Drawing]:
+    """Which layers go."""
+    from svl.report.figures import layers
+
+    if not any(plan.removed for ratios in plans.values() for found in ratios.values() for plan in found):
+        return
+    caption = "Layers removed by every method and ratio"
+    caption += "; above, how many methods remove each layer." if len(plans) > 1 else "."
+    caption += " Of several seeds, the paler a layer the fewer of them remove it." if _seed_note(section.rows) else ""
+    yield Drawing("removed_layers", layers.removed_layers(plans, title=section.title), caption)
+
+
+def _importance_drawing(section: Section, plans: Plans) -> Iterator[Drawing]:
+    """Importance of layers, of the methods that tell them apart."""
+    from svl.report.figures import layers
+
     lowest = {label: found[min(found)] for label, found in plans.items()}
     ranked = {label: found for label, found in lowest.items() if all(_tells_layers_apart(plan) for plan in found)}
+    if not ranked:
+        return
     seeds = _seed_note(section.rows)
-    if ranked:
-        crosses = "crosses are removed at the lowest ratio" + (" by most seeds" if seeds else "")
-        caption = f"Importance of layers, by rank; {crosses}.{seeds}"
-        jointly = [label for label, found in ranked.items() if not all(_removes_the_least_important(p) for p in found)]
-        if jointly:
-            caption += (
-                f" {', '.join(jointly)}: layers are chosen together (as one block, or one after another), so the "
-                "crosses need not be at the lowest ranks."
-            )
-        yield Drawing("importance", layers.importance_rank_heatmap(ranked, title=section.title), caption)
-    caption = "Layers removed by every method and ratio."
-    caption += " Of several seeds, the paler a layer the fewer of them remove it." if seeds else ""
-    yield Drawing("removed_layers", layers.removed_layers(plans, title=section.title), caption)
+    crosses = "crosses are removed at the lowest ratio" + (" by most seeds" if seeds else "")
+    caption = f"Importance of layers, by rank; {crosses}.{seeds}"
+    jointly = [label for label, found in ranked.items() if not all(_removes_the_least_important(p) for p in found)]
+    if jointly:
+        caption += (
+            f" {', '.join(jointly)}: layers are chosen together (as one block, or one after another), so the "
+            "crosses need not be at the lowest ranks."
+        )
+    figure = layers.importance_rank_heatmap(ranked, jointly=jointly, title=section.title)
+    yield Drawing("importance", figure, caption)
 
 
 def _tells_layers_apart(plan: Plan) -> bool:
@@ -170,10 +196,18 @@ def _token_drawings(section: Section) -> Iterator[Drawing]:
             continue
         seen.add(name)
         example = json.loads(numbers.read_text(encoding="utf-8"))
+        if _scores_are_equal(example):
+            continue
         figure = tokens.token_importance(image, example, title=f"{section.title}, {selector}")
         yield Drawing(
             name, figure, f"Tokens that selector '{selector}' prefers, in one sample (seed {run.result['seed']})."
         )
+
+
+def _scores_are_equal(example: Mapping[str, Any]) -> bool:
+    """Whether a selector prefers no token to another."""
+    texts = [(score, weight) for _, score, weight in example["text"]]
+    return len({*zip(example["visual"], example["visual_selected"], strict=False)}) < 2 and len({*texts}) < 2
 
 
 # ------------------------------------------------------------------------------------------ compensations

@@ -52,6 +52,11 @@ OPTIONAL: dict[str, Kinds] = {
     "keys.evaluate": (list,),
     "keys.dense": (list,),
     "keys.compensate": (list,),
+    "recovery": (Mapping, NULL),
+    "recovery.samples": (Real, NULL),
+    "recovery.tokens": (Real, NULL),
+    "recovery.steps": (Real, NULL),
+    "recovery.seconds": (Real, NULL),
     "settings.calibration": (Mapping,),
     "settings.compensation.rank": (int, NULL),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,14 @@ class Run:
         created: when it was made, in seconds since 1970.
         result: its result, as in result.json.
         folder: of its files in the store.
+        scales: by task, what its main metric is divided by in the average; 1 where none is given.
     """
 
     key: str
     created: float
     result: Mapping[str, Any]
     folder: Path
+    scales: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def plan(self) -> Plan:
@@ -70,6 +72,11 @@ class Run:
         """The average of another metric than the main ones ("off_format"), as `main_metric`; empty where unknown."""
         return (self.result.get("beside") or {}).get(name) or {}
 
+    @property
+    def recovery(self) -> Mapping[str, Any]:
+        """What training after pruning took: samples, tokens, steps, seconds, device; empty where there was none."""
+        return self.result.get("recovery") or {}
+
     def settings(self) -> Iterator[tuple[str, str]]:
         """Settings of its methods and of what else tells runs apart, as ("selector.p", "0.5"); only of what it used."""
         for group, settings in sorted(self.result["settings"].items()):
@@ -89,10 +96,11 @@ class Run:
         averages = {name: result[name] or {} for name in ("average", "retained")} | (result.get("beside") or {})
         for name, metric in averages.items():
             yield "eval", "", name, 0, "", *(metric.get(part) for part in ESTIMATE)
-        for group in ("cost", "seconds"):
-            for name, value in result[group].items():
+        for group in ("cost", "seconds", "recovery"):
+            found = result.get(group) or {}
+            for name, value in found.items():
                 if not name.endswith("_dense") and not isinstance(value, Mapping):
-                    yield group, "", name, 0, "", value, None, result[group].get(f"{name}_dense"), None, None
+                    yield group, "", name, 0, "", value, None, found.get(f"{name}_dense"), None, None
 
     @property
     def versions(self) -> str:
@@ -107,7 +115,7 @@ def run_of(entry: Entry) -> Run:
         ValueError: if its manifest does not tell when it was made.
     """
     created = datetime.fromisoformat(entry.manifest["created"]).timestamp()
-    return Run(entry.key, created, entry.output, entry.path)
+    return Run(entry.key, created, entry.output, entry.path, entry.manifest["inputs"].get("scales") or {})
 
 
 def stored_scores(store: Store, run: Run, which: str = "evaluate") -> dict[str, Entry]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,26 +22,41 @@ NORMAL_95 = 1.96  # a 95 % interval of a normal distribution, in standard errors
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and its error (standard error, or standard deviation over seeds), None where unknown.
+    """A number and its standard error, None where unknown (never 0: then samples say nothing about it).
 
     Attributes:
+        error: over the questions, and over seeds where there are several.
         low, high: its 95 % interval, where the run that measured it gave one.
+        draws: the part of the error that is over seeds; None of a single run.
     """
 
     value: float | None
     error: float | None = None
     low: float | None = None
     high: float | None = None
+    draws: float | None = None
+
+    @property
+    def questions(self) -> float | None:
+        """The part of the error that is over the questions; None where unknown."""
+        if self.error is None or self.draws is None:
+            return self.error
+        return math.sqrt(max(self.error**2 - self.draws**2, 0.0)) or None
 
     @classmethod
     def of(cls, metric: Mapping[str, Any] | None) -> Estimate:
-        """That of a metric in a result."""
-        metric = metric or {}
-        return cls(*(metric.get(name) for name in ("value", "stderr", "low", "high")))
+        """That of a metric in a result.
+
+        Where all answers are right, or all wrong, they have no deviation: the error is that of the 95 % interval.
+        """
+        value, error, low, high = ((metric or {}).get(name) for name in ("value", "stderr", "low", "high"))
+        if not error:
+            error = (high - low) / (2 * NORMAL_95) if low is not None and high is not None else None
+        return cls(value, error, low, high)
 
     def times(self, scale: float) -> Estimate:
         """It in a unit of 1 / `scale`."""
-        values = (self.value, self.error, self.low, self.high)
+        values = (self.value, self.error, self.low, self.high, self.draws)
         return Estimate(*(None if x is None else scale * x for x in values))
 
     def interval(self, limits: tuple[float, float] | None) -> tuple[float, float] | None:
@@ -62,13 +79,19 @@ def _within(limits: tuple[float, float] | None, value: float, reach: float) -> t
 
 
 def pool_estimates(estimates: Sequence[Estimate]) -> Estimate:
-    """One run: itself. Several seeds: mean and sample standard deviation; a value missing in one is missing."""
+    """One run: itself. Several seeds: their mean; a value missing in one is missing.
+
+    The error of a mean adds up that over the questions, which are the same for all seeds, and that over seeds.
+    """
     if len(estimates) == 1:
         return estimates[0]
     values = [e.value for e in estimates if e.value is not None]
     if len(values) < len(estimates):
         return Estimate(None)
-    return Estimate(statistics.fmean(values), statistics.stdev(values))
+    known = [e.error for e in estimates if e.error is not None]
+    questions = math.hypot(*known) / math.sqrt(len(known) or 1)
+    draws = statistics.stdev(values) / math.sqrt(len(values))
+    return Estimate(statistics.fmean(values), math.hypot(questions, draws) or None, draws=draws)
 
 
 class Clock(NamedTuple):
@@ -203,6 +226,12 @@ class Row:
         """The average over the benchmarks of another metric than the main ones."""
         return pool_estimates([Estimate.of(run.beside(name)) for run in self.runs])
 
+    def recovery(self, name: str) -> float | None:
+        """What recovery took ("samples", "tokens", "steps", "seconds"), the mean over the runs; None if unknown."""
+        values = [run.recovery.get(name) for run in self.runs]
+        known = [float(value) for value in values if value is not None]
+        return statistics.fmean(known) if len(known) == len(values) else None
+
     @property
     def retained(self) -> Estimate:
         """The average as a fraction of the dense one."""
@@ -263,6 +292,14 @@ class Section:
         shown = {_what_was_run(run): run for run in self.runs}
         return [(run, shown[_what_was_run(run)]) for run in self.runs if run is not shown[_what_was_run(run)]]
 
+    def short_name(self, task: str) -> str:
+        """A benchmark's name for people: without svl's mark and what all of the section's begin with."""
+        names = [name.removeprefix("svl_") for name in self.tasks]
+        shared = ""
+        if len(names) > 1:
+            shared = re.sub(r"[^_]*$", "", os.path.commonprefix(names))  # noqa: RUF071 (of names, not of paths)
+        return task.removeprefix("svl_").removeprefix(shared).replace("_", " ")
+
     def dense(self, task: str | None) -> float | None:
         """The unpruned model's main metric of a benchmark, or its average (None)."""
         return self.last.main_metric(task).get("dense")
@@ -275,6 +312,11 @@ class Section:
     def dense_beside(self, name: str) -> float | None:
         """The unpruned model's average of another metric than the main ones, in the newest run that has it."""
         return next((found["dense"] for run in reversed(self.runs) if (found := run.beside(name))), None)
+
+    @property
+    def recovers(self) -> bool:
+        """Whether any run was trained after pruning."""
+        return any(run.recovery for run in self.runs)
 
     def lower_is_better(self, task: str | None) -> bool:
         """Whether lower values of a benchmark (None: of any) are better."""

@@ -15,7 +15,7 @@ from tabulate import tabulate
 
 from svl.core import SvlError
 from svl.report.rows import Estimate, Section
-from svl.report.tables import PAPER, Cell, Column, Table
+from svl.report.tables import PAPER, Cell, Column, Table, error_text
 from svl.text.escaping import for_csv, for_latex, for_markdown, for_terminal
 
 
@@ -123,7 +123,8 @@ def as_latex(tables: Sequence[Table]) -> str:
             for block in table.blocks()
         ]
         body = "\n\\midrule\n".join("\n".join(lines) for lines in [[_latex_line(heads)], *blocks])
-        caption = for_latex(f"{table.title}. {' '.join(table.notes)}")
+        caption = for_latex(" ".join(table.caption))
+        made += [f"% {for_latex(' '.join(note.split()))}" for note in (table.title, *table.notes)]
         made.append(
             "\\begin{table}[t]\n\\centering\n"
             f"\\caption{{{caption}}}\n\\label{{tab:svl-{number}}}\n\\smallskip\n"
@@ -163,4 +164,4 @@ def _latex_cell(column: Column, cell: Cell) -> str:
         text = f"\\textbf{{{text}}}"
     if not column.is_score or cell.error is None:
         return text
-    return f"{text}\\,{{\\scriptsize$\\pm$\\,{cell.error:.{places}f}}}"
+    return f"{text}\\,{{\\scriptsize$\\pm$\\,{error_text(cell.error, places)}}}"

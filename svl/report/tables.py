@@ -6,15 +6,13 @@ the paper's are groups of their own, which every way of writing keeps apart and 
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
 
 from svl.report import paper
-from svl.report.notes import table_notes
+from svl.report.notes import table_caption, table_notes
 from svl.report.rows import Estimate, Row, Section
 from svl.report.significance import is_significantly_different
 from svl.store.artifacts import Store
@@ -62,12 +60,13 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """Columns, lines (the dense model first), and notes below."""
+    """Columns, lines (the dense model first), notes for who made it, and sentences for a paper's caption."""
 
     title: str
     columns: tuple[Column, ...]
     lines: tuple[Line, ...]
     notes: tuple[str, ...]
+    caption: tuple[str, ...]
 
     def blocks(self) -> Iterator[list[tuple[Cell, ...]]]:
         """The cells of one ratio after another's."""
@@ -83,113 +82,110 @@ def section_table(section: Section, store: Store) -> Table:
         store: where the answers are that tell whether a difference is more than chance.
     """
     published = paper.numbers(section.model)
-    scores = _score_columns(section)
-    printed = _paper_columns(section, published)
-    columns = (
-        Column("strategy"),
-        Column("ratio"),
-        Column("removed"),
-        *scores.values(),
-        *(Column(name.replace("_", " "), "%", MEASURED) for name in section.metrics_beside),
-        Column("retained", "%", MEASURED, is_score=True),
-        Column("params", "", MEASURED),
-        Column("speed", "", MEASURED),
-        *printed.values(),
-    )
-
-    def paper_cells(row: Row | None) -> list[Cell]:
-        if published is None:
-            return []
-        values = [published.value(row, task, section.tasks) for task in printed]
-        return [
-            _score_cell(Estimate(value), _places(section, task)) for task, value in zip(printed, values, strict=True)
-        ]
-
-    lines = [Line(None, (*_dense_cells(section), *paper_cells(None)))]
-    lines += [Line(row, (*_row_cells(section, row), *paper_cells(row))) for row in section.rows]
-    notes = table_notes(section)
+    printed = [] if published is None else list(_paper_columns(section, published))
+    filled = [*_plan_columns(section), *_score_columns(section), *_cost_columns(section), *printed]
+    columns = [part.column for part in filled]
+    lines = [Line(None, tuple(part.dense for part in filled))]
+    lines += [Line(row, tuple(part.fill(row) for part in filled)) for row in section.rows]
+    notes, caption = table_notes(section), table_caption(section)
     if published and printed:
-        notes.append(f"Paper: numbers for {published.model} printed in {paper.SOURCE}; not measured here.")
-    return Table(section.title, columns, tuple(_with_best(columns, lines, store)), tuple(notes))
+        source = f"Paper: numbers for {published.model} printed in {paper.SOURCE}; not measured here."
+        notes, caption = [*notes, source], [*caption, source]
+    return Table(section.title, tuple(columns), tuple(_with_best(columns, lines, store)), tuple(notes), tuple(caption))
 
 
-def _score_columns(section: Section) -> dict[str | None, Column]:
-    """A column of each benchmark's main metric, and of the average (None)."""
-    columns = {}
+class Filled(NamedTuple):
+    """A column, its cell of the dense model, and what makes that of a row."""
+
+    column: Column
+    dense: Cell
+    fill: Callable[[Row], Cell]
+
+
+def _plan_columns(section: Section) -> Iterator[Filled]:
+    """What a row is about."""
+    layers = section.last.result["cost"]["layers_dense"]
+
+    def removed(row: Row) -> Cell:
+        n = row.first.result["n_remove"]
+        return Cell(f"{n} / {row.first.result['cost']['layers_dense']}", n)
+
+    yield Filled(Column("strategy"), Cell("dense", "dense"), lambda row: Cell(row.label, row.label))
+    if any(len(row.runs) > 1 for row in section.rows):
+        yield Filled(Column("seeds"), UNKNOWN, lambda row: Cell(str(len(row.runs)), len(row.runs)))
+    yield Filled(Column("ratio"), Cell("0 %", 0.0), lambda row: Cell(f"{100 * row.ratio:g} %", 100 * row.ratio))
+    yield Filled(Column("removed"), Cell(f"0 / {layers}", 0), removed)
+
+
+def _score_columns(section: Section) -> Iterator[Filled]:
+    """Main metrics and their average, the averages beside, and what is retained."""
     for task in (*section.tasks, None):
-        name = _short_name(section, task)
-        unit = "%" if section.scale(task) == 100 else ""
-        if task:
-            metric = section.last.result["scores"][task]["metric"]
-            name = f"{name} {SHORT_METRICS.get(metric, metric.replace('_', ' '))}"
-        columns[task] = Column(name, unit, MEASURED, section.lower_is_better(task), is_score=True, task=task)
-    return columns
+        scale, places = section.scale(task), _places(section, task)
+
+        def fill(row: Row, task: str | None = task, scale: int = scale, places: int = places) -> Cell:
+            return _score_cell(row.score(task).times(scale), places, with_error=task is None)
+
+        dense = _score_cell(Estimate(section.dense(task)).times(scale), places)
+        yield Filled(_score_column(section, task), dense, fill)
+    for name in section.metrics_beside:
+
+        def beside(row: Row, name: str = name) -> Cell:
+            return _score_cell(row.beside(name).times(100))
+
+        dense = _score_cell(Estimate(section.dense_beside(name)).times(100))
+        yield Filled(Column(name.replace("_", " "), "%", MEASURED), dense, beside)
+    whole = UNKNOWN if section.lower_is_better(None) else Cell("100.0", 100.0)
+    retained = Column("retained", "%", MEASURED, is_score=True)
+    yield Filled(retained, whole, lambda row: _score_cell(row.retained.times(100)))
 
 
-def _short_name(section: Section, task: str | None) -> str:
-    """A benchmark's name without what all of them begin with."""
-    if task is None:
-        return "average"
-    shared = ""
-    if len(section.tasks) > 1:
-        shared = re.sub(r"[^_]*$", "", os.path.commonprefix(section.tasks))  # noqa: RUF071 (of names, not of paths)
-    return task.removeprefix(shared)
+def _score_column(section: Section, task: str | None) -> Column:
+    """That of a benchmark's main metric, which its name says, or of the average (None)."""
+    name = "average"
+    if task:
+        metric = section.last.result["scores"][task]["metric"]
+        name = f"{section.short_name(task)} {SHORT_METRICS.get(metric, metric.replace('_', ' '))}"
+    unit = "%" if section.scale(task) == 100 else ""
+    return Column(name, unit, MEASURED, section.lower_is_better(task), is_score=True, task=task)
 
 
-def _paper_columns(section: Section, published: paper.Published | None) -> dict[str | None, Column]:
-    """Columns of the benchmarks that the paper has numbers for."""
-    if published is None:
-        return {}
-    return {
-        task: Column(_short_name(section, task), column.unit, PAPER)
-        for task, column in _score_columns(section).items()
-        if published.value(None, task, section.tasks) is not None
-    }
+def _cost_columns(section: Section) -> Iterator[Filled]:
+    """What recovery took, where there was any; size and speed."""
+    if section.recovers:
+        for name, show in (("samples", _count_cell), ("tokens", _count_cell), ("seconds", _time_cell)):
+
+            def fill(row: Row, name: str = name, show: Callable[[float | None], Cell] = show) -> Cell:
+                return show(row.recovery(name))
+
+            head = f"recovery {'time' if name == 'seconds' else name}"
+            yield Filled(Column(head, "", MEASURED), UNKNOWN, fill)
+
+    def speed(row: Row) -> Cell:
+        value = section.speed(row)
+        return UNKNOWN if value is None else Cell(f"×{value:.2f}", value)
+
+    size = _count_cell(section.last.result["cost"].get("params_dense"))
+    yield Filled(Column("params", "", MEASURED), size, lambda row: _count_cell(row.first.result["cost"].get("params")))
+    yield Filled(Column("speed", "", MEASURED), Cell("×1.00", 1.0), speed)
+
+
+def _paper_columns(section: Section, published: paper.Published) -> Iterator[Filled]:
+    """The benchmarks that the paper has numbers for."""
+    for task in (*section.tasks, None):
+        if published.value(None, task, section.tasks) is None:
+            continue
+        places = _places(section, task)
+
+        def fill(row: Row | None, task: str | None = task, places: int = places) -> Cell:
+            return _score_cell(Estimate(published.value(row, task, section.tasks)), places)
+
+        name = section.short_name(task) if task else "average"
+        yield Filled(Column(name, _score_column(section, task).unit, PAPER), fill(None), fill)
 
 
 def _places(section: Section, task: str | None) -> int:
     """Decimals of a benchmark's numbers; losses are small."""
     return 3 if section.lower_is_better(task) else 1
-
-
-def _dense_cells(section: Section) -> list[Cell]:
-    """The line of the unpruned model."""
-    cost = section.last.result["cost"]
-    scores = [
-        _score_cell(Estimate(section.dense(task)).times(section.scale(task)), _places(section, task))
-        for task in (*section.tasks, None)
-    ]
-    return [
-        Cell("dense", "dense"),
-        Cell("0 %", 0.0),
-        Cell(f"0 / {cost['layers_dense']}", 0),
-        *scores,
-        *(_score_cell(Estimate(section.dense_beside(name)).times(100)) for name in section.metrics_beside),
-        UNKNOWN if section.lower_is_better(None) else Cell("100.0", 100.0),
-        _count_cell(cost.get("params_dense")),
-        Cell("×1.00", 1.0),
-    ]
-
-
-def _row_cells(section: Section, row: Row) -> list[Cell]:
-    """The line of a row, without the paper's columns."""
-    cost, n_remove = row.first.result["cost"], row.first.result["n_remove"]
-    label = row.label if len(row.runs) == 1 else f"{row.label} ({len(row.runs)} seeds)"
-    speed = section.speed(row)
-    scores = [
-        _score_cell(row.score(task).times(section.scale(task)), _places(section, task), with_error=task is None)
-        for task in (*section.tasks, None)
-    ]
-    return [
-        Cell(label, label),
-        Cell(f"{100 * row.ratio:g} %", 100 * row.ratio),
-        Cell(f"{n_remove} / {cost['layers_dense']}", n_remove),
-        *scores,
-        *(_score_cell(row.beside(name).times(100)) for name in section.metrics_beside),
-        _score_cell(row.retained.times(100)),
-        _count_cell(cost.get("params")),
-        UNKNOWN if speed is None else Cell(f"×{speed:.2f}", speed),
-    ]
 
 
 def _score_cell(estimate: Estimate, places: int = 1, with_error: bool = False) -> Cell:
@@ -198,11 +194,25 @@ def _score_cell(estimate: Estimate, places: int = 1, with_error: bool = False) -
         return UNKNOWN
     text = f"{estimate.value:.{places}f}"
     if with_error and estimate.error is not None:
-        text += f" ± {estimate.error:.{places}f}"
+        text += f" ± {error_text(estimate.error, places)}"
     return Cell(text, estimate.value, estimate.error)
 
 
-def _count_cell(n: int | None) -> Cell:
+def error_text(error: float, places: int) -> str:
+    """An error with `places` decimals, or with as many as it takes to show a digit other than 0."""
+    shown = f"{error:.{places}f}"
+    return shown if float(shown) else f"{error:.1g}"
+
+
+def _time_cell(seconds: float | None) -> Cell:
+    """90 -> "1.5 min"."""
+    if seconds is None:
+        return UNKNOWN
+    size, unit = next(((s, u) for s, u in ((3600, "h"), (60, "min")) if seconds >= s), (1, "s"))
+    return Cell(f"{seconds / size:.3g} {unit}", seconds)
+
+
+def _count_cell(n: float | None) -> Cell:
     """1234567 -> "1.23 M"."""
     if n is None:
         return UNKNOWN
@@ -213,7 +223,8 @@ def _count_cell(n: int | None) -> Cell:
 def _with_best(columns: Sequence[Column], lines: Sequence[Line], store: Store) -> Iterator[Line]:
     """The lines with the best values of every scored column at every ratio marked, if there are rivals.
 
-    Besides the best value, all are marked that are not significantly different from it.
+    The best value is marked alone only where it is significantly better than the next: all that it is not better than
+    are marked with it.
     """
     marked: set[tuple[int, int]] = set()  # line and column
     ratios = [line.row.ratio if line.row else None for line in lines]
@@ -240,7 +251,5 @@ def _best_lines(lines: Sequence[Line], rivals: Sequence[int], j: int, column: Co
 
 
 def _is_as_good(store: Store, best: Row | None, row: Row | None, column: Column) -> bool:
-    """Whether a row's difference to the best one is not significant; not for the dense model, which is no rival."""
-    if best is None or row is None:
-        return False
-    return is_significantly_different(store, best, row, column.task) is False
+    """Whether the best row is not shown to be better than another one; unknown errors show nothing."""
+    return best is not None and row is not None and not is_significantly_different(store, best, row, column.task)

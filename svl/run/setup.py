@@ -41,7 +41,8 @@ class RunSetup:
 
     Attributes:
         cfg: the configuration.
-        selector, strategy, compensation, tracker: its methods.
+        selector, strategy, compensation: its methods.
+        trackers: where it is mirrored, by name.
         combined: methods by group that the pruned model is combined with; those called `none` are left out.
         store: where finished stages are.
         checkpoint: the folder or hub id that the model is loaded from.
@@ -66,12 +67,12 @@ class RunSetup:
         self.cfg = cfg = round_ratio(cfg)
         methods = validate_config(cfg)
         self.selector, self.strategy = methods["selector"], methods["strategy"]
-        self.compensation, self.tracker = methods["compensation"], methods["tracker"]
+        self.compensation, self.trackers = methods["compensation"], methods["tracker"].each(self.choice("tracker"))
         self.combined: dict[str, Any] = {group: methods[group] for group in COMBINED if not _is_none(methods[group])}
         if self.combined and self.uses_vllm:
             raise SvlError(f"{' and '.join(self.combined)}: only evaluator=transformers can combine these with pruning")
         if process_rank() == 0:
-            self.tracker.check()
+            methods["tracker"].check()
         self.store = Store(cfg.paths.store, versions())
         self._find_model()
         if cfg.export.path:
@@ -235,6 +236,8 @@ class RunSetup:
 
         if HydraConfig.initialized():
             choices = HydraConfig.get().runtime.choices
+            if group not in choices:
+                raise SvlError(f"{group} is a list, but must be one name (of trackers, tracker=several has a list)")
             inner = choices.get(f"{group}@{group}.of")  # of a method around another one
             return f"{choices[group]}-{inner}" if inner else str(choices[group])
         return str(self.cfg[group]["_target_"].split(".")[-2])

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from svl.run.strategy_inputs import read_statistics
 from svl.store.files import digest
 from svl.text.redaction import redact_text, redact_values
 from svl.trackers.mirroring import mirror_in_time
-from svl.trackers.record import Record
+from svl.trackers.record import Record, Tracker
 
 if TYPE_CHECKING:
     from svl.run.run_result import RunStages
@@ -29,22 +30,28 @@ log = logging.getLogger(__name__)
 
 
 class NotTrackedError(Exception):
-    """The tracker failed."""
+    """A tracker failed."""
 
 
 def track_run(setup: RunSetup, folder: Path, stages: RunStages, run: Entry) -> None:
-    """Stage `track`: mirror a finished run to the tracker, once. Failing to do so changes no result."""
+    """Stage `track`: mirror a finished run to every tracker, once. Failing to do so changes no result."""
 
-    def build(_: Path) -> dict[str, Any]:
-        with not_costing_the_result(setup):
-            return {"run": run.key, "location": mirror_in_time(setup.tracker, describe_run(setup, folder, stages, run))}
+    @cache
+    def record() -> Record:
+        return describe_run(setup, folder, stages, run)
 
-    cls = type(setup.tracker)
-    tracker = {"class": f"{cls.__module__}.{cls.__qualname__}", **redact_values(method_settings(setup.tracker))}
-    try:
-        setup.store.make("track", {"run": run.key, "tracker": tracker}, build)
-    except NotTrackedError as error:
-        log.warning("  the run is stored, but not tracked; running it again tracks it: %s", error)
+    for name, tracker in setup.trackers.items():
+
+        def build(_: Path, name: str = name, tracker: Tracker = tracker) -> dict[str, Any]:
+            with not_costing_the_result(name):
+                return {"run": run.key, "location": mirror_in_time(tracker, record())}
+
+        cls = type(tracker)
+        settings = {"class": f"{cls.__module__}.{cls.__qualname__}", **redact_values(method_settings(tracker))}
+        try:
+            setup.store.make("track", {"run": run.key, "tracker": settings}, build)
+        except NotTrackedError as error:
+            log.warning("  the run is stored, but not tracked; running it again tracks it: %s", error)
 
 
 def track_failure(setup: RunSetup, folder: Path, error: Exception) -> None:
@@ -52,18 +59,18 @@ def track_failure(setup: RunSetup, folder: Path, error: Exception) -> None:
     if process_rank() > 0:
         return
     reason = redact_text(" ".join(f"{type(error).__name__}: {error}".split()))
-    key, name = f"failed-{digest(plain_values(setup.cfg))}", f"{setup.name}-{setup.choice('strategy')}-failed"
-    try:
-        with not_costing_the_result(setup):
-            record = Record(key=key, name=name, error=reason, **labels(setup, folder, "prune"))
-            mirror_in_time(setup.tracker, record)
-    except NotTrackedError as problem:
-        log.warning("  the failure is not tracked: %s", problem)
+    key, run = f"failed-{digest(plain_values(setup.cfg))}", f"{setup.name}-{setup.choice('strategy')}-failed"
+    for name, tracker in setup.trackers.items():
+        try:
+            with not_costing_the_result(name):
+                mirror_in_time(tracker, Record(key=key, name=run, error=reason, **labels(setup, folder, "prune")))
+        except NotTrackedError as problem:
+            log.warning("  the failure is not tracked: %s", problem)
 
 
 @contextmanager
-def not_costing_the_result(setup: RunSetup) -> Iterator[None]:
-    """Within the block, whatever is raised becomes a NotTrackedError.
+def not_costing_the_result(name: str) -> Iterator[None]:
+    """Within the block, whatever is raised becomes a NotTrackedError of the tracker called `name`.
 
     Deliberately broad: a mirror that breaks (no disk, no server, no login, an interface that changed) must not take
     hours of computed results with it.
@@ -72,7 +79,7 @@ def not_costing_the_result(setup: RunSetup) -> Iterator[None]:
         yield
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise NotTrackedError(f"{setup.choice('tracker')} failed: {reason}") from error
+        raise NotTrackedError(f"{name} failed: {reason}") from error
 
 
 def describe_run(setup: RunSetup, folder: Path, stages: RunStages, run: Entry) -> Record:

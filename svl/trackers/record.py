@@ -54,7 +54,7 @@ class Record:
 
         `eval/<task>/<metric>`, `eval/average` and `eval/retained`, the same under `stderr/`, `dense/`, `low/` and
         `high/` (95 % intervals); `change/<task>/<x>`, `samples/<task>`, `prune/<x>`, `cost/<x>`,
-        `efficiency/<part>/<x>`, `seconds/<stage>`.
+        `efficiency/<part>/<x>`, `seconds/<stage>`, `recovery/<x>`.
         """
         if not self.result:
             return {}
@@ -70,7 +70,7 @@ class Record:
             "change": {task: score.get("change") for task, score in result["scores"].items()},
             "samples": {task: score["n"] for task, score in result["scores"].items()},
             "prune": {name: result.get(name) for name in ("ratio", "n_remove", "seed", "limit")},
-            **{part: result.get(part) for part in ("cost", "efficiency", "seconds")},
+            **{part: result.get(part) for part in ("cost", "efficiency", "seconds", "recovery")},
         }
         return {name: value for name, value in flatten(tree) if isinstance(value, int | float)}
 
@@ -110,6 +110,10 @@ class Tracker(Method, ABC):
         Raises:
             SvlError: if settings or environment variables cannot be right, or a library is not installed.
         """
+
+    def each(self, name: str) -> Mapping[str, Tracker]:
+        """The trackers that this one stands for, by name: itself, called `name`. Each is asked on its own."""
+        return {name: self}
 
     @abstractmethod
     def mirror(self, record: Record) -> str | None:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import os
 import re
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from helpers.races import another_process
-from helpers.results import demo, result
+from helpers.results import demo, example, result
 from markdown_it import MarkdownIt
 from PIL import Image
 
@@ -222,3 +223,18 @@ def test_imports_nothing_heavy(store):
         "assert not heavy & set(sys.modules), 'for a report'"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_no_picture_of_a_constant(store):
+    """A selector that prefers no token, importance that tells no layers apart, plans that remove none."""
+
+    def flat(folder):
+        example(folder)
+        body = json.loads((folder / "example.json").read_text())
+        body |= {"visual": [1.0] * 12, "visual_selected": [1.0] * 12, "text": [["a", 1.0, 1.0], ["b", 1.0, 1.0]]}
+        (folder / "example.json").write_text(json.dumps(body))
+
+    plan = {"n_layers": 8, "removed": [], "kept": list(range(8)), "importance": [1.0] * 8}
+    store.add(result("identity", ratio=0.0, n_remove=0, plan=plan), files=flat)
+    assert main(["experiment=demo"]) == 0
+    assert [p.name for p in Path("outputs/report/demo").glob("*.png")] == ["accuracy_vs_ratio.png"]

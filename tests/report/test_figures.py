@@ -8,7 +8,7 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from svl.core import Plan, SvlError
-from svl.report.figures import curves, layers, style, tokens
+from svl.report.figures import curves, direct_labels, layers, style, tokens
 from svl.report.figures.curves import Gap, Point, Spectrum
 
 
@@ -167,3 +167,74 @@ def test_seeds_are_all_in_the_figures_of_layers(tmp_path):
 
     first, second, both = gone(0), gone(1), gone(0, 1)
     assert len({first[0], second[0], both[0]}) == len({first[1], second[1], both[1]}) == 3
+
+
+# ------------------------------------------------------------------------------------------------- direct labels
+
+
+@pytest.mark.parametrize(
+    ("places", "expected"),
+    [
+        ([0.1, 0.5, 0.9], [0.1, 0.5, 0.9]),
+        ([0.5, 0.5], [0.45, 0.55]),
+        ([0.5, 0.52, 0.9], [0.46, 0.56, 0.9]),
+        ([0.3, 0.35, 0.42, 0.5], [0.2425, 0.3425, 0.4425, 0.5425]),  # the first three push the fourth
+        ([], []),
+    ],
+)
+def test_labels_that_would_touch_are_spread_about_their_middle(places, expected):
+    assert direct_labels.spread(places, 0.1) == pytest.approx(expected)
+
+
+def written(figure):
+    """By text, its box on the drawn figure."""
+    figure.draw_without_rendering()
+    texts = [text for text in figure.axes[0].texts if text.get_text()]
+    return {text.get_text(): text.get_window_extent() for text in texts}
+
+
+def test_every_method_is_named_beside_its_line_and_no_name_covers_another():
+    points = {f"method {i}": [Point(0.2, 50.0 + 0.1 * i, 45.0, 55.0)] for i in range(14)}
+    boxes = written(curves.accuracy_vs_ratio(points, 90.0))
+    assert set(boxes) == {*points, "dense (none removed)"}
+    for one, other in itertools.combinations(boxes.values(), 2):
+        assert not one.overlaps(other)
+    heights = [boxes[label].y0 for label in points]
+    assert heights == sorted(heights)  # as the lines end
+
+
+def test_every_plan_is_named_beside_its_point():
+    points = {f"m{i}": [Point(0.2, 50.0 + i, 49.0, 51.0, 1.1 + 0.01 * i), Point(0.4, 40.0, 39, 41, 1.3 + 0.05 * i)]
+              for i in range(4)}  # fmt: skip
+    boxes = written(curves.accuracy_vs_speed(points, 90.0))
+    assert set(boxes) == {*(f"m{i} {ratio}" for i in range(4) for ratio in (20, 40)), "dense"}
+    for one, other in itertools.combinations(boxes.values(), 2):
+        assert not one.overlaps(other)
+
+
+def test_single_seeds_are_dots(tmp_path):
+    def draw(*seeds):
+        return pixels(
+            curves.accuracy_vs_ratio({"a": [Point(0.2, 50.0, 45.0, 55.0, seeds=seeds)]}, 90.0), tmp_path / "x.png"
+        )
+
+    assert len({draw(), draw(42.0, 58.0), draw(43.0, 57.0)}) == 3
+
+
+def test_methods_that_choose_layers_together_are_marked(tmp_path):
+    plans = {"block": [Plan(3, (1,), (0.1, 0.2, 0.3))]}
+    pictures = [
+        pixels(layers.importance_rank_heatmap(plans, jointly=marked), tmp_path / "x.png") for marked in ((), ("block",))
+    ]
+    assert len(set(pictures)) == 2
+
+
+def test_the_cover_counts_how_many_methods_remove_each_layer():
+    plans = {
+        "a": {0.3: [Plan(3, (0,)), Plan(3, (1,))]},  # two seeds: half a method each
+        "b": {0.3: [Plan(3, (0,))], 0.6: [Plan(3, (0, 2))]},
+    }
+    counts = layers.removed_layers(plans).axes[1]
+    heights = [[bar.get_height() for bar in bars] for bars in counts.containers]
+    assert heights == [[1.5, 0.5, 0.0], [1.0, 0.0, 1.0]]
+    assert len(layers.removed_layers({"a": plans["a"]}).axes) == 1  # one method needs no count

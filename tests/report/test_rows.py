@@ -11,11 +11,13 @@ from svl.report.page import render_page
 from svl.report.rows import Estimate, pool_estimates
 
 
-def test_several_seeds_give_mean_and_deviation():
+def test_several_seeds_give_a_mean_with_the_errors_of_both():
     assert pool_estimates([Estimate(0.5, 0.1)]) == Estimate(0.5, 0.1)
     pooled = pool_estimates([Estimate(0.3, 9), Estimate(0.4, 9), Estimate(0.5, None)])
     assert pooled.value == pytest.approx(0.4)
-    assert pooled.error == pytest.approx(0.1)  # sample standard deviation, not the runs' standard errors
+    assert pooled.draws == pytest.approx(0.1 / 3**0.5)
+    assert pooled.questions == pytest.approx(9)  # one set of questions for all seeds
+    assert pooled.error == pytest.approx((81 + 0.01 / 3) ** 0.5)
     assert pool_estimates([Estimate(0.3), Estimate(None)]) == Estimate(None, None)
 
 
@@ -50,7 +52,7 @@ def test_seeds_of_the_parts_count(store):
     (section,) = Report.read(store, "demo").sections
     (row,) = section.rows
     assert len(row.runs) == 3
-    assert (row.score(None).value, row.score(None).error) == pytest.approx((0.4, 0.1))
+    assert (row.score(None).value, row.score(None).draws) == pytest.approx((0.4, 0.1 / 3**0.5))
 
 
 def test_newest_of_equal_seeds_counts(store):
@@ -73,7 +75,7 @@ def test_seeds_that_change_nothing_are_one_run_with_the_error_of_its_samples(sto
     assert (len(tail.runs), tail.seeds, tail.score(None)) == (1, 3, Estimate(0.6, 0.03))
     assert (len(random.runs), random.seeds) == (3, 3)
     (table,) = Report.read(store, "demo").tables
-    assert [line.cells[0].text for line in table.lines] == ["dense", "random (3 seeds)", "tail"]
+    assert [line.cells[0].text for line in table.lines] == ["dense", "random", "tail"]
     assert any(note.startswith("The seed changes nothing for tail:") for note in table.notes)
 
 
@@ -81,7 +83,8 @@ def test_equal_scores_of_different_layers_or_weights_are_different_runs(store):
     other = {"plan": result()["plan"] | {"removed": [1, 2]}}
     store.add(same_model(0), same_model(1, keys=("other",)), same_model(2, **other))
     (section,) = Report.read(store, "demo").sections
-    assert [(len(row.runs), row.score(None).error) for row in section.rows] == [(3, 0.0)]
+    assert [(len(row.runs), row.score(None).draws) for row in section.rows] == [(3, 0.0)]
+    assert section.rows[0].score(None).error == pytest.approx(0.03)
 
 
 def test_runs_left_out_are_called_older_only_if_they_are(store):

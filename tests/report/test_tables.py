@@ -2,17 +2,24 @@
 
 import csv
 import io
+import itertools
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy.stats
 from helpers.results import answers, demo, paper_runs, result, table_cells
 from rich.console import Console
 
+from svl.evaluation.score_statistics import Part
 from svl.report import main, paper, table_writers
 from svl.report.experiment_report import Report
+from svl.report.paired_tests import paired_p
+from svl.report.significance import difference_p
+from svl.report.tables import error_text
 
 
 def test_table(store):
@@ -20,16 +27,28 @@ def test_table(store):
     (table,) = Report.read(store, "demo").tables
     lines = table_writers.as_markdown(table).splitlines()
     cells = [table_cells(line) for line in lines[:8]]
-    heads = "strategy|ratio|removed|yes acc %|no acc %|average %|retained %|params|speed"
+    heads = "strategy|seeds|ratio|removed|yes acc %|no acc %|average %|retained %|params|speed"
     assert cells[0] == heads.split("|")
-    assert [set(cell) for cell in cells[1]] == [{":", "-"}] * 9
+    assert [set(cell) for cell in cells[1]] == [{":", "-"}] * 10
+    # over three seeds: 10 points of deviation / sqrt(3), and 3 (of the questions) that are the same in all of them
     assert cells[2:] == [
-        ["dense", "0 %", "0 / 8", "90.0", "70.0", "80.0", "100.0", "8 M", "×1.00"],
-        ["last\\_n (tis)", "12.5 %", "1 / 8", "**85.0**", "**65.0**", "**75.0 ± 3.0**", "**93.8**", "6 M", "×1.25"],
-        ["short\\_lvlm", "12.5 %", "1 / 8", "**80.0**", "**60.0**", "**70.0 ± 3.0**", "**87.5**", "6 M", "×1.25"],
-        ["last\\_n (none)", "25 %", "2 / 8", "**60.0**", "**40.0**", "50.0 ± 3.0", "62.5", "6 M", "×1.25"],
-        ["random (3 seeds)", "25 %", "2 / 8", "50.0", "30.0", "40.0 ± 10.0", "50.0", "6 M", "×1.25"],
-        ["short\\_lvlm", "25 %", "2 / 8", "**70.0**", "**50.0**", "**60.0 ± 3.0**", "**75.0**", "6 M", "×1.25"],
+        ["dense", "–", "0 %", "0 / 8", "90.0", "70.0", "80.0", "100.0", "8 M", "×1.00"],
+        [
+            "last\\_n (tis)",
+            "1",
+            "12.5 %",
+            "1 / 8",
+            "**85.0**",
+            "**65.0**",
+            "**75.0 ± 3.0**",
+            "**93.8**",
+            "6 M",
+            "×1.25",
+        ],
+        ["short\\_lvlm", "1", "12.5 %", "1 / 8", "**80.0**", "**60.0**", "**70.0 ± 3.0**", "**87.5**", "6 M", "×1.25"],
+        ["last\\_n (none)", "1", "25 %", "2 / 8", "**60.0**", "**40.0**", "50.0 ± 3.0", "62.5", "6 M", "×1.25"],
+        ["random", "3", "25 %", "2 / 8", "50.0", "30.0", "40.0 ± 6.5", "50.0", "6 M", "×1.25"],
+        ["short\\_lvlm", "1", "25 %", "2 / 8", "**70.0**", "**50.0**", "**60.0 ± 3.0**", "**75.0**", "6 M", "×1.25"],
     ]
     assert r"demo\_yes (accuracy, n = 100), demo\_no" in lines[9]
 
@@ -54,7 +73,7 @@ def test_form_chance_and_likelihood_have_columns_where_they_are_known(store):
         "short_lvlm": ["71.0", "45.2", "12.5"],
         "sleb": ["–", "–", "–"],
         "tail": ["–", "–", "50.0"],
-        "random (2 seeds)": ["–", "–", "12.5"],
+        "random": ["–", "–", "12.5"],
     }
     said = [note.partition(":")[0] for note in table.notes]
     assert {"Likelihood", "Above chance", "Off format"} <= set(said)
@@ -177,15 +196,16 @@ def best(store):
     return marked
 
 
-def run_with_answers(store, strategy, right, n=200):
+def run_with_answers(store, strategy, right, n=200, seed=0):
     """A run on one benchmark whose answers are stored; right on the questions `right` out of n."""
-    removed = {"tail": [7], "sleb": [6], "random": [5]}[strategy]
+    removed = [{"tail": 7, "sleb": 6, "random": 5}[strategy] - seed]
     value = {"value": len(right) / n, "stderr": 0.03, "dense": 0.9}
     scores = {"t": {"metric": "accuracy", "n": n, "metrics": {"accuracy": value}}}
-    keys = {"evaluate": [answers(store, right, removed, n=n)], "dense": []}
+    keys = {"evaluate": [answers(store, right, removed, n=n, strategy=strategy)], "dense": []}
     plan = result()["plan"] | {"removed": removed}
     average = value | {"stderr": 0.03}
-    store.add(result(strategy, scores=scores, average=average, keys=keys, plan=plan, retained=None))
+    more = {"scores": scores, "average": average, "keys": keys, "plan": plan, "retained": None}
+    store.add(result(strategy, seed=seed, **more))
 
 
 def test_only_what_is_significantly_better_is_bold_alone(store):
@@ -202,8 +222,106 @@ def test_without_stored_answers_errors_count_as_independent(store):
     assert best(store)["average"] == {"a", "b"}  # 1.96 * 0.03 * sqrt(2) = 0.083
 
 
-def test_samples_over_seeds_are_compared_by_their_means(store):
-    store.add(*(result("a", level=level, seed=seed) for seed, level in enumerate((0.50, 0.54, 0.58))))
-    store.add(*(result("b", level=level, seed=seed) for seed, level in enumerate((0.43, 0.47, 0.51))))
-    # standard deviations of 0.04 over 3 seeds: 1.96 * 0.04 * sqrt(2 / 3) = 0.064 < 0.07
-    assert best(store)["average"] == {"a"}
+@pytest.mark.parametrize(("spread", "is_shown"), [(0, True), (2, True), (10, False)])
+def test_rows_over_seeds_vary_over_questions_and_over_seeds(store, spread, is_shown):
+    """Three seeds each; 16 of 200 questions between the means, the seeds of one method `spread` questions apart."""
+    for seed, shift in enumerate((-spread, 0, spread)):
+        run_with_answers(store, "tail", range(160), seed=seed)
+        run_with_answers(store, "sleb", range(144 + shift), seed=seed)
+    (section,) = Report.read(store, "demo").sections
+    sleb, tail = section.rows
+    counts = np.mean([[i < 144 + shift for i in range(200)] for shift in (-spread, 0, spread)], 0)
+    changes = np.array([float(i < 160) for i in range(200)]) - counts
+    questions, seeds = changes.var(ddof=1) / 200, (spread / 200) ** 2 / 3
+    freedom = (questions + seeds) ** 2 / (questions**2 / 199 + seeds**2 / 2)
+    expected = 2 * scipy.stats.t.sf(changes.mean() / (questions + seeds) ** 0.5, freedom)
+    found = [difference_p(store, *rows, task) for rows in ((tail, sleb), (sleb, tail)) for task in ("t", None)]
+    assert found == pytest.approx([expected] * 4)
+    assert best(store)["average"] == ({"tail"} if is_shown else {"tail", "sleb"})
+    assert sleb.score("t").draws == pytest.approx(seeds**0.5)
+
+
+def test_paired_tests_are_mcnemars_where_answers_are_right_or_wrong():
+    moved = [Part(0.01, i) for i in range(9)] + [Part(-0.01, i) for i in range(9, 11)] + [Part(0.0, 99)]
+    assert paired_p(moved) == pytest.approx(scipy.stats.binomtest(9, 11).pvalue)
+    assert paired_p([Part(0.0, 1)]) == 1.0
+    twice = [Part(0.01, i % 5) for i in range(10)]  # two questions on each of five pictures: five independent changes
+    assert paired_p(twice) == pytest.approx(2 / 2**5)
+
+
+def test_paired_tests_of_shares_try_all_signs():
+    values = [0.5, 0.25, -0.125, 0.4, 0.3, 0.05, 0.2]
+    totals = np.array([abs(np.dot(signs, values)) for signs in itertools.product((1, -1), repeat=len(values))])
+    exact = float((totals >= sum(values) - 1e-12).mean())
+    assert paired_p([Part(value, i) for i, value in enumerate(values)]) == pytest.approx(exact, abs=0.01)
+
+
+def test_without_any_error_nothing_is_shown_to_be_better(store):
+    unknown = {"value": 0.9, "stderr": None, "dense": 0.95}
+    store.add(result("a", average=unknown), result("b", average=unknown | {"value": 0.2}))
+    assert best(store)["average"] == {"a", "b"}
+
+
+# ------------------------------------------------------------------------------------------------- errors
+
+
+def test_no_error_is_zero(store):
+    """All right, or equal over seeds: the error is that of the interval, or of the questions."""
+    sure = {"value": 1.0, "stderr": 0.0, "dense": 1.0}
+    scores = {
+        "t": {"metric": "accuracy", "n": 50, "metrics": {"accuracy": sure | {"low": 0.9286, "high": 1.0}}},
+        "u": {"metric": "accuracy", "n": 50, "metrics": {"accuracy": sure}},
+    }
+    plans = [result()["plan"] | {"removed": [i]} for i in range(3)]
+    store.add(*(result("same", level=0.6, seed=i, plan=plan) for i, plan in enumerate(plans)))
+    store.add(result("right", scores=scores, average=sure, name="other"))
+    (table,) = Report.read(store, "demo").tables
+    assert [line.cells[6].text for line in table.lines] == ["80.0", "60.0 ± 3.0"]
+    (table,) = Report.read(store, "other").tables
+    assert [cell.error for cell in table.lines[1].cells[3:6]] == [pytest.approx(100 * 0.0714 / 3.92), None, None]
+    assert table.lines[1].cells[5].text == "100.0"
+    assert "0.0" not in re.findall(r"pm\$\\,([\d.]+)", table_writers.as_latex([table]))
+    assert [error_text(error, 1) for error in (2.34, 0.06, 0.04, 0.0012)] == ["2.3", "0.1", "0.04", "0.001"]
+
+
+# ------------------------------------------------------------------------------------------------- recovery
+
+
+def test_what_recovery_took_has_columns_only_where_there_was_any(store):
+    budget = {"samples": 12_000, "tokens": 3_400_000, "steps": 750, "seconds": 5400.0, "device": {"name": "H100"}}
+    store.add(result("tail"), result("short_lvlm", recovery=None))
+    assert not any("recovery" in column.head for column in Report.read(store, "demo").tables[0].columns)
+    store.add(result("sleb", recovery=budget))
+    store.add(*(result("random", seed=i, level=i / 9, recovery=budget | {"seconds": 30 + 60 * i}) for i in (0, 1)))
+    (table,) = Report.read(store, "demo").tables
+    found = [[line.cells[0].text, *(line.cells[j].text for j in recovery_columns(table))] for line in table.lines]
+    assert sorted(found) == [
+        ["dense", "–", "–", "–"],
+        ["random", "12 k", "3.4 M", "1 min"],
+        ["short_lvlm", "–", "–", "–"],
+        ["sleb", "12 k", "3.4 M", "1.5 h"],
+        ["tail", "–", "–", "–"],
+    ]
+    assert any("after pruning on H100" in note for note in table.notes)
+    assert "recovery tokens" in table_writers.as_latex([table])
+
+
+def recovery_columns(table):
+    heads = ["recovery samples", "recovery tokens", "recovery time"]
+    return [[column.head for column in table.columns].index(head) for head in heads]
+
+
+# --------------------------------------------------------------------------------------------------- LaTeX
+
+
+def test_a_papers_caption_has_no_housekeeping(store):
+    demo(store)
+    store.add(result("tail"), result("tail", level=0.5))  # one replaces the other
+    (table,) = Report.read(store, "demo").tables
+    text = table_writers.as_latex([table])
+    (caption,) = re.findall(r"\\caption\{(.*)\}", text)
+    assert "yes (n = 100), no (n = 100)" in caption
+    for word in ("demo", "older run", "seeds)", "accuracy", "Speed", "tis"):
+        assert word not in caption
+    assert "yes acc \\%" in text
+    assert "% Left out: 1 older run(s)" in text

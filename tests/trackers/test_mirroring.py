@@ -11,6 +11,8 @@ from svl.trackers import mirroring
 from svl.trackers.mlflow import Mlflow
 from svl.trackers.none import Nowhere
 from svl.trackers.record import Record, Tracker
+from svl.trackers.several import Several
+from svl.trackers.tensorboard import TensorBoard
 from svl.trackers.wandb import Wandb
 
 
@@ -37,7 +39,21 @@ def test_a_missing_library_is_found_before_any_work(monkeypatch):
         Mlflow().check()
     with pytest.raises(SvlError, match=r"pip install wandb, or set tracker=none"):
         Wandb().check()
+    for tracker in (TensorBoard(), Several(of={"none": Nowhere(), "tensorboard": TensorBoard()})):
+        with pytest.raises(SvlError, match=r"pip install 'svl\[tensorboard\]'"):
+            tracker.check()
     Nowhere().check()
+
+
+def test_several_trackers_stand_for_each_of_them(record):
+    first, second = Keeping(given=[]), Keeping(given=[])
+    both = Several(of={"first": first, "second": second, "none": Nowhere()})
+    assert both.each("several") == both.of
+    assert first.each("it") == {"it": first}
+    assert both.mirror(record) == "there, there"
+    assert first.given == second.given == [record]
+    with pytest.raises(SvlError, match="tracker=several has no tracker"):
+        Several().check()
 
 
 @dataclasses.dataclass(frozen=True)

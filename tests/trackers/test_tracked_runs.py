@@ -93,3 +93,30 @@ def test_no_failure_of_a_tracker_costs_a_result(tmp_path, monkeypatch, caplog):
         {"importance": seen[0].result["plan"]["importance"]}
     )
     assert [file.name for files in seen[0].files.values() for file in files] == ["plan.json", "result.json"]
+
+
+def test_several_trackers_share_no_failure(tmp_path, monkeypatch, caplog):
+    """What one could not show is shown by the next run, and by that one alone."""
+    pytest.importorskip("tensorboard", reason="extra `tensorboard`")
+    from hydra import compose, initialize_config_dir
+
+    from svl import config
+
+    settings = ["strategy=tail", "benchmark=none", f"paths.store={tmp_path / 's'}", f"paths.outputs={tmp_path / 'o'}"]
+    trackers = ["tracker=several", "~tracker@tracker.of.wandb", "+tracker@tracker.of.none=none"]
+    config.register_with_hydra()
+    with initialize_config_dir(str(config.CONF), version_base="1.3"):
+        cfg = compose("config", [*settings, *trackers])
+    (tmp_path / "o").mkdir()
+    monkeypatch.setattr(Nowhere, "mirror", Broken.mirror)
+    with caplog.at_level(logging.WARNING):
+        pipeline.run_configuration(cfg, tmp_path / "o")
+    messages = [r.getMessage() for r in caplog.records if "tracked" in r.getMessage()]
+    assert [message.partition(": ")[2] for message in messages] == ["none failed: No space left on device"]
+    (events,) = (tmp_path / "o/tensorboard").rglob("events.out.*")
+    seen = []
+    monkeypatch.setattr(Nowhere, "mirror", lambda self, record: seen.append(record))
+    pipeline.run_configuration(cfg, tmp_path / "o")
+    assert [run.kind for run in seen] == ["prune"]
+    assert list((tmp_path / "o/tensorboard").rglob("events.out.*")) == [events]
+    assert len(list((tmp_path / "s").glob("track/*/manifest.json"))) == 2

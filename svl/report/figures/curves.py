@@ -12,9 +12,9 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
-from svl.report.figures.style import PALETTE, STYLE, WIDTH, add_legend, figure_with_axes, looks, shortened
+from svl.report.figures.direct_labels import LABEL, LineEnd, PointName, label_line_ends, name_points
+from svl.report.figures.style import PALETTE, STYLE, WIDTH, Look, add_title, figure_with_axes, looks, shortened
 
 
 class Point(NamedTuple):
@@ -25,6 +25,7 @@ class Point(NamedTuple):
         value: the score, in the unit of the figure.
         low, high: ends of its error bar.
         speed: relative to the dense model's; NaN where unknown.
+        seeds: the values of single seeds, where there are several.
     """
 
     ratio: float
@@ -32,6 +33,7 @@ class Point(NamedTuple):
     low: float
     high: float
     speed: float = math.nan
+    seeds: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Labels:
 def accuracy_vs_ratio(curves: Mapping[str, Sequence[Point]], dense: float | None, labels: Labels = Labels()) -> Figure:
     """Average score against the fraction of layers removed, one line per method.
 
-    Marks of different methods at one ratio stand a little beside each other, so that no error bar hides another.
+    Marks of different methods at one ratio stand a little beside each other, so that no error bar hides another; small
+    dots are single seeds.
 
     Args:
         curves: by label of the method.
@@ -56,34 +59,40 @@ def accuracy_vs_ratio(curves: Mapping[str, Sequence[Point]], dense: float | None
     ratios = sorted({round(100 * point.ratio, 2) for points in curves.values() for point in points} | {0.0})
     shifts = _shifts(list(curves), ratios)
     with mpl.rc_context(STYLE):
-        figure, ax = figure_with_axes(3.9)
-        lines: list[tuple[float, str, Line2D]] = []
+        figure, ax = figure_with_axes(max(3.9, 1.2 + LABEL * (len(curves) + 1)))
+        ends: list[LineEnd] = []
         for label, look in looks(list(curves)).items():
             points = sorted(curves[label])
             x, y = [100 * point.ratio + shifts[label] for point in points], [point.value for point in points]
             ax.errorbar(x, y, _reach(points), fmt="none", ecolor=look.color, elinewidth=1.2, capsize=3, zorder=3)
+            _draw_seeds(ax, x, points, look)
             if dense is not None and points and points[0].ratio > 0:
                 x, y = [0, *x], [dense, *y]
             marked = slice(len(x) - len(points), None)  # the dense model has its own mark
-            (line,) = ax.plot(x, y, ms=5.5, markevery=marked, **look.curve())
-            lines.append((y[-1] if y else -math.inf, label, line))
-        handles, names = [], []
+            ax.plot(x, y, ms=5.5, markevery=marked, **look.curve())
+            if points:
+                ends.append(LineEnd(x[-1], y[-1], label, look))
+        right = ratios[-1] + max(shifts.values(), default=0.0)
         if dense is not None:
             dashed: Any = {"color": "black", "lw": 1, "ls": (0, (4, 2))}
             ax.axhline(dense, **dashed, zorder=1)
-            (dot,) = ax.plot([0], [dense], marker="o", ms=6, **dashed, zorder=5, clip_on=False)
-            handles, names = [dot], ["dense (none removed)"]
-        for _, label, line in sorted(lines, key=lambda item: -item[0]):  # as the line ends lie, top to bottom
-            handles.append(line)
-            names.append(label)
+            ax.plot([0], [dense], marker="o", ms=6, **dashed, zorder=5, clip_on=False)
+            ends.append(LineEnd(right, dense, "dense (none removed)", Look("black", "o", "--")))
         ax.set_xticks(ratios, [f"{ratio:g}" for ratio in ratios])
         edge = 0.03 * max(ratios[-1], 1)
-        ax.set_xlim(-edge, ratios[-1] + max(shifts.values(), default=0.0) + edge)
+        ax.set_xlim(-edge, right + edge)
         ax.set_xlabel("decoder layers removed (%)")
         ax.set_ylabel(labels.ylabel)
         ax.grid(axis="y")
-        add_legend(figure, labels.title, handles, names)
+        add_title(figure, labels.title)
+        label_line_ends(ax, ends)
     return figure
+
+
+def _draw_seeds(ax: Axes, x: Sequence[float], points: Sequence[Point], look: Look) -> None:
+    """A small dot for the value of every seed, beneath the mean's mark."""
+    for at, point in zip(x, points, strict=True):
+        ax.plot([at] * len(point.seeds), point.seeds, "o", ms=3, color=look.color, mew=0, alpha=0.45, zorder=2.5)
 
 
 def _shifts(labels: Sequence[str], ratios: Sequence[float]) -> dict[str, float]:
@@ -109,32 +118,29 @@ def accuracy_vs_speed(curves: Mapping[str, Sequence[Point]], dense: float | None
         labels: heading and names.
     """
     with mpl.rc_context(STYLE):
-        figure, ax = figure_with_axes(3.9)
-        handles, names, every = [], [], []
-        for i, (label, look) in enumerate(looks(list(curves)).items()):
+        figure, ax = figure_with_axes(4.4)
+        every, names = [], []
+        for label, look in looks(list(curves)).items():
             points = [point for point in sorted(curves[label]) if math.isfinite(point.speed)]
             x, y = [point.speed for point in points], [point.value for point in points]
             bars: Any = {"fmt": "none", "ecolor": look.color, "elinewidth": 1, "capsize": 2.5, "alpha": 0.6}
             ax.errorbar(x, y, _reach(points), **bars, zorder=2)
-            (line,) = ax.plot(x, y, lw=1, ms=6, zorder=3, **look.curve())
-            offset = (5, (3, -9)[i % 2])  # neighbours write above and below
-            for point in points:
-                at = (point.speed, point.value)
-                text = f"{100 * point.ratio:g}"
-                ax.annotate(text, at, offset, textcoords="offset points", fontsize=7, color=look.color)
-                every.append(at)
-            handles.append(line)
-            names.append(label)
+            _draw_seeds(ax, x, points, look)
+            ax.plot(x, y, lw=1, ms=6, zorder=3, **look.curve())
+            every += list(zip(x, y, strict=True))
+            names += [PointName(p.speed, p.value, f"{label} {100 * p.ratio:g}", look) for p in points]
         if dense is not None:
-            (dot,) = ax.plot([1], [dense], color="black", marker="o", ms=6, ls="", zorder=5)
-            handles, names = [dot, *handles], ["dense", *names]
+            ax.plot([1], [dense], color="black", marker="o", ms=6, ls="", zorder=5)
+            names.append(PointName(1.0, dense, "dense", Look("black", "o", "-")))
             every.append((1.0, dense))
         front = pareto(every)
         ax.plot(*zip(*front, strict=True), drawstyle="steps-pre", color="#BBBBBB", lw=3.5, zorder=1, alpha=0.7)
-        ax.set_xlabel(f"{labels.speed} (small numbers: layers removed, %)")
+        ax.set_xlabel(f"{labels.speed} (numbers: layers removed, %)")
         ax.set_ylabel(labels.ylabel)
         ax.grid()
-        add_legend(figure, labels.title, handles, names)
+        ax.margins(x=0.12)
+        add_title(figure, labels.title)
+        name_points(figure, ax, names)
     return figure
 
 
@@ -164,21 +170,23 @@ def feature_gap(panels: Mapping[str, Mapping[str, Gap]], *, title: str = "") -> 
     """
     look = looks(list(dict.fromkeys(label for gaps in panels.values() for label in gaps)))
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 0.5 + 2.7 * len(panels)), layout="constrained")
+        tall = max(2.7, 0.9 + LABEL * max(map(len, panels.values())))
+        figure = Figure(figsize=(WIDTH, 0.5 + tall * len(panels)), layout="constrained")
         axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
-        lines: dict[str, Line2D] = {}
         for ax, (heading, gaps) in zip(axes, panels.items(), strict=True):
+            ends = []
             for label, gap in gaps.items():
                 ax.plot(gap.layers, gap.alone, color=look[label].color, ls=(0, (3, 2)), lw=1)
-                (lines[label],) = ax.plot(gap.layers, gap.patched, ms=4, lw=1.3, **look[label].curve())
+                ax.plot(gap.layers, gap.patched, ms=4, lw=1.3, **look[label].curve())
+                ends.append(LineEnd(gap.layers[-1], gap.patched[-1], label, look[label]))
             _scale_gap_axis(ax, [y for gap in gaps.values() for y in (*gap.alone, *gap.patched)])
             ax.set_title(shortened(heading), loc="left", fontsize=9).set_parse_math(False)
             ax.set_ylabel("mean |h′ − h|² / |h|²")
             ax.set_xlabel("state before layer (the last: after all layers)")
             ax.xaxis.get_major_locator().set_params(integer=True)
             ax.grid(axis="y")
-        dashed = Line2D([], [], color="#555555", ls=(0, (3, 2)), lw=1)
-        add_legend(figure, title, [dashed, *lines.values()], ["without compensation", *lines])
+            label_line_ends(ax, ends, share=1 / len(panels))
+        add_title(figure, title)
     return figure
 
 
@@ -231,5 +239,5 @@ def spectrum(panels: Mapping[str, Mapping[str, Spectrum]], *, title: str = "") -
             ax.legend(fontsize=7, handlelength=0.8, loc="lower left")
         for ax in axes[len(panels) :]:
             ax.set_visible(False)
-        add_legend(figure, title, [], [])
+        add_title(figure, title)
     return figure

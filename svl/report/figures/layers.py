@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -20,13 +20,14 @@ from svl.report.figures.style import KEPT, STYLE, WIDTH, axes_at, colors, shorte
 Plans = Sequence[Plan]  # of one method and ratio, one for each seed
 
 
-def importance_rank_heatmap(plans: Mapping[str, Plans], *, title: str = "") -> Figure:
+def importance_rank_heatmap(plans: Mapping[str, Plans], *, jointly: Collection[str] = (), title: str = "") -> Figure:
     """Methods by layers: how important each finds every layer, as a rank, since their scales have no common unit.
 
     Of several seeds, ranks are means. Crosses mark the layers that the plan removes (of several, most of them).
 
     Args:
         plans: by label, with importance.
+        jointly: labels of methods that choose layers together, whose crosses need not be at the lowest ranks.
         title: heading of the figure.
 
     Raises:
@@ -35,7 +36,8 @@ def importance_rank_heatmap(plans: Mapping[str, Plans], *, title: str = "") -> F
     n_layers = _common_depth(plan for found in plans.values() for plan in found)
     ranks = np.array([np.mean([_ranks(plan) for plan in found], 0) for found in plans.values()])
     with mpl.rc_context(STYLE):
-        figure, ax = _layer_grid(list(plans), n_layers, 0.25, title, room_below=0.62)
+        names = [f"{shortened(label, 42)} †" if label in jointly else label for label in plans]
+        figure, ax = _layer_grid(names, n_layers, 0.25, title, room_below=0.8 if jointly else 0.62)
         mesh = ax.pcolormesh(*_edges(ranks), ranks, cmap="viridis", vmin=0, vmax=100, ec="white", lw=0.8)
         for row, found in enumerate(plans.values()):
             removed = np.flatnonzero(_share_removed(found) > 0.5)
@@ -44,6 +46,9 @@ def importance_rank_heatmap(plans: Mapping[str, Plans], *, title: str = "") -> F
                 ax.plot([i], [row], "x", color=color, ms=5, mew=1.4)
         ax.set_xlabel("decoder layer (crosses: removed first)")
         _add_rank_scale(figure, ax, mesh)
+        if jointly:
+            text = "†: layers chosen together (one block, or one after another), so crosses need not be the darkest"
+            text_at(figure, 0.1, figure.get_figheight() - 0.06, text, fontsize=7.5, color="#444444")
     return figure
 
 
@@ -70,16 +75,19 @@ def _add_rank_scale(figure: Figure, ax: Axes, mesh: QuadMesh) -> None:
     box = ax.get_position()
     width = min(2.6, box.width * wide)
     left = box.x0 * wide
+    top = (1 - box.y0) * tall + 0.62
     scale: Any = figure.colorbar(
-        mesh, cax=axes_at(figure, left, tall - 0.39, width, 0.09), orientation="horizontal", ticks=[0, 50, 100]
+        mesh, cax=axes_at(figure, left, top, width, 0.09), orientation="horizontal", ticks=[0, 50, 100]
     )
     scale.outline.set_visible(False)
     scale.ax.tick_params(labelsize=8, length=2)
-    text_at(figure, left + width + 0.12, tall - 0.3, "importance: rank among the layers (%)", fontsize=8, va="bottom")
+    text_at(figure, left + width + 0.12, top + 0.09, "importance: rank among the layers (%)", fontsize=8, va="bottom")
 
 
 def removed_layers(plans: Mapping[str, Mapping[float, Plans]], *, title: str = "") -> Figure:
-    """Which layers go, a line for every method and ratio; of several seeds, the paler the fewer of them remove it.
+    """Which layers go: a line for every method and ratio, and above, how many methods remove each layer.
+
+    Of several seeds, the paler the fewer of them remove it. The bars count a method with the share of its seeds.
 
     Args:
         plans: by label and ratio.
@@ -100,14 +108,38 @@ def removed_layers(plans: Mapping[str, Mapping[float, Plans]], *, title: str = "
             name = shortened(label, 36) if len(names) == starts[-1] else ""
             names.append(f"{name}  −{100 * ratio:g} %")
             lines.append(shades(_share_removed(found)))
+    above = BARS + 0.15 if len(plans) > 1 else 0.0
     with mpl.rc_context(STYLE):
-        figure, ax = _layer_grid(names, n_layers, 0.19, title)
+        figure, ax = _layer_grid(names, n_layers, 0.19, title, room_above=above)
         ax.pcolormesh(*_edges(np.empty((len(lines), n_layers))), np.array(lines), ec="white", lw=1)
         for start in starts[1:]:
             ax.axhline(start - 0.5, color="#888888", lw=0.8)
         is_sample = any(len(found) > 1 for ratios in plans.values() for found in ratios.values())
         ax.set_xlabel(f"decoder layer (filled: removed{', pale: by some seeds only' if is_sample else ''})")
+        if above:
+            _draw_counts(figure, ax, plans)
     return figure
+
+
+def _draw_counts(figure: Figure, ax: Axes, plans: Mapping[str, Mapping[float, Plans]]) -> None:
+    """Above the lines of methods, how many of them remove each layer, a bar for each ratio."""
+    ratios = sorted({ratio for found in plans.values() for ratio in found})
+    box, (wide, tall) = ax.get_position(), figure.get_size_inches()
+    top = (1 - box.y1) * tall - BARS - 0.07
+    counts = axes_at(figure, box.x0 * wide, top, box.width * wide, BARS)
+    for i, ratio in enumerate(ratios):
+        shares = [_share_removed(found[ratio]) for found in plans.values() if ratio in found]
+        width = 0.84 / len(ratios)
+        x = np.arange(len(shares[0])) + width * (i - (len(ratios) - 1) / 2)
+        grey = f"{0.72 - 0.52 * i / max(1, len(ratios) - 1):.2f}"
+        counts.bar(x, np.sum(shares, 0), width=width, color=grey, label=f"−{100 * ratio:g} %")
+    counts.set_xlim(ax.get_xlim())
+    counts.set_ylim(0, len(plans))
+    counts.set_yticks([0, len(plans)])
+    counts.set_ylabel("methods", fontsize=8)
+    counts.tick_params(axis="x", bottom=False, labelbottom=False)
+    counts.tick_params(axis="y", labelsize=8, length=2)
+    counts.legend(fontsize=7, ncols=min(6, len(ratios)), loc="lower right", bbox_to_anchor=(1.0, 0.97), borderpad=0)
 
 
 def _common_depth(plans: Iterable[Plan]) -> int:
@@ -119,11 +151,12 @@ def _common_depth(plans: Iterable[Plan]) -> int:
 
 
 def _layer_grid(
-    names: Sequence[str], n_layers: int, cell: float, title: str, room_below: float = 0.0
+    names: Sequence[str], n_layers: int, cell: float, title: str, room_below: float = 0.0, room_above: float = 0.0
 ) -> tuple[Figure, Axes]:
     """Axes with a line `cell` inches high for every name and a column for every layer."""
     shown = [shortened(name, 44) for name in names]
-    left, top, bottom = 0.2 + 0.068 * max(map(len, shown)), 0.38 if title else 0.08, 0.42 + room_below
+    left, bottom = 0.2 + 0.068 * max(map(len, shown)), 0.42 + room_below
+    top = (0.38 if title else 0.08) + room_above
     figure = Figure(figsize=(WIDTH, top + cell * len(names) + bottom))
     ax = axes_at(figure, left, top, WIDTH - left - 0.12, cell * len(names))
     ax.set_xlim(-0.5, n_layers - 0.5)

@@ -115,15 +115,11 @@ def title_at_top(figure: Figure, title: str) -> None:
         text_at(figure, 0.1, 0.08, shortened(title), va="top", **HEADING)
 
 
-def add_legend(figure: Figure, title: str, handles: Sequence[Any], names: Sequence[str]) -> None:
-    """Heading and legend of a figure with curves."""
+def add_title(figure: Figure, title: str) -> None:
+    """Heading of a figure with curves."""
     if title:
         heading = figure.suptitle(shortened(title), x=0.01, ha="left", fontsize=10, weight="bold")
         heading.set_parse_math(False)
-    if handles:
-        legend = figure.legend(handles, [shortened(name, 44) for name in names], loc="outside right upper")
-        for text in legend.get_texts():
-            text.set_parse_math(False)
 
 
 def shortened(text: str, most: int = 80) -> str:
