@@ -19,6 +19,7 @@ def table_notes(section: Section) -> list[str]:
         "Retained: average relative to the dense average.",
         "Bold: the best at that ratio and all that are not significantly worse (95 %, paired by question if possible).",
         *_speed_notes(section),
+        *_training_notes(section),
     ]
     if section.limit is not None:
         notes.insert(0, f"Caution: limit={section.limit:g}, so only a part of every benchmark was used.")
@@ -39,6 +40,24 @@ MEANINGS = {
 def _beside_notes(section: Section) -> list[str]:
     """What the averages besides that of the main metrics are."""
     return [f"{name.replace('_', ' ').capitalize()}: {MEANINGS[name]}." for name in section.metrics_beside]
+
+
+def _training_notes(section: Section) -> list[str]:
+    """What recovery was trained on and where, and whether it saw pictures of the benchmarks."""
+    spent = [run.result["training"] for run in section.runs if run.result.get("training")]
+    if not spent:
+        return []
+    devices = sorted({" ".join(str(t["device"].get(part) or "") for part in ("type", "name")).strip() for t in spent})
+    notes = [
+        "Training: what recovery cost after pruning: steps of the optimiser, samples and tokens that went through the "
+        f"model (repeated ones counted again), seconds of training alone (on {', '.join(devices)}); 0: training-free."
+    ]
+    known = [t["shared_pictures"] for t in spent]
+    if shared := max((n for n in known if n is not None), default=0):
+        notes.append(f"Caution: up to {shared} of the samples trained on show a picture of a benchmark.")
+    elif None not in known:
+        notes.append("No picture of the benchmarks is among those trained on (compared pixel by pixel).")
+    return notes
 
 
 def _pair_notes(section: Section) -> list[str]:

@@ -102,7 +102,7 @@ def _details(section: Section, line: Line, row: Row, store: Store, images: dict[
     """What a row opens: plan, numbers, settings, and questions that flipped against the dense model."""
     run = row.first
     result = run.result
-    methods = [("selector", result["selector"] or "none"), ("compensation", result["compensation"] or "none")]
+    methods = [(name, result.get(name) or "none") for name in ("selector", "compensation", "recovery")]
     return {
         "strategy": row.strategy,
         "seeds": row.seeds,

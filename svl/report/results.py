@@ -53,7 +53,7 @@ class Run:
         A score is stored once for equal layers and weights, whatever led to them.
         """
         keys = self.result.get("keys") or {}
-        stored = keys.get("evaluate") or keys.get("compensate") or [self.key]
+        stored = keys.get("evaluate") or keys.get("recover") or keys.get("compensate") or [self.key]
         return (tuple(self.result["plan"]["removed"]), *stored)
 
     def main_metric(self, task: str | None) -> Mapping[str, Any]:
@@ -89,8 +89,8 @@ class Run:
         averages = {name: result[name] or {} for name in ("average", "retained")} | (result.get("beside") or {})
         for name, metric in averages.items():
             yield "eval", "", name, 0, "", *(metric.get(part) for part in ESTIMATE)
-        for group in ("cost", "seconds"):
-            for name, value in result[group].items():
+        for group in ("cost", "training", "seconds"):
+            for name, value in (result.get(group) or {}).items():
                 if not name.endswith("_dense") and not isinstance(value, Mapping):
                     yield group, "", name, 0, "", value, None, result[group].get(f"{name}_dense"), None, None
 

@@ -94,6 +94,7 @@ def section_table(section: Section, store: Store) -> Table:
         Column("retained", "%", MEASURED, is_score=True),
         Column("params", "", MEASURED),
         Column("speed", "", MEASURED),
+        *(Column(f"training {name}", "", MEASURED) for name in _spent(section)),
         *printed.values(),
     )
 
@@ -111,6 +112,11 @@ def section_table(section: Section, store: Store) -> Table:
     if published and printed:
         notes.append(f"Paper: numbers for {published.model} printed in {paper.SOURCE}; not measured here.")
     return Table(section.title, columns, tuple(_with_best(columns, lines, store)), tuple(notes))
+
+
+def _spent(section: Section) -> tuple[str, ...]:
+    """The parts of a training's budget, where any run was trained."""
+    return ("steps", "samples", "tokens", "seconds") if section.recovers else ()
 
 
 def _score_columns(section: Section) -> dict[str | None, Column]:
@@ -168,6 +174,7 @@ def _dense_cells(section: Section) -> list[Cell]:
         UNKNOWN if section.lower_is_better(None) else Cell("100.0", 100.0),
         _count_cell(cost.get("params_dense")),
         Cell("×1.00", 1.0),
+        *(Cell("0", 0.0) for _ in _spent(section)),
     ]
 
 
@@ -189,6 +196,7 @@ def _row_cells(section: Section, row: Row) -> list[Cell]:
         _score_cell(row.retained.times(100)),
         _count_cell(cost.get("params")),
         UNKNOWN if speed is None else Cell(f"×{speed:.2f}", speed),
+        *(_spent_cell(row.spent(name)) for name in _spent(section)),
     ]
 
 
@@ -200,6 +208,11 @@ def _score_cell(estimate: Estimate, places: int = 1, with_error: bool = False) -
     if with_error and estimate.error is not None:
         text += f" ± {estimate.error:.{places}f}"
     return Cell(text, estimate.value, estimate.error)
+
+
+def _spent_cell(estimate: Estimate) -> Cell:
+    """A part of a budget: of several seeds, the mean."""
+    return UNKNOWN if estimate.value is None else Cell(f"{estimate.value:,.0f}", estimate.value, estimate.error)
 
 
 def _count_cell(n: int | None) -> Cell:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,8 @@ LESS_MEMORY = {
     "plan": "calibrate on fewer or shorter samples, or set model.dtype=bfloat16",
     "check": "set model.dtype=bfloat16, or model.device=cpu",
     "patch": "lower calibration.batch_size, set model.device=cpu, or choose another compensation",
+    "recover": "lower recovery.batch_size, or set recovery.gradient_checkpointing=true or model.dtype=bfloat16",
+    "overlap": "leave the benchmark out",
     "score": "lower benchmark.batch_size, or set model.dtype=bfloat16",
     "efficiency": "lower efficiency.batch_size or efficiency.new_tokens",
 }
@@ -72,6 +75,21 @@ def log_outcome(result: dict[str, Any], seconds: float) -> None:
             log.warning("  %s: %s", task, note)
     if result["retained"]:
         log.info("  retained %.1f %% of dense, %.1f s", 100 * result["retained"]["value"], seconds)
+
+
+@contextmanager
+def show_training() -> Iterator[Callable[[Any, float], None]]:
+    """Within the block, progress of a training, with the loss and the time left; gives what it is told by.
+
+    That is `recovery.training.Report`.
+    """
+    with tqdm(total=100, desc="  recover", unit="%", leave=False, dynamic_ncols=True, disable=None) as bar:
+
+        def report(spent: Any, share: float) -> None:
+            bar.set_postfix_str(f"step {spent.steps}, loss {spent.curve[-1]['loss']:.4f}", refresh=False)
+            bar.update(round(100 * share, 1) - bar.n)
+
+        yield report
 
 
 def show_progress(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
