@@ -55,7 +55,7 @@ def total_loss(losses: Losses, terms: Mapping[str, Tensor]) -> Tensor:
     """
     total = torch.stack([getattr(losses, name) * term for name, term in terms.items()]).sum()
     if not bool(total.isfinite()):
-        listing = ", ".join(f"{name} {float(term):g}" for name, term in terms.items())
+        listing = ", ".join(f"{name} {float(term.detach()):g}" for name, term in terms.items())
         raise SvlError(f"the loss of recovery is not finite ({listing}): lower recovery.learning_rate")
     return total
 
