@@ -1,8 +1,8 @@
 """Configuration: what Hydra is told, what is checked, and the one place that builds objects from it.
 
-Method groups (selector, strategy, compensation, quantization, visual_tokens, tracker) are frozen dataclasses named by
-`_target_`; the dataclass is the schema: any of its fields can be set, and nothing else. The other groups are plain
-values with the schemas of svl.config_schema.
+Method groups (selector, strategy, compensation, recovery, quantization, visual_tokens, tracker) are frozen dataclasses
+named by `_target_`; the dataclass is the schema: any of its fields can be set, and nothing else. The other groups are
+plain values with the schemas of svl.config_schema.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from svl import plugins
-from svl.config_schema import Svl
+from svl.config_schema import Svl, TrainingData
 from svl.core import Compensation, Method, Strategy, SvlError, TokenSelector, did_you_mean, layers_to_remove, one_of
 from svl.core.patch import NO_STOCK_FORM
 from svl.models.options import LoadOptions
 from svl.quantization.base import Quantization
+from svl.recovery.base import Recovery
 from svl.trackers.record import Tracker
 from svl.visual_tokens.base import VisualTokens
 
@@ -40,6 +41,7 @@ METHODS: dict[str, type[Method]] = {
     "selector": TokenSelector,
     "strategy": Strategy,
     "compensation": Compensation,
+    "recovery": Recovery,
     "quantization": Quantization,
     "visual_tokens": VisualTokens,
     "tracker": Tracker,
@@ -246,7 +248,35 @@ def validate_config(cfg: DictConfig) -> dict[str, Any]:
     methods = {group: build_method(cfg[group], group) for group in METHODS}
     if not methods["compensation"].foldable:
         _check_nothing_exports(cfg)
+    if methods["recovery"].heals:
+        _check_recovery(cfg)
     return methods
+
+
+def _check_recovery(cfg: DictConfig) -> None:
+    """Raise SvlError if the model cannot be trained as it is to be loaded, or the data are not described well."""
+    training_data(cfg.recovery)
+    if cfg.model.offload:
+        raise SvlError("recovery trains a model in memory, but model.offload leaves layers on disk: set recovery=none")
+    if cfg.model.dtype == "float16":
+        raise SvlError("recovery trains in float32 or bfloat16, not in float16: set model.dtype=bfloat16")
+
+
+def training_data(recovery: DictConfig) -> DictConfig:
+    """`recovery.data` with the types and defaults of the group `calibration`.
+
+    Raises:
+        SvlError: if it has an unknown setting, or a value of wrong type.
+    """
+    given = OmegaConf.to_container(recovery, resolve=True).get("data") or {}  # type: ignore[union-attr]
+    if not isinstance(given, dict):
+        raise SvlError(f"recovery.data is '{given}', but must be a mapping such as {{path: FILE}}")
+    check_known(DictConfig(given), TrainingData, "recovery.data.")
+    try:
+        return typing.cast(DictConfig, OmegaConf.merge(OmegaConf.structured(TrainingData), given))
+    except OmegaConfBaseException as error:
+        where = f"setting 'recovery.data.{error.full_key}'"
+        raise SvlError(f"recovery: {str(error).splitlines()[0]} ({where})") from error
 
 
 def _check_nothing_exports(cfg: DictConfig) -> None:

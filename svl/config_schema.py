@@ -66,6 +66,13 @@ class Calibration:
 
 
 @dataclass
+class TrainingData(Calibration):
+    """Samples that recovery trains on: `recovery.data`."""
+
+    path: Any = None  # as calibration.path; null: the calibration set
+
+
+@dataclass
 class Task:
     """One lmms-eval task of a benchmark."""
 
@@ -123,6 +130,7 @@ class Svl:
     selector: Any = field(default_factory=_open_mapping)
     strategy: Any = field(default_factory=_open_mapping)
     compensation: Any = field(default_factory=_open_mapping)
+    recovery: Any = field(default_factory=_open_mapping)
     quantization: Any = field(default_factory=_open_mapping)
     visual_tokens: Any = field(default_factory=_open_mapping)
     benchmark: Benchmark = field(default_factory=Benchmark)

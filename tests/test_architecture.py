@@ -53,6 +53,7 @@ OWNERS = {
     "mlflow": {"trackers/mlflow.py"},
     "torchao": {"quantization/torchao.py"},
     "accelerate": {"models/placement.py"},
+    "peft": {"recovery/adapters.py"},
     "tabulate": {"report/table_writers.py"},
     "jinja2": {"report/page.py"},
 }

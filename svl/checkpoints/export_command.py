@@ -6,12 +6,14 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from svl.checkpoints import export, hub
 from svl.checkpoints.export import ExportRecord
 from svl.core.errors import explained
+from svl.core.patch import Patch
 from svl.core.plan import Plan
 from svl.models.options import LoadOptions
 from svl.text.command_line import CommandLineParser, run_command
@@ -39,6 +41,7 @@ def command_parser() -> CommandLineParser:
     parser.add_argument("--source", metavar="DIR|ID", required=True, help="dense checkpoint: a folder or a hub id")
     parser.add_argument("--out", metavar="DIR", required=True, help="the folder to make")
     parser.add_argument("--patch", metavar="FILE", help="changes of kept weights (patch.safetensors of a run)")
+    parser.add_argument("--trained", metavar="FILE", help="what recovery has trained (trained.safetensors of a run)")
     parser.add_argument(
         "--protect",
         metavar="auto|none",
@@ -86,6 +89,9 @@ def export_checkpoint(args: Namespace) -> None:
     with explained(f"plan: cannot read '{file}'"):
         plan = Plan.from_json(file.read_text(encoding="utf-8"))
     patch = patch_file.load_patch(Path(args.patch).expanduser()) if args.patch else None
+    if args.trained:
+        trained = patch_file.load_trained(Path(args.trained).expanduser())
+        patch = replace(patch or Patch(), trained=trained)
     if args.push_to_hub:
         hub.check_hub_access(args.push_to_hub)
     options = LoadOptions(

@@ -177,11 +177,14 @@ def _recipe(facts: CardFacts) -> list[str]:
     result, provenance = facts.result, facts.plan.provenance
     settings = result.get("settings", {})
     rows: list[tuple[str, str]] = []
-    for part in ("strategy", "selector", "compensation"):
+    for part in ("strategy", "selector", "compensation", "recovery"):
         if chosen := result.get(part, provenance.get(part)):
             options = {name: value for name, value in settings.get(part, {}).items() if name != "_target_"}
             listing = ", ".join(f"{name}={json.dumps(value)}" for name, value in options.items())
             rows.append((part, f"{chosen} ({listing})" if listing else str(chosen)))
+    if spent := result.get("training"):
+        told = f"{spent['steps']} steps, {spent['samples']} samples, {spent['tokens']} tokens, {spent['seconds']:.0f} s"
+        rows.append(("training", told))
     if calibration := settings.get("calibration"):
         samples = calibration["samples"] or "all"
         rows.append(("calibration", f"{calibration['file']}, {samples} samples, seed {calibration['seed']}"))

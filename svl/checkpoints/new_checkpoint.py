@@ -20,7 +20,7 @@ from svl.checkpoints.pruned_tensors import (
     prediction_layers,
     split_layer_number,
 )
-from svl.checkpoints.pruning_record import CONVERTED, FIELD, converted_model, pruning_record
+from svl.checkpoints.pruning_record import CONVERTED, FIELD, converted_model, pruning_record, trained_modules
 from svl.checkpoints.safetensors_writing import NewTensor, write_weights
 from svl.checkpoints.skeleton import Skeleton, read_skeleton
 from svl.core.errors import SvlError
@@ -125,6 +125,8 @@ def plan_checkpoint(
     dense_config, _ = read_model_config(folder, options)
     base_model = converted_model(getattr(dense_config, CONVERTED, None)) or hub.hub_id(source)
     record = pruning_record(plan, patch, key, base_model, getattr(dense_config, FIELD, None))
+    if trained := trained_modules(patch, dense.anatomy.layers):
+        record["trained"] = trained
     config = pruned_config(dense_config, plan)
     if left_out := prediction_layers(dense, layer_prefix(dense)):
         log.info("  left out: prediction layer %s, stored behind the decoder", ", ".join(map(str, left_out)))

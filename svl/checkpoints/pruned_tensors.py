@@ -13,11 +13,11 @@ from svl.checkpoints.safetensors_files import StoredTensor, row_blocks
 from svl.checkpoints.safetensors_writing import Blocks, NewTensor
 from svl.checkpoints.skeleton import Skeleton
 from svl.core.errors import SvlError
-from svl.core.patch import JoinedPart, Patch, Update
+from svl.core.patch import JoinedPart, Patch, TensorChange, Update
 from svl.core.plan import Plan
 from svl.models.loading import is_prediction_layer
 from svl.models.transformers_internals import Destination, match_names, missing_parameters
-from svl.pruning import folding, joining, surgery
+from svl.pruning import folding, joining, surgery, trained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,6 +30,7 @@ def plan_tensors(dense: Skeleton, plan: Plan, patch: Patch) -> Iterator[NewTenso
         SvlError: if the names on disk do not number decoder layers in one way, or the patch does not fit.
     """
     folding.check_patch(patch, plan, dense.anatomy, dense.layers)
+    trained.check_trained(patch.trained, plan, dense.anatomy, dense.model)
     prefix, new_index = layer_prefix(dense), {old: new for new, old in enumerate(plan.kept)}
     blended, updated = blended_parameters(dense, patch), updated_parameters(dense, patch)
     for key, stored in dense.stored.items():
@@ -46,6 +47,8 @@ def plan_tensors(dense: Skeleton, plan: Plan, patch: Patch) -> Iterator[NewTenso
             content = joined_content(dense, place, f"{prefix}.{{}}.{rest}", patch.joins[number])
         if place and place.name in updated:
             content = updated_content(content, stored, dense, place, *updated[place.name])
+        if place and place.name in patch.trained:
+            content = trained_content(content, stored, dense, place, patch.trained[place.name])
         if place and plan.removed and (axis := surgery.packed_axis(place.name, dense.anatomy.layers)) is not None:
             content = kept_slices(stored, axis, plan)
             shape = tuple(n * len(plan.kept) // plan.n_layers if i == axis else n for i, n in enumerate(shape))
@@ -126,6 +129,24 @@ def updated_content(
     def compute() -> Iterator[Tensor]:
         tensor = content.read() if isinstance(content, StoredTensor) else torch.cat(list(content()))
         yield folding.fold_update(tensor, update, transposed != turned_on_disk)
+
+    return compute
+
+
+def trained_content(
+    content: StoredTensor | Blocks, stored: StoredTensor, dense: Skeleton, place: Destination, change: TensorChange
+) -> Blocks:
+    """A tensor on disk as recovery has trained it.
+
+    Raises:
+        SvlError: if the disk has it other than the model does.
+    """
+    if place.converter or stored.shape != tuple(dense.model.state_dict()[place.name].shape):
+        raise SvlError(f"the layout of '{dense.folder}' is not known: '{place.name}' was trained as it is not stored")
+
+    def compute() -> Iterator[Tensor]:
+        tensor = content.read() if isinstance(content, StoredTensor) else torch.cat(list(content()))
+        yield trained.change_tensor(tensor, change)
 
     return compute
 

@@ -1,6 +1,7 @@
 """What a checkpoint's config.json tells about its pruning, under `layer_pruning`; also of one that is pruned again.
 
     {"n_layers": 12, "removed": [3], ..., "compensated": ["4.mlp"], "key": null, "base_model": "owner/name",
+     "trained": ["model.layers.4", "model.multi_modal_projector"],
      "history": [{"n_layers": 16, "removed": [1, 2, 9, 10], ...}], "original": {"n_layers": 16, "removed": [...]}}
 
 `removed` and `compensated` are numbers of the model that was pruned; `original` has those of the first one.
@@ -37,6 +38,15 @@ def changed_writers(patch: Patch | None) -> list[str]:
         f"{layer}.*" for layer in (*patch.blends, *patch.joins)
     }
     return sorted(changed | {f"{start}.map" for start in patch.maps})
+
+
+def trained_modules(patch: Patch | None, layers: str) -> list[str]:
+    """What recovery has trained: decoder layers (of the path `layers`, by original number), and the other modules."""
+    found = set()
+    for name in patch.trained if patch else ():
+        inside = name.removeprefix(f"{layers}.")
+        found.add(name.rpartition(".")[0] if inside == name else f"{layers}.{inside.partition('.')[0]}")
+    return sorted(found, key=lambda name: [int(w) if w.isdigit() else w for w in re.split(r"(\d+)", name)])
 
 
 def pruning_record(

@@ -20,7 +20,7 @@ from svl.core.methods import (
     Strategy,
     TokenSelector,
 )
-from svl.core.patch import JoinedPart, Patch, Update
+from svl.core.patch import JoinedPart, Patch, TensorChange, Update
 from svl.core.plan import Plan, layers_to_remove
 from svl.core.stats import Stats, TokenTrace, no_selected_token
 
@@ -38,6 +38,7 @@ __all__ = [
     "Stats",
     "Strategy",
     "SvlError",
+    "TensorChange",
     "TokenSelector",
     "TokenTrace",
     "Update",

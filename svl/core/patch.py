@@ -58,6 +58,18 @@ class JoinedPart:
 
 
 @dataclass(frozen=True)
+class TensorChange:
+    """What training made of one tensor: all of its `value`, or a change of rank k, W + left @ right.
+
+    Either `value`, in the tensor's shape, or `left` [d_out, k] and `right` [k, d_in], which change a matrix.
+    """
+
+    value: Tensor | None = None
+    left: Tensor | None = None
+    right: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Patch:
     """What a compensation changes: updates and blends fold into kept weights, maps do not. Layers are original indices.
 
@@ -67,6 +79,7 @@ class Patch:
         blends: layer -> {source layer: coefficient}: every projection (weight and bias, not the norms) of the layer
             becomes this sum over layers of the dense model, before any update.
         joins: layer -> the parts, in order, that all of its tensors are put together from; of the dense model's width.
+        trained: name of a parameter of the dense model -> what recovery made of it, after all else.
         maps: first layer of a removed run -> W [d, d]: in place of the run, a token's residual stream h becomes W h.
             What is behind the run reads W h, but the stream also carries it on, so that no change of later weights
             does the same: such a patch works in memory only.
@@ -81,6 +94,7 @@ class Patch:
     notes: tuple[str, ...] = ()
     spectra: dict[int, tuple[float, ...]] = field(default_factory=dict)
     joins: dict[int, tuple[JoinedPart, ...]] = field(default_factory=dict)
+    trained: dict[str, TensorChange] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.updates or self.blends or self.joins or self.maps)
+        return bool(self.updates or self.blends or self.joins or self.maps or self.trained)

@@ -268,8 +268,10 @@ def check_style(task: str, style: str, include_path: str | None) -> None:
     one_of(f"benchmark.tasks.{task}.style", style, ["default", *(s for s in styles if s != "default")])
 
 
-def check_not_evaluated_on(path: str, split: str | None, chosen: Iterable[str], include_path: str | None) -> None:
-    """Raise SvlError if calibration data are what a benchmark is scored on.
+def check_not_evaluated_on(
+    path: str, split: str | None, chosen: Iterable[str], include_path: str | None, group: str = "calibration"
+) -> None:
+    """Raise SvlError if the data of `group` (of settings) are what a benchmark is scored on.
 
     With a `split`, `path` is a data set: compared by name with those of the `chosen` tasks and of every task of svl
     ("lmms-lab/ScienceQA" and a folder "ScienceQA" are the same). Without, it is a file: compared by content with the
@@ -281,15 +283,15 @@ def check_not_evaluated_on(path: str, split: str | None, chosen: Iterable[str], 
             theirs = config.get("test_split") or config.get("validation_split") or ""
             if _part(path, split) == _part(config.get("dataset_path") or "", theirs):
                 raise SvlError(
-                    f"calibration.split: '{split}' of {Path(path).name} is what benchmark task '{task}' is scored on; "
-                    "calibrate on another split"
+                    f"{group}.split: '{split}' of {Path(path).name} is what benchmark task '{task}' is scored on; "
+                    f"{'calibrate' if group == 'calibration' else 'train'} on another split"
                 )
         return
     file = Path(path).expanduser()
     for task in chosen if file.is_file() else ():
         source = find_task(task, include_path)
         if any(_same_content(file, other) for other in task_data_files(source, task_settings(task, include_path))):
-            raise SvlError(f"calibration.path: '{path}' is what benchmark task '{task}' is scored on")
+            raise SvlError(f"{group}.path: '{path}' is what benchmark task '{task}' is scored on")
 
 
 def _same_content(first: Path, second: Path) -> bool:

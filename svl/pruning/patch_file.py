@@ -1,9 +1,10 @@
-"""Patches as safetensors files."""
+"""Patches, and what recovery has trained, as safetensors files."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from svl.core.errors import SvlError, explained
-from svl.core.patch import JoinedPart, Patch, Update
+from svl.core.patch import JoinedPart, Patch, TensorChange, Update
 
 PARTS = ("left", "right", "delta", "shift", "weight")
 INDICES = ("channels", "queries", "groups")  # of a joined part, `<layer>.join<number>.<which>`
+TRAINED = ("value", "left", "right")
 TERMS = "terms"  # of a joined part, likewise: its layer, norm and share, fp64 [3]
 
 
@@ -79,3 +81,30 @@ def _numbered(blends: dict[str, dict[str, Any]]) -> dict[int, dict[int, float]]:
 def _joined_part(tensors: dict[str, torch.Tensor]) -> JoinedPart:
     layer, norm, share = tensors[TERMS].tolist()
     return JoinedPart(int(layer), norm, share, *(tensors[which] for which in INDICES))
+
+
+def save_trained(trained: Mapping[str, TensorChange], file: Path) -> None:
+    """Write trained tensors as safetensors: `<name>:<value, left or right>`."""
+    tensors = {
+        f"{name}:{part}": tensor.detach().cpu().clone().contiguous()
+        for name, change in trained.items()
+        for part in TRAINED
+        if (tensor := getattr(change, part)) is not None
+    }
+    save_file(tensors, file)
+
+
+def load_trained(file: Path) -> dict[str, TensorChange]:
+    """Read what `save_trained` wrote; whether it fits a model, `trained.check_trained` tells.
+
+    Raises:
+        SvlError: if it is no such file.
+    """
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    with explained(f"'{file}' has no trained tensors"), safe_open(file, "pt") as source:
+        for key in source.keys():  # noqa: SIM118 (not a dict)
+            name, _, part = key.rpartition(":")
+            if part not in TRAINED:
+                raise SvlError(f"'{file}' has no trained tensors: '{key}' is not named <name>:<part of a change>")
+            parts.setdefault(name, {})[part] = source.get_tensor(key)
+        return {name: TensorChange(**parts[name]) for name in sorted(parts)}

@@ -29,6 +29,7 @@ from svl.pruning.folding import blend_tensors, check_patch, fold_update, project
 from svl.pruning.joining import join_tensors
 from svl.pruning.pruned_config import pruned_config
 from svl.pruning.selfcheck import check_layer_settings
+from svl.pruning.trained import change_tensor, check_trained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,6 +51,7 @@ def apply(lvlm: Lvlm, plan: Plan, patch: Patch | None = None) -> Lvlm:
     left_out = sublayers.blocks_left_out(lvlm, plan)
     patch = sublayers.with_zeros(patch or Patch(), plan, left_out)
     check_patch(patch, plan, anatomy, lvlm.layers)
+    check_trained(patch.trained, plan, anatomy, dense)
     cut_maps.check_no_maps(lvlm, plan)
     pruned = model_on_meta(dense, pruned_config(dense.config, plan))
     cut_maps.copy_maps(lvlm.layers, anatomy.layers_of(pruned))
@@ -134,6 +136,9 @@ def patched_tensors(lvlm: Lvlm, plan: Plan, patch: Patch) -> dict[str, Tensor]:
             name = f"{anatomy.layers}.{new_index[layer]}.{rest}"
             before = changed[name] if name in changed else dense(layer, rest)
             changed[name] = fold_update(before, update, flipped)
+    for old, name in new_names(patch.trained, anatomy, plan).items():
+        before = changed[name] if name in changed else stored_tensor(lvlm.model, old)
+        changed[name] = change_tensor(before, patch.trained[old])
     return changed
 
 

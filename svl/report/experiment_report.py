@@ -140,7 +140,7 @@ class Report:
 
     def _numbers(self) -> Iterator[list[Any]]:
         """results.csv: a head, and a line for every run and metric, in the units of the result."""
-        about = ["model", "strategy", "selector", "compensation", "ratio", "n_remove", "seed", "limit"]
+        about = ["model", "strategy", "selector", "compensation", "recovery", "ratio", "n_remove", "seed", "limit"]
         calibration = ["file", "samples", "seed"]
         number = ["group", "task", "metric", "main", "n", *ESTIMATE]
         yield ["experiment", "run", *about, *(f"calibration_{name}" for name in calibration), "removed", *number]
@@ -148,7 +148,7 @@ class Report:
             result = run.result
             data = result["settings"].get("calibration", {})
             removed = " ".join(map(str, result["plan"]["removed"]))
-            known = [*(result[name] for name in about), *(data.get(name) for name in calibration), removed]
+            known = [*(result.get(name, "none") for name in about), *(data.get(name) for name in calibration), removed]
             for line in run.numbers():
                 yield [self.name, run.key, *known, *line]
 
@@ -172,11 +172,12 @@ def _plans_table(section: Section) -> str:
     for row in section.rows:
         for run in row.runs:
             result = run.result
-            cells = [row.label, result["selector"] or "–", result["compensation"] or "–", f"{100 * row.ratio:g} %"]
+            cells = [row.label, result["selector"] or "–", result["compensation"] or "–"]
+            cells += [result.get("recovery") or "–", f"{100 * row.ratio:g} %"]
             cells += [result["seed"], ", ".join(map(str, result["plan"]["removed"])) or "–"]
             lines.append([for_markdown(cell) for cell in cells])
-    head = ["strategy", "selector", "compensation", "ratio", "seed", "layers removed"]
-    return table_writers.markdown_table(head, lines, "lllrrl")
+    head = ["strategy", "selector", "compensation", "recovery", "ratio", "seed", "layers removed"]
+    return table_writers.markdown_table(head, lines, "llllrrl")
 
 
 def _pattern(paths: Sequence[str]) -> str | None:

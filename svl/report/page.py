@@ -166,7 +166,7 @@ def _section_data(
 def _details(section: Section, line: Line, row: Row, store: Store, images: dict[str, str]) -> dict[str, Any]:
     """What a row opens: plans, numbers, settings, and questions that flipped against the dense model."""
     run = row.first
-    methods = [(name, run.result[name] or "none") for name in ("selector", "compensation")]
+    methods = [(name, run.result.get(name) or "none") for name in ("selector", "compensation", "recovery")]
     return {
         "id": row_id(row),
         "name": f"{row.label} {100 * row.ratio:g} %",
@@ -184,7 +184,7 @@ def _details(section: Section, line: Line, row: Row, store: Store, images: dict[
         ],
         "numbers": [_numbers(section, row, task) for task in (*section.tasks, None)],
         "settings": [*methods, *run.settings()],
-        "recovery": [(name, str(value)) for name, value in run.recovery.items()],
+        "training": [(name, str(value)) for name, value in run.training.items()],
         "flips": list(_flips(_pairs(run, store), images)),
     }
 

@@ -155,10 +155,10 @@ def _cost_columns(section: Section) -> Iterator[Filled]:
         for name, show in (("samples", _count_cell), ("tokens", _count_cell), ("seconds", _time_cell)):
 
             def fill(row: Row, name: str = name, show: Callable[[float | None], Cell] = show) -> Cell:
-                return show(row.recovery(name))
+                return show(row.training(name))
 
-            head = f"recovery {'time' if name == 'seconds' else name}"
-            yield Filled(Column(head, "", MEASURED), UNKNOWN, fill)
+            head = f"training {'time' if name == 'seconds' else name}"
+            yield Filled(Column(head, "", MEASURED), show(0), fill)
 
     def speed(row: Row) -> Cell:
         value = section.speed(row)

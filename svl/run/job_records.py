@@ -54,7 +54,7 @@ def record_result(
     sweep: Path, number: int, folder: Path, result: dict[str, Any], work: tuple[float, float] | None = None
 ) -> None:
     """Note that a job finished; `work` as in JobRecord."""
-    names = ("model", "strategy", "selector", "compensation", "seed", "n_remove", "settings")
+    names = ("model", "strategy", "selector", "compensation", "recovery", "seed", "n_remove", "settings")
     facts = {name: result[name] for name in names} | {"n_layers": result["plan"]["n_layers"]}
     _write(sweep, JobRecord(number, str(folder), facts=facts, ratio=result["ratio"], work=work))
 

@@ -14,7 +14,7 @@ import importlib.metadata
 import importlib.util
 import platform
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ STAGE_CODE = {
     "probe": ("svl.calibration.removal_probe",),
     "rescoring": ("svl.calibration.rescoring",),
     "patch": ("svl.calibration.activations",),
+    "recover": ("svl.recovery.training",),
+    "overlap": ("svl.evaluation.picture_overlap",),
     "check": ("svl.pruning.selfcheck", "svl.pruning.surgery"),
     "answers": (
         "svl.evaluation.evaluate",
@@ -74,6 +76,11 @@ def method_identity(method: Any) -> dict[str, Any]:
     """What a method's results depend on: its class, its code, and its settings (defaults included)."""
     code = code_digest(type(method).__module__)
     return {"class": _class_name(method), "code": code, **_fields(method, method_identity)}
+
+
+def identity_without(method: Any, names: Collection[str]) -> dict[str, Any]:
+    """`method_identity` without settings that its results do not depend on."""
+    return {name: value for name, value in method_identity(method).items() if name not in names}
 
 
 def method_settings(method: Any) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def config_folders() -> list[Path]:
 def neighbouring_settings(key: str) -> list[str]:
     """The settings next to `key` in the composed configuration of this command line without its wrong part."""
     where = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in config_folders()[1:])}]"]
-    groups = "model|strategy|selector|compensation|quantization|visual_tokens|benchmark"
+    groups = "model|strategy|selector|compensation|recovery|quantization|visual_tokens|benchmark"
     choices = [word for word in sys.argv[1:] if re.fullmatch(rf"({groups})=\w+", word)]
     with hydra.initialize_config_dir(str(config.CONF), version_base="1.3"):
         try:

@@ -1,4 +1,4 @@
-"""The story of a run: calibrate, plan, check, compensate, score, measure, record. One method per stage.
+"""The story of a run: calibrate, plan, check, compensate, recover, score, measure, record. One method per stage.
 
 A stage's inputs are written out in its call to `make`; what the store has already is read instead of computed, so a run
 that was interrupted, and one that shares stages with another, needs no special case. The model is loaded only when a
@@ -23,7 +23,7 @@ from svl.core import Plan, checked_plan, fitted_patch
 from svl.processes import process_rank
 from svl.run import exporting, parallel, tracking
 from svl.run.figure_data import spectra_record, write_example_picture, write_token_scores
-from svl.run.keys import method_identity, stage_code
+from svl.run.keys import identity_without, method_identity, stage_code
 from svl.run.parallel import in_scratch
 from svl.run.run_result import RunStages, build_result, result_inputs
 from svl.run.setup import RunSetup
@@ -36,10 +36,10 @@ from svl.run.strategy_inputs import (
     resumable_probe,
     resumable_rescoring,
 )
-from svl.run.variants import ModelVariant, check_benchmark_data
+from svl.run.variants import PATCH, TRAINED, ModelVariant, check_benchmark_data, content_of
 from svl.store.artifacts import Entry
 from svl.store.files import write_text_whole
-from svl.text.progress import show_progress
+from svl.text.progress import progress_by_share, show_progress
 
 log = logging.getLogger(__name__)
 
@@ -100,12 +100,13 @@ class Run:
         return run.output
 
     def prepare(self) -> RunStages:
-        """All stages before the first evaluation: statistics, plan, check, and patch."""
+        """All stages before the first evaluation: statistics, plan, check, patch, and training."""
         stats = self.calibrate()
         planned = self.plan(stats)
         plan = Plan.from_json((planned.path / "plan.json").read_text())
         self.check(plan)
         patch = self.compensate(stats, plan)
+        recovered, overlap = self.recover(plan, patch), self.compare_pictures(plan)
         # Names are of this run: another one, with the same settings under other names, may have stored the plan.
         names = {"strategy": self.setup.choice("strategy"), "selector": None, "model": self.setup.name}
         if self.setup.selects:
@@ -116,8 +117,10 @@ class Run:
             planned=planned,
             plan=plan,
             patch=patch,
+            recovered=recovered,
+            overlap=overlap,
             dense_model=ModelVariant(self.setup, Plan(plan.n_layers, ())),
-            pruned_model=ModelVariant(self.setup, plan, patch, combined=bool(self.setup.combined)),
+            pruned_model=ModelVariant(self.setup, plan, patch, recovered, combined=bool(self.setup.combined)),
         )
 
     # ------------------------------------------------------------------------------------------ stages
@@ -250,7 +253,7 @@ class Run:
                 hidden = Activations(setup.dense, setup.samples, seen, batch_size, show_progress)
             patch = fitted_patch(setup.compensation, hidden, plan)
             if patch:
-                patch_file.save_patch(patch, folder / "patch.safetensors")
+                patch_file.save_patch(patch, folder / PATCH)
             return {"notes": patch.notes, "spectra": spectra_record(patch), "changed": changed_writers(patch)}
 
         inputs: dict[str, Any] = {
@@ -272,6 +275,76 @@ class Run:
         for note in entry.output["notes"]:
             log.warning("  compensation: %s", note)
         return self.log.stage("compensate", entry, f"changes {', '.join(entry.output['changed']) or 'nothing'}")
+
+    def recover(self, plan: Plan, patch: Entry | None) -> Entry | None:
+        """Stage `recover`: a little training of what is left; None if none is asked for, or nothing is removed.
+
+        A run that is killed in it goes on from its last checkpoint.
+        """
+        setup = self.setup
+        if not setup.recovers or plan.is_empty:
+            return None
+        samples, recovery = setup.training_samples, setup.recovery
+        inputs: dict[str, Any] = {
+            "model": setup.model,
+            "code": stage_code("recover"),
+            "removed": plan.removed,
+            "weights": content_of(patch, PATCH),
+            "examples": [samples.fingerprint, samples.answers],
+            "recovery": identity_without(recovery, recovery.unrelated),
+        }
+        if plan.sublayers:
+            inputs["sublayers"] = plan.sublayers
+        if partners := plan.provenance.get("partners"):
+            inputs["partners"] = partners
+
+        def build(folder: Path) -> Output:
+            from svl.pruning import patch_file
+            from svl.recovery import training
+
+            before, kept = ModelVariant(setup, plan, patch).read_patch(), setup.store.unfinished("recover", inputs)
+            with progress_by_share("recover") as show:
+
+                def report(spent: Any, share: float) -> None:
+                    show(share, f"step {spent.steps}, loss {spent.curve[-1]['loss']:.4f}")
+
+                found = training.recover(setup.dense, plan, before, samples, recovery, kept, report)
+            if found.trained:
+                patch_file.save_trained(found.trained, folder / TRAINED)
+            spent = dataclasses.asdict(found.spent)
+            device = setup.dense.device_facts(recovery.batch_size)
+            return {**spent, "parameters": found.parameters, "examples": len(samples), "device": device}
+
+        entry = make_stage(setup, "recover", inputs, build)
+        spent = entry.output
+        told = (
+            f"{spent['steps']} steps, {spent['samples']} samples, {spent['tokens']} tokens in {spent['seconds']:.0f} s"
+        )
+        return self.log.stage("recover", entry, f"trained {spent['parameters'] / 1e6:.3g} M parameters: {told}")
+
+    def compare_pictures(self, plan: Plan) -> Entry | None:
+        """Stage `overlap`: pictures of benchmarks among those that recovery trains on; None if it does not."""
+        setup = self.setup
+        if not setup.recovers or plan.is_empty or not any(s.images for s in setup.training_samples):
+            return None
+
+        def build(folder: Path) -> Output:
+            from svl.evaluation.picture_overlap import picture_overlap
+
+            return picture_overlap(setup.training_samples, setup.tasks)
+
+        inputs = {
+            "examples": setup.training_samples.fingerprint,
+            "benchmarks": setup.task_fingerprints,
+            "limits": {task: options.limit for task, options in setup.tasks.items()},
+            "code": stage_code("overlap"),
+        }
+        entry = make_stage(setup, "overlap", inputs, build)
+        if shared := entry.output["shared"]:
+            log.warning(
+                "  recovery.data: %d samples have a picture of a benchmark, rows %s", shared, entry.output["rows"]
+            )
+        return entry
 
     def score(self, variant: ModelVariant) -> dict[str, Entry]:
         """Stage `score`, one artifact per task: equal layers and weights are evaluated once, whatever led to them."""

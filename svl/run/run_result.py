@@ -28,6 +28,8 @@ class RunStages:
         dense_model, pruned_model: what is evaluated.
         dense, pruned: their scores by task.
         efficiency: their speeds, if they were measured.
+        recovered: the artifact of training, if there was any.
+        overlap: that of its pictures compared with those of benchmarks.
     """
 
     stats: Entry | None
@@ -39,6 +41,8 @@ class RunStages:
     dense: dict[str, Entry] = field(default_factory=dict)
     pruned: dict[str, Entry] = field(default_factory=dict)
     efficiency: Entry | None = None
+    recovered: Entry | None = None
+    overlap: Entry | None = None
 
     @property
     def pairs(self) -> dict[str, tuple[Entry, Entry]]:
@@ -56,6 +60,10 @@ class RunStages:
         }
         if self.efficiency:
             stages["measure"] = [self.efficiency]
+        if self.recovered:
+            stages["recover"] = [self.recovered]
+        if self.overlap:
+            stages["overlap"] = [self.overlap]
         return {name: [entry for entry in entries if entry] for name, entries in stages.items()}
 
 
@@ -70,6 +78,7 @@ def result_inputs(setup: RunSetup, stages: RunStages) -> dict[str, Any]:
         "model_fingerprint": setup.fingerprint,
         "strategy": setup.choice("strategy"),
         "compensation": setup.choice("compensation"),
+        "recovery": setup.choice("recovery") if stages.recovered else "none",
         "selector": setup.choice("selector") if setup.calibrates else None,
         "ratio": provenance["ratio"],
         "n_remove": provenance["n_remove"],
@@ -94,9 +103,20 @@ def build_result(inputs: Mapping[str, Any], stages: RunStages) -> dict[str, Any]
         "efficiency": stages.efficiency.output if stages.efficiency else None,
         **summarise(stages.pruned, stages.dense, inputs["scales"]),
         "compensated": stages.patch.output["changed"] if stages.patch else [],
+        "training": training(stages),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "versions": newest.manifest["versions"],
     }
+
+
+def training(stages: RunStages) -> dict[str, Any] | None:
+    """What recovery cost, and whether its pictures were those of benchmarks; None without recovery."""
+    if stages.recovered is None:
+        return None
+    names = ("steps", "samples", "tokens", "seconds", "parameters", "examples", "device")
+    spent = {name: stages.recovered.output[name] for name in names}
+    spent["shared_pictures"] = stages.overlap.output["shared"] if stages.overlap else None
+    return spent
 
 
 def summarise(pruned: Mapping[str, Entry], dense: Mapping[str, Entry], scales: Mapping[str, float]) -> dict[str, Any]:

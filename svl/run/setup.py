@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from omegaconf import DictConfig
 
 from svl.checkpoints import export
 from svl.checkpoints.fingerprint import checkpoint_fingerprint
-from svl.config import load_options, plain_values, round_ratio, validate_config
+from svl.config import load_options, plain_values, round_ratio, training_data, validate_config
 from svl.core import Method, SvlError, TokenSelector, one_of
 from svl.core.errors import out_of_memory
 from svl.data.sample_files import read_samples
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
 COMBINED = ("quantization", "visual_tokens")  # groups of what a pruned model is combined with
 STATISTICS = TokenSelector.known_needs  # what the calibration pass can measure
 SAMPLES_FILE = "samples.parquet"
-NAMED_SETTINGS = tuple(f"{group}." for group in ("strategy", "selector", "compensation", "calibration", *COMBINED))
+NAMED_SETTINGS = tuple(
+    f"{group}." for group in ("strategy", "selector", "compensation", "recovery", "calibration", *COMBINED)
+)
 
 
 class RunSetup:
@@ -41,7 +44,7 @@ class RunSetup:
 
     Attributes:
         cfg: the configuration.
-        selector, strategy, compensation: its methods.
+        selector, strategy, compensation, recovery: its methods.
         trackers: where it is mirrored, by name.
         combined: methods by group that the pruned model is combined with; those called `none` are left out.
         store: where finished stages are.
@@ -67,7 +70,8 @@ class RunSetup:
         self.cfg = cfg = round_ratio(cfg)
         methods = validate_config(cfg)
         self.selector, self.strategy = methods["selector"], methods["strategy"]
-        self.compensation, self.trackers = methods["compensation"], methods["tracker"].each(self.choice("tracker"))
+        self.compensation, self.recovery = methods["compensation"], methods["recovery"]
+        self.trackers = methods["tracker"].each(self.choice("tracker"))
         self.combined: dict[str, Any] = {group: methods[group] for group in COMBINED if not _is_none(methods[group])}
         if self.combined and self.uses_vllm:
             raise SvlError(f"{' and '.join(self.combined)}: only evaluator=transformers can combine these with pruning")
@@ -79,8 +83,15 @@ class RunSetup:
             export.check_export_path(cfg.export.path)
         self._find_tasks()
         self._find_needs()
+        if self.recovers and process_count() > 1:
+            raise SvlError(
+                f"recovery trains in one process, but torchrun started {process_count()}: run it without torchrun (or "
+                "with model.device_map, over several devices); what it made is then in the store"
+            )
         if self.needs_samples:
             self.samples  # noqa: B018 (read now, so that bad data is found before the model is loaded)
+        if self.recovers:
+            self.training_samples  # noqa: B018 (likewise)
         self._dense: Lvlm | None = None
         self.seconds_loading = 0.0
 
@@ -153,6 +164,11 @@ class RunSetup:
         return not _is_none(self.compensation)
 
     @property
+    def recovers(self) -> bool:
+        """Whether the pruned model is trained."""
+        return bool(self.recovery.heals)
+
+    @property
     def losses_on(self) -> list[str] | None:
         """What losses are measured on: fingerprints of the samples and of their answers; None if none is."""
         return [self.samples.fingerprint, self.samples.answers] if "probe" in self.probes else None
@@ -178,15 +194,21 @@ class RunSetup:
     def samples(self) -> Samples:
         """The calibration set, read once."""
         if self._samples is None:
-            self._samples = self._read_samples()
+            self._samples = self._read_samples(self.cfg.calibration)
         return self._samples
 
     _samples: Samples | None = None
 
-    def _read_samples(self) -> Samples:
-        c = self.cfg.calibration
+    @cached_property
+    def training_samples(self) -> Samples:
+        """What recovery trains on, read once."""
+        data = training_data(self.cfg.recovery)
+        return self.samples if data.path is None else self._read_samples(data, "recovery.data")
+
+    def _read_samples(self, c: DictConfig, group: str = "calibration") -> Samples:
+        """The samples that a group of settings describes, none of which a benchmark may be scored on."""
         split = c.split if c.format else None
-        benchmarks.check_not_evaluated_on(c.path, split, self.tasks, self.cfg.benchmark.include_path)
+        benchmarks.check_not_evaluated_on(c.path, split, self.tasks, self.cfg.benchmark.include_path, group)
         source = calibration_source(c)
         if not source.on_hub:
             return source.read()
@@ -244,7 +266,8 @@ class RunSetup:
 
     def depends_on_seed(self) -> bool:
         """Whether another `seed` would change any setting of what chooses, measures or changes layers."""
-        groups = ("model", "calibration", "selector", "strategy", "compensation", *COMBINED)
+        groups = ["model", "calibration", "selector", "strategy", "compensation", *COMBINED]
+        groups += ["recovery"] if self.recovers else []
         other = self.cfg.copy()
         other.seed = self.cfg.seed + 1
         return any(plain_values(self.cfg[group]) != plain_values(other[group]) for group in groups)
@@ -269,6 +292,12 @@ class RunSetup:
         if self.calibrates or "probe" in self.probes:
             file = Path(calibration.path).name
             settings["calibration"] = {"file": file, "samples": calibration.samples, "seed": calibration.seed}
+        if self.recovers:
+            named = method_settings(self.recovery)
+            named = {name: value for name, value in named.items() if name not in self.recovery.unrelated}
+            file = Path(self.training_samples.source).name
+            data = {"data": file, "samples": len(self.training_samples)}
+            settings["recovery"] = {"_target_": self.cfg.recovery["_target_"], **named, **data}
         if self.combined:
             settings["combined"] = {group: self.choice(group) for group in self.combined}
         settings["model"] = {"dtype": self.options.dtype}

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+DIFFERING = ("removed", "sublayers", "weights", "trained")  # what a score's key has of one pruned model
+
+
 @dataclass(frozen=True)
 class MissingScore:
     """A score that a job needs and the store lacks.
@@ -48,7 +51,7 @@ class MissingScore:
     @property
     def family(self) -> str:
         """Equal for scores that differ in the plan only."""
-        shared = {name: value for name, value in self.inputs.items() if name not in ("removed", "sublayers", "weights")}
+        shared = {name: value for name, value in self.inputs.items() if name not in DIFFERING}
         return json.dumps(shared, sort_keys=True)
 
 
@@ -132,7 +135,9 @@ def evaluate_family(family: Sequence[MissingScore]) -> None:
         for folder in folders:
             folder.mkdir(parents=True)
         try:
-            variants = [ModelVariant(setup, s.variant.plan, s.variant.stored_patch) for s in family]  # of one model
+            variants = [  # of one model
+                ModelVariant(setup, s.variant.plan, s.variant.stored_patch, s.variant.recovered) for s in family
+            ]
             found = evaluate_models(setup.dense, variants, task, folders)
             for score, variant, folder, scores in zip(family, variants, folders, found, strict=True):
                 output = {**scores, "params": variant.lvlm.parameters(), "work": scores["seconds"]}

@@ -26,6 +26,8 @@ LESS_MEMORY = {
     "plan": "calibrate on fewer or shorter samples, or set model.dtype=bfloat16",
     "check": "set model.dtype=bfloat16, or model.device=cpu",
     "patch": "lower calibration.batch_size, set model.device=cpu, or choose another compensation",
+    "recover": "lower recovery.batch_size, or set recovery.gradient_checkpointing=true or model.dtype=bfloat16",
+    "overlap": "leave the benchmark out",
     "score": "lower benchmark.batch_size, or set model.dtype=bfloat16",
     "efficiency": "lower efficiency.batch_size or efficiency.new_tokens",
 }

@@ -96,6 +96,7 @@ def describe_run(setup: RunSetup, folder: Path, stages: RunStages, run: Entry) -
         name=run_name(setup, run),
         result=result,
         curves=layer_curves(setup, plan, stages.stats),
+        training=stages.recovered.output["curve"] if stages.recovered else (),
         flips=flips,
         figures=draw_run_figures(result, folder),
         files={"plan": [folder / "plan.json"], "report": [file for file in report if file.exists()]},
@@ -109,6 +110,8 @@ def run_name(setup: RunSetup, run: Entry) -> str:
     parts = [setup.name, result["strategy"], f"r{result['ratio']:g}", result["selector"] or "data-free"]
     if result["compensation"] != "none":
         parts.append(result["compensation"])
+    if result["recovery"] != "none":
+        parts.append(result["recovery"])
     parts += [setup.choice(group) for group in setup.combined]
     parts += setup.settings_given()
     if setup.cfg.seed:
@@ -119,7 +122,7 @@ def run_name(setup: RunSetup, run: Entry) -> str:
 def labels(setup: RunSetup, folder: Path, kind: str, **facts: Any) -> dict[str, Any]:
     """What a record says of the configuration, whether the run finished or failed."""
     names = {"model": setup.name}
-    names |= {group: setup.choice(group) for group in ("strategy", "selector", "compensation")}
+    names |= {group: setup.choice(group) for group in ("strategy", "selector", "compensation", "recovery")}
     names["benchmark"] = setup.cfg.benchmark.name
     return {
         "group": setup.cfg.name,

@@ -21,17 +21,35 @@ if TYPE_CHECKING:
     from svl.store.artifacts import Entry
 
 
+PATCH, TRAINED = "patch.safetensors", "trained.safetensors"  # files of the artifacts with changed weights
+
+
+def content_of(entry: Entry | None, name: str) -> str | None:
+    """The SHA-256 of a file of an artifact; None if there is none."""
+    file = entry.manifest["files"].get(name) if entry else None
+    return file[1] if file else None
+
+
 class ModelVariant:
     """The model of a run without the layers of a plan, made when it is first needed.
 
     Attributes:
         plan: the layers that are missing.
         stored_patch: the artifact with what is folded into kept weights, if there is one.
+        recovered: the artifact with what recovery has trained, if there is one.
         combined: whether it has the methods that pruning is combined with.
     """
 
-    def __init__(self, setup: RunSetup, plan: Plan, stored_patch: Entry | None = None, combined: bool = False):
-        self.setup, self.plan, self.stored_patch, self.combined = setup, plan, stored_patch, combined
+    def __init__(
+        self,
+        setup: RunSetup,
+        plan: Plan,
+        stored_patch: Entry | None = None,
+        recovered: Entry | None = None,
+        combined: bool = False,
+    ):
+        self.setup, self.plan, self.combined = setup, plan, combined
+        self.stored_patch, self.recovered = stored_patch, recovered
 
     @property
     def is_dense(self) -> bool:
@@ -47,11 +65,15 @@ class ModelVariant:
         return f"{len(self.plan.removed)} of {self.plan.n_layers} layers{parts} removed"
 
     def read_patch(self) -> Patch | None:
-        """What is folded into kept weights, if anything is."""
+        """What changes kept weights, if anything does: compensation, and recovery after it."""
         from svl.pruning import patch_file
 
-        file = self.stored_patch.path / "patch.safetensors" if self.stored_patch else None
-        return patch_file.load_patch(file) if file and file.exists() else None
+        file = self.stored_patch.path / PATCH if self.stored_patch else None
+        patch = patch_file.load_patch(file) if file and file.exists() else None
+        file = self.recovered.path / TRAINED if self.recovered else None
+        if file and file.exists():
+            patch = replace(patch or Patch(), trained=patch_file.load_trained(file))
+        return patch
 
     @cached_property
     def lvlm(self) -> Lvlm:
@@ -120,8 +142,9 @@ class ModelVariant:
 
     def identity(self) -> dict[str, Any]:
         """What tells it from other variants of its model, for keys."""
-        file = self.stored_patch.manifest["files"].get("patch.safetensors") if self.stored_patch else None
-        identity: dict[str, Any] = {"removed": self.plan.removed, "weights": file[1] if file else None}
+        identity: dict[str, Any] = {"removed": self.plan.removed, "weights": content_of(self.stored_patch, PATCH)}
+        if trained := content_of(self.recovered, TRAINED):
+            identity["trained"] = trained
         if self.plan.sublayers:
             identity["sublayers"] = self.plan.sublayers
         if self.combined:

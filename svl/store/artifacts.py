@@ -6,6 +6,7 @@
   size or tracker. Resume is: run again.
 * An artifact is built in `<root>/tmp`, together with its manifest, and renamed into place: it is there whole or not
   at all. A killed writer leaves only a temporary folder, swept by the next writer of that key.
+* A builder of a long stage may keep what it needs to go on in `unfinished`, where it stays until the artifact is there.
 * One lock per key (released by the kernel when its owner dies): of several processes, one computes, the rest wait.
 * The manifest holds every file's size and SHA-256, and its own; a damaged artifact is named and computed again. A
   process hashes a file once, and again when its size or times change.
@@ -30,7 +31,17 @@ from typing import Any
 from svl.core.errors import SvlError
 from svl.store.files import cannot_write, digest, file_digest, reason_with_file, remove_path
 from svl.store.in_use import end_lease, lease_artifact, new_lease_lock
-from svl.store.layout import LOCKS, SCHEMA, SCRATCH, files_of_store, is_marked, lock_name, lock_of_scratch, mark_store
+from svl.store.layout import (
+    LOCKS,
+    SCHEMA,
+    SCRATCH,
+    UNFINISHED,
+    files_of_store,
+    is_marked,
+    lock_name,
+    lock_of_scratch,
+    mark_store,
+)
 from svl.store.locks import Lock, unique_name
 
 log = logging.getLogger(__name__)
@@ -110,9 +121,18 @@ class Store:
                 with self._explained(stage):
                     manifest = self._write_manifest(temporary, stage, folder.name, inputs, output, began)
                     os.replace(temporary, folder)
+                    shutil.rmtree(self.unfinished(stage, inputs), ignore_errors=True)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
         return Entry(folder, manifest, reused=False)
+
+    def unfinished(self, stage: str, inputs: dict[str, Any]) -> Path:
+        """Where the builder of (stage, inputs) may keep what it needs to go on after it was killed.
+
+        A path that may not exist yet. Only the builder uses it, which holds the artifact's lock; it goes with the
+        artifact's completion.
+        """
+        return self.root / UNFINISHED / lock_name(stage, self._folder(stage, inputs).name)
 
     def get(self, stage: str, inputs: dict[str, Any]) -> Entry | None:
         """The artifact of (stage, inputs) if it is there."""

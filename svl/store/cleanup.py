@@ -17,12 +17,30 @@ from svl.store.artifacts import Store
 from svl.store.contents import Artifact, check_store_exists, list_artifacts
 from svl.store.files import remove_path
 from svl.store.in_use import artifacts_in_use, is_unused
-from svl.store.layout import IN_USE, LOCKS, SCHEMA, SCRATCH, check_marked, files_of_store, lock_name, lock_of_scratch
+from svl.store.layout import (
+    IN_USE,
+    LOCKS,
+    SCHEMA,
+    SCRATCH,
+    UNFINISHED,
+    check_marked,
+    files_of_store,
+    lock_name,
+    lock_of_scratch,
+)
 from svl.store.locks import Lock, is_free
 
-DERIVED = ("stats", "plan", "patch", "score", "efficiency")  # a run refers to them, directly or through each other
+DERIVED = (
+    "stats",
+    "plan",
+    "patch",
+    "recover",
+    "overlap",
+    "score",
+    "efficiency",
+)  # a run refers to them, directly or through each other
 ABOUT_A_RUN = ("track", "gap")
-RECENT = 86400  # seconds in which scratch of an older version, which had no leases, counts as in use
+RECENT = 86400  # seconds in which unfinished stages, and scratch of an older version without leases, stay
 
 
 @dataclass(frozen=True)
@@ -93,6 +111,9 @@ def _find_scratch(root: Path) -> Iterator[Leftover]:
             yield Leftover(path, gone, root / IN_USE / path.suffix[1:], path.exists)
         elif "." not in path.name and _is_old(path):  # of a version without leases
             yield Leftover(path, gone, root / LOCKS / f"gc-{os.getpid()}", path.exists)
+    for path in files_of_store(root, UNFINISHED):
+        if _is_old(path):
+            yield Leftover(path, "of a stage that nobody has gone on with", root / LOCKS / path.name, path.exists)
     for file in files_of_store(root, IN_USE):
         name = file.name.partition(".")[0]
         if is_unused(root, name):

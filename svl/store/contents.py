@@ -87,6 +87,9 @@ def summarise_artifact(stage: str, output: dict[str, Any], inputs: dict[str, Any
         return f"{', '.join(inputs.get('statistics', []))} of {output.get('samples')} samples"
     if stage == "patch":
         return f"changes {', '.join(output.get('changed', [])) or 'nothing'}"
+    if stage == "recover":
+        spent = f"{output.get('steps')} steps, {output.get('seconds', 0):.0f} s"
+        return f"{(inputs.get('recovery') or {}).get('class', '').rpartition('.')[2]}, {spent}"
     if stage == "score":
         value = output.get("metrics", {}).get(output.get("metric"), {}).get("value")
         shown = "undefined" if value is None else f"{value:.4g}"

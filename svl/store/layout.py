@@ -21,6 +21,8 @@ SCHEMA = {
     "probe": 1,
     "plan": 1,
     "patch": 1,
+    "recover": 1,
+    "overlap": 1,
     "check": 1,
     "score": 1,
     "efficiency": 1,
@@ -30,6 +32,7 @@ SCHEMA = {
 }
 
 SCRATCH, LOCKS, IN_USE, FINGERPRINTS = "tmp", "lock", "in-use", "fingerprint"
+UNFINISHED = "unfinished"  # what builders of long stages keep, to go on after they were killed
 
 _KEY = "[0-9a-f]{16}"
 _ARTIFACT = f"(?:{'|'.join(SCHEMA)})-{_KEY}"
@@ -37,6 +40,7 @@ _ARTIFACT = f"(?:{'|'.join(SCHEMA)})-{_KEY}"
 _NAMES = {
     **dict.fromkeys(SCHEMA, _KEY),
     SCRATCH: rf"{_ARTIFACT}(\.{UNIQUE})?|[a-z]+\.{UNIQUE}|(served|together)-[0-9]+|removed-{_KEY}-[0-9]+",
+    UNFINISHED: _ARTIFACT,
     LOCKS: rf"({_ARTIFACT}|gc-[0-9]+)(\.marker)?",
     IN_USE: rf"{UNIQUE}(\.marker|\.keys)?",
     FINGERPRINTS: r"[0-9a-f]{16}(\.[0-9]+)?|\..*",

@@ -1,4 +1,4 @@
-"""Disjoint triplets (INTERLACE, arXiv 2511.19676), layer selection only: nothing is fine-tuned here.
+"""Disjoint triplets (INTERLACE, arXiv 2511.19676), layer selection only: `recovery=interlace` is its fine-tuning.
 
 Triplets [i, i + 3) are taken greedily by mean cos(h_i, h_{i+3}) over the selected tokens, each disjoint from those
 before. From each goes layer i or i + 1, whichever has the more similar input and output; the paper then trains the
@@ -23,10 +23,11 @@ class Interlace(Strategy):
     needs: ClassVar[frozenset[str]] = frozenset({"windows"})
 
     def plan(self, stats: Stats, n_remove: int) -> Plan:
-        """Importance: 1 - cosine across each single layer."""
+        """Importance: 1 - cosine across each single layer. Its provenance names `partners`, which the paper trains."""
         allowed, cosine = set(stats.candidates(n_remove)), stats.windows()
         single = cosine.diagonal(1).tolist()
         removed: list[int] = []
+        partners: list[int] = []
         taken: set[int] = set()
         for size in (3, 2, 1):
             starts = range(stats.n_layers - size + (size == 1))  # windows that end on h_L are not looked at
@@ -36,7 +37,9 @@ class Interlace(Strategy):
                     continue
                 if choice := [i for i in window[:2] if i in allowed]:
                     removed.append(max(choice, key=lambda i: single[i]))
+                    partners += [i for i in window[:2] if i != removed[-1]]
                     taken.update(window)
         left = sorted(allowed.difference(removed), key=lambda i: -single[i])  # every window touches a taken one
         removed += left[: n_remove - len(removed)]
-        return Plan(stats.n_layers, tuple(removed), tuple(1 - c for c in single))
+        origin = {"partners": sorted(set(partners) - set(removed))}
+        return Plan(stats.n_layers, tuple(removed), tuple(1 - c for c in single), provenance=origin)

@@ -43,11 +43,11 @@ class ProgressLines:
 
     def __init__(self, what: str, total: int, unit: str = "", clock: Callable[[], float] = time.monotonic):
         self.what, self.total, self.unit, self.clock = what, total, unit, clock
-        self.done, self.began = 0, clock()
+        self.done, self.began = 0.0, clock()
         self.last = self.began
 
-    def update(self, more: int) -> None:
-        """So much more is done."""
+    def update(self, more: float, remark: str = "") -> None:
+        """So much more is done; `remark` is told behind it."""
         self.done += more
         now = self.clock()
         if now - self.last < INTERVAL or not 0 < self.done < self.total:
@@ -55,7 +55,8 @@ class ProgressLines:
         self.last = now
         left = (now - self.began) * (self.total - self.done) / self.done
         unit = f" {self.unit}" if self.unit else ""
-        log.info("  %s: %d of %d%s, about %s left", self.what, self.done, self.total, unit, in_time_units(left))
+        told = f", {remark}" if remark else ""
+        log.info("  %s: %d of %d%s%s, about %s left", self.what, self.done, self.total, unit, told, in_time_units(left))
 
 
 @contextmanager
@@ -70,6 +71,23 @@ def progress(what: str, total: int, unit: str = "") -> Iterator[Callable[[int], 
     shown = {"unit": unit or "it", "leave": False, "dynamic_ncols": True, "disable": process_rank() > 0}
     with tqdm(desc=f"  {what}", total=total, **shown) as bar:
         yield bar.update
+
+
+@contextmanager
+def progress_by_share(what: str) -> Iterator[Callable[[float, str], None]]:
+    """Within the block, progress is shown; gives the function that is told the share that is done, and a remark."""
+    if not is_terminal():
+        lines = ProgressLines(what, 100, "%")
+        yield lambda share, remark: lines.update(100 * share - lines.done, remark)
+        return
+    shown = {"unit": "%", "leave": False, "dynamic_ncols": True, "disable": process_rank() > 0}
+    with tqdm(desc=f"  {what}", total=100, **shown) as bar:
+
+        def done(share: float, remark: str) -> None:
+            bar.set_postfix_str(remark, refresh=False)
+            bar.update(round(100 * share, 1) - bar.n)
+
+        yield done
 
 
 def show_progress(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:

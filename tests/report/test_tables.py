@@ -284,30 +284,31 @@ def test_no_error_is_zero(store):
     assert [error_text(error, 1) for error in (2.34, 0.06, 0.04, 0.0012)] == ["2.3", "0.1", "0.04", "0.001"]
 
 
-# ------------------------------------------------------------------------------------------------- recovery
+# ------------------------------------------------------------------------------------------------- training
 
 
 def test_what_recovery_took_has_columns_only_where_there_was_any(store):
     budget = {"samples": 12_000, "tokens": 3_400_000, "steps": 750, "seconds": 5400.0, "device": {"name": "H100"}}
-    store.add(result("tail"), result("short_lvlm", recovery=None))
-    assert not any("recovery" in column.head for column in Report.read(store, "demo").tables[0].columns)
-    store.add(result("sleb", recovery=budget))
-    store.add(*(result("random", seed=i, level=i / 9, recovery=budget | {"seconds": 30 + 60 * i}) for i in (0, 1)))
+    budget["shared_pictures"] = 0
+    store.add(result("tail"), result("short_lvlm", training=None))
+    assert not any("training" in column.head for column in Report.read(store, "demo").tables[0].columns)
+    store.add(result("sleb", training=budget))
+    store.add(*(result("random", seed=i, level=i / 9, training=budget | {"seconds": 30 + 60 * i}) for i in (0, 1)))
     (table,) = Report.read(store, "demo").tables
-    found = [[line.cells[0].text, *(line.cells[j].text for j in recovery_columns(table))] for line in table.lines]
+    found = [[line.cells[0].text, *(line.cells[j].text for j in training_columns(table))] for line in table.lines]
     assert sorted(found) == [
-        ["dense", "–", "–", "–"],
+        ["dense", "0", "0", "0 s"],
         ["random", "12 k", "3.4 M", "1 min"],
-        ["short_lvlm", "–", "–", "–"],
+        ["short_lvlm", "0", "0", "0 s"],
         ["sleb", "12 k", "3.4 M", "1.5 h"],
-        ["tail", "–", "–", "–"],
+        ["tail", "0", "0", "0 s"],
     ]
-    assert any("after pruning on H100" in note for note in table.notes)
-    assert "recovery tokens" in table_writers.as_latex([table])
+    assert any("(on H100)" in note for note in table.notes)
+    assert "training tokens" in table_writers.as_latex([table])
 
 
-def recovery_columns(table):
-    heads = ["recovery samples", "recovery tokens", "recovery time"]
+def training_columns(table):
+    heads = ["training samples", "training tokens", "training time"]
     return [[column.head for column in table.columns].index(head) for head in heads]
 
 

@@ -1,0 +1,130 @@
+"""What a method of recovery is: which parameters of the pruned model are trained, on which losses, and how."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from svl.core import Method, SvlError, one_of
+
+if TYPE_CHECKING:
+    from svl.core import Plan
+    from svl.models.lvlm import Lvlm
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What of a pruned model is trained, by names in that model; all else is frozen.
+
+    Attributes:
+        tensors: parameters that are trained as a whole.
+        adapted: linear modules that get an adapter of low rank (LoRA), which is merged afterwards.
+    """
+
+    tensors: tuple[str, ...] = ()
+    adapted: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What is minimised: a weighted sum; parts of weight 0 are not computed.
+
+    Attributes:
+        answers: cross-entropy (nats) of answer tokens given what precedes them, mean over the batch's answer tokens.
+        logits: KL divergence from the dense model to the trained one at the same positions, at `temperature`, times
+            its square.
+        states: of the state that enters each kept layer behind the first removal, and of the one that leaves the last:
+            |h' - h|^2 / |h|^2, h being the dense model's; mean over layers and tokens.
+        temperature: divides logits in the KL divergence.
+    """
+
+    answers: float = 1.0
+    logits: float = 0.0
+    states: float = 0.0
+    temperature: float = 1.0
+
+    @property
+    def need_teacher(self) -> bool:
+        """Whether the dense model runs beside the trained one."""
+        return bool(self.logits or self.states)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Settings of LoRA: W + (alpha / rank) B A."""
+
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class Recovery(Method, ABC):
+    """What is trained, and how. The optimiser is AdamW.
+
+    Attributes:
+        steps: of the optimiser; None: those of `budget_s`, or without it one pass over the data.
+        budget_s: seconds of training after which it stops; None: no limit. With one, the same run again may end with
+            other weights.
+        learning_rate: its largest value.
+        warmup: share of the budget (of steps or seconds, whichever is further) in which it rises from 0.
+        schedule: after that: cosine (down to 0) | constant.
+        batch_size: samples in a pass.
+        accumulate: passes for one step.
+        weight_decay, max_grad_norm: as in AdamW, and of gradient clipping (0: none).
+        gradient_checkpointing: compute activations again in the backward pass, to keep fewer of them.
+        precision: of products: auto (float32, or bfloat16 where the weights are) | bfloat16. What is trained is kept
+            in float32 either way.
+        save_every: steps between checkpoints: what is lost at most when a run is killed.
+        seed: of the order of samples, and of adapters.
+        data: samples to train on, as the group `calibration` describes them; path null: the calibration set.
+    """
+
+    steps: int | None = None
+    budget_s: float | None = None
+    learning_rate: float = 2e-4
+    warmup: float = 0.03
+    schedule: str = "cosine"
+    batch_size: int = 8
+    accumulate: int = 1
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    gradient_checkpointing: bool = False
+    precision: str = "auto"
+    save_every: int = 50
+    seed: int = 0
+    data: dict[str, Any] = field(default_factory=dict)
+    heals: ClassVar[bool] = True  # False: the stage is left out
+    unrelated: ClassVar[tuple[str, ...]] = ("data", "save_every")  # settings that a result does not depend on
+
+    def __post_init__(self) -> None:
+        one_of("recovery.schedule", self.schedule, ("cosine", "constant"))
+        one_of("recovery.precision", self.precision, ("auto", "bfloat16"))
+        least = {"steps": 0, "batch_size": 1, "accumulate": 1, "save_every": 1, "weight_decay": 0, "max_grad_norm": 0}
+        for name, bound in least.items():
+            if (value := getattr(self, name)) is not None and value < bound:
+                raise SvlError(f"recovery.{name} is {value}, but must be at least {bound}")
+        for name in ("budget_s", "learning_rate"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise SvlError(f"recovery.{name} is {value}, but must be above 0")
+        if not 0 <= self.warmup < 1:
+            raise SvlError(f"recovery.warmup is {self.warmup}, but must lie in [0, 1): it is a share of the budget")
+
+    @property
+    def losses(self) -> Losses:
+        """What is minimised; the answers' cross-entropy by default."""
+        return Losses()
+
+    @property
+    def adapter(self) -> Adapter:
+        """How linear modules are adapted, by those that adapt any."""
+        return Adapter()
+
+    @abstractmethod
+    def parts(self, pruned: Lvlm, plan: Plan) -> Parts:
+        """What is trained of the model that is left after `plan`.
+
+        Raises:
+            SvlError: if the model has no such part.
+        """

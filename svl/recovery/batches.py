@@ -1,0 +1,78 @@
+"""Samples with their answers as padded inputs, in an order that a seed fixes for good."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from svl.calibration.encoding import encode_answer, encode_texts, explained_samples, sample_text
+from svl.core import SvlError
+from svl.data.samples import Sample, Samples
+from svl.models.lvlm import Lvlm
+
+ANSWER = "answer"  # beside a model's inputs: which tokens [B, T] are an answer
+
+
+def check_answers(samples: Samples) -> None:
+    """Raise SvlError unless there are samples, all with an answer."""
+    if not len(samples):
+        raise SvlError("recovery.data has no samples to train on")
+    if missing := [s for s in samples if not s.plain and not s.answer]:
+        raise SvlError(f"recovery needs answers, but {len(missing)} samples have none, {missing[0].label} for one")
+
+
+class TrainingOrder(Sequence[int]):
+    """Numbers of samples, pass after pass over all of them, each in an order of its own; long enough for any training.
+
+    Position k has the same number in every process that asks for it.
+    """
+
+    def __init__(self, n_samples: int, length: int, seed: int):
+        self.n_samples, self.length, self.seed = n_samples, length, seed
+        self._epoch, self._order = -1, [0]
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, k: int) -> int:  # type: ignore[override]
+        epoch, place = divmod(k, self.n_samples)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, list(range(self.n_samples))
+            random.Random(f"{self.seed}/{epoch}").shuffle(self._order)
+        return self._order[place]
+
+
+class Batches:
+    """Makes model inputs of samples by their numbers, with the positions of their answers as ANSWER."""
+
+    def __init__(self, lvlm: Lvlm, samples: Samples):
+        self.lvlm, self.samples = lvlm, samples.samples
+        self._answers: dict[int, int] = {}  # how many tokens of a sample, counted from its end, are the answer
+
+    def __call__(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+        """The inputs of one batch, padded on the left.
+
+        Raises:
+            SvlError: if template or processor refuse a sample; the message names it.
+        """
+        batch = [self.samples[n] for n in numbers]
+        counts = torch.tensor([self._count_answer(n) for n in numbers])
+        with explained_samples(batch):
+            inputs = encode_texts(self.lvlm, list(self._texts(batch)), batch)
+        present = inputs["attention_mask"].bool()
+        from_end = torch.arange(present.shape[1], 0, -1, device=present.device)
+        return {**inputs, ANSWER: present & (from_end <= counts.to(present.device)[:, None])}
+
+    def _texts(self, batch: Sequence[Sample]) -> Iterator[str]:
+        for sample in batch:
+            text = sample_text(self.lvlm, sample, answered=not sample.plain)
+            yield text if sample.plain else text.rstrip("\n")
+
+    def _count_answer(self, number: int) -> int:
+        if number not in self._answers:
+            _, answer = encode_answer(self.lvlm, self.samples[number])
+            self._answers[number] = int(answer.sum())
+        return self._answers[number]

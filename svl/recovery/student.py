@@ -1,0 +1,167 @@
+"""The pruned model as something to train: its forward pass is the loss, its state is what is trained.
+
+It shares every frozen tensor with the dense model, which is the teacher where a loss needs one: the two cost the memory
+of one model and of what is trained, which is copied, in fp32. The dense model is never touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from svl.core import Patch, Plan, SvlError, TensorChange
+from svl.models.lvlm import Lvlm
+from svl.models.placement import device_map, is_spread
+from svl.pruning import surgery
+from svl.recovery import losses as terms
+from svl.recovery.adapters import add_adapters, added_products
+from svl.recovery.base import Recovery
+from svl.recovery.batches import ANSWER
+
+
+class Student(nn.Module):
+    """A pruned model in training.
+
+    Attributes:
+        lvlm: the pruned model.
+        parts: what of it is trained.
+        tokens, samples: that have gone through it.
+        newest: the terms of the last loss, unweighted.
+
+    Raises:
+        SvlError: if this model cannot be trained, or has no such parts.
+    """
+
+    accepts_loss_kwargs = False  # for the Trainer: the loss of a batch is a mean
+
+    def __init__(self, dense: Lvlm, plan: Plan, patch: Patch | None, recovery: Recovery):
+        super().__init__()
+        check_trainable(dense, recovery)
+        self.lvlm = surgery.apply(dense, plan, patch)
+        self.plan, self.recovery = plan, recovery
+        self.parts = recovery.parts(self.lvlm, plan)
+        self._teacher = (dense,) if recovery.losses.need_teacher else ()  # not a module of this one
+        self._points = terms.compared_states(plan) if recovery.losses.states else {}
+        self._trained = self._make_trainable()
+        self.model = self.lvlm.model
+        if is_spread(self.model):
+            self.hf_device_map = device_map(self.model)  # for the Trainer: leave it where it is
+        self.tokens, self.samples, self.newest = 0, 0, dict[str, float]()
+
+    def _make_trainable(self) -> dict[str, nn.Parameter]:
+        """Give the model tensors and adapters of its own; what is trained, by names."""
+        model, found = self.lvlm.model, {}
+        for name in self.parts.tensors:
+            found[name] = nn.Parameter(model.get_parameter(name).detach().clone().float())
+            surgery.set_tensor(model, name, found[name])
+        if self.parts.adapted:
+            added = add_adapters(self.lvlm, self.parts.adapted, self.recovery.adapter)
+            names = {id(parameter): name for name, parameter in model.named_parameters()}
+            found |= {names[id(parameter)]: parameter for parameter in added}
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for parameter in found.values():
+            parameter.requires_grad_(True)
+        if not found:
+            raise SvlError(f"recovery has nothing to train in '{self.lvlm.name}'")
+        return found
+
+    # ------------------------------------------------------------------------------------------- training
+
+    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
+        """The loss of a batch, as `batches.Batches` makes it, on the device of its inputs."""
+        answer = inputs.pop(ANSWER)
+        home = answer.device
+        with self._precision():
+            found = self._terms({name: value.to(self.lvlm.device) for name, value in inputs.items()}, answer)
+        self.newest = {name: float(term.detach()) for name, term in found.items()}
+        if self.training:
+            self.tokens += int(inputs["attention_mask"].sum())
+            self.samples += len(answer)
+        return {"loss": terms.total_loss(self.recovery.losses, found).to(home)}
+
+    def _terms(self, inputs: Mapping[str, Tensor], answer: Tensor) -> dict[str, Tensor]:
+        weights, found = self.recovery.losses, {}
+        logits, states = terms.forward_pass(self.lvlm, inputs, answer, list(self._points.values()))
+        if weights.answers:
+            targets = terms.answer_targets(inputs, answer).to(logits.device)
+            found["answers"] = nn.functional.cross_entropy(logits, targets)
+        for teacher in self._teacher:
+            with torch.no_grad():
+                wanted, points = terms.forward_pass(teacher, inputs, answer, list(self._points))
+            if weights.logits:
+                found["logits"] = terms.logit_divergence(logits, wanted, weights.temperature)
+            if weights.states:
+                present = inputs["attention_mask"].bool()
+                each = [terms.state_distance(states[new], points[i], present) for i, new in self._points.items()]
+                found["states"] = (
+                    torch.stack([distance.to(each[0].device) for distance in each]).mean().to(answer.device)
+                )
+        return {name: term.to(answer.device) for name, term in found.items()}
+
+    @contextmanager
+    def _precision(self) -> Iterator[None]:
+        half = self.recovery.precision == "bfloat16" or self.model.dtype == torch.bfloat16
+        with torch.autocast(self.lvlm.device.type, torch.bfloat16, enabled=half):
+            yield
+
+    # ------------------------------------------------------------------------------------- what is trained
+
+    @property
+    def trained_parameters(self) -> int:
+        """Number of numbers that are trained."""
+        return sum(parameter.numel() for parameter in self._trained.values())
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        """What is trained, by names: all that checkpoints hold of the model."""
+        return {name: parameter.detach() for name, parameter in self._trained.items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Read what `state_dict` gave."""
+        missing = [name for name in self._trained if name not in state_dict]
+        unexpected = [name for name in state_dict if name not in self._trained]
+        if missing or unexpected:
+            raise RuntimeError(f"a checkpoint of recovery lacks {missing}, and has {unexpected}")
+        with torch.no_grad():
+            for name, parameter in self._trained.items():
+                parameter.copy_(state_dict[name])
+        return SimpleNamespace(missing_keys=[], unexpected_keys=[])
+
+    def changes(self) -> dict[str, TensorChange]:
+        """What training has made, by names in the dense model; whole tensors in the model's dtype."""
+        dtype, found = self.model.dtype, {}
+        for name in self.parts.tensors:
+            found[name] = TensorChange(self._trained[name].detach().to("cpu", dtype, copy=True))
+        for path, left, right in added_products(self.lvlm, self.parts.adapted):
+            found[f"{path}.weight"] = TensorChange(left=left.cpu(), right=right.cpu())
+        return {self._dense_name(name): change for name, change in found.items()}
+
+    def _dense_name(self, name: str) -> str:
+        prefix = f"{self.lvlm.anatomy.layers}."
+        if not name.startswith(prefix):
+            return name
+        number, _, rest = name.removeprefix(prefix).partition(".")
+        return f"{prefix}{self.plan.kept[int(number)]}.{rest}"
+
+
+def check_trainable(lvlm: Lvlm, recovery: Recovery) -> None:
+    """Raise SvlError if this model cannot be trained, as far as that is known without trying."""
+    lvlm.require_in_memory("recovery")
+    if any(p.is_meta for p in lvlm.model.parameters()):
+        raise SvlError(
+            f"recovery needs all of '{lvlm.name}' on its devices, but model.device_map leaves layers elsewhere: choose "
+            "another map, or recovery=none"
+        )
+    if lvlm.model.dtype == torch.float16:
+        raise SvlError("recovery trains in float32 or bfloat16, not in float16: set model.dtype=bfloat16")
+    if any(type(p.data) is not Tensor for p in lvlm.model.parameters()):
+        raise SvlError(f"the weights of '{lvlm.name}' are quantised, and cannot be trained")
+    if recovery.gradient_checkpointing and not lvlm.model.supports_gradient_checkpointing:
+        raise SvlError(
+            f"{type(lvlm.model).__name__} has no gradient checkpointing: set recovery.gradient_checkpointing=false"
+        )

@@ -1,0 +1,256 @@
+"""Training, by transformers' Trainer, to which this is the one seam: order, budget, schedule, checkpoints, curve.
+
+The Trainer's own checkpoints appear piece by piece. Here each is renamed when it is whole, with the budget that was
+spent and the curve so far in it, and the one before goes; a run that is killed goes on from the last, and ends in the
+same weights as one that is not. (With a limit in seconds, in those of the steps that it got to.)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from svl.core import Patch, Plan, SvlError, TensorChange
+from svl.data.samples import Samples
+from svl.models.lvlm import Lvlm
+from svl.processes import process_count
+from svl.recovery.base import Recovery
+from svl.recovery.batches import Batches, TrainingOrder, check_answers
+from svl.recovery.student import Student
+
+SAVED, PROGRESS = "step-", "progress.json"  # a whole checkpoint, and what of it the Trainer does not keep
+NO_LIMIT = 10**7  # steps, where only seconds are limited
+CURVE = 400  # points of a curve that are kept, at most
+
+
+@dataclass
+class Spent:
+    """What training has cost so far, and how its losses went.
+
+    Attributes:
+        steps: of the optimiser.
+        samples, tokens: that went through the model, repeated ones counted again; tokens without padding.
+        seconds: of training alone.
+        curve: {"step", "seconds", "loss", its terms, "learning_rate"} of steps, evenly thinned.
+    """
+
+    steps: int = 0
+    samples: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What came out: changes by names in the dense model, what they cost, and how many numbers were trained."""
+
+    trained: dict[str, TensorChange]
+    spent: Spent
+    parameters: int
+
+
+Report = Callable[[Spent, float], None]  # what is spent, the share of the budget that is gone
+
+
+def planned_steps(recovery: Recovery, n_samples: int) -> int | None:
+    """How many steps of the optimiser are asked for; None if only seconds are limited."""
+    if recovery.steps is not None:
+        return recovery.steps
+    if recovery.budget_s is not None:
+        return None
+    return math.ceil(n_samples / (recovery.batch_size * recovery.accumulate))
+
+
+def recover(
+    dense: Lvlm,
+    plan: Plan,
+    patch: Patch | None,
+    samples: Samples,
+    recovery: Recovery,
+    folder: Path,
+    report: Report = lambda spent, share: None,
+) -> Recovered:
+    """Train what is left of `dense` after `plan` and `patch`; `dense` stays as it is.
+
+    Args:
+        dense: the model as it comes, and the teacher.
+        plan: which layers are gone.
+        patch: what compensation has changed.
+        samples: to train on, with their answers.
+        recovery: what is trained, on what, for how long.
+        folder: for checkpoints; training goes on from the last one in it.
+        report: is told after each step.
+
+    Raises:
+        SvlError: if this model cannot be trained, a sample has no answer, or the loss is not finite.
+    """
+    if process_count() > 1:
+        raise SvlError("recovery trains in one process: run it without torchrun, which later runs may use again")
+    check_answers(samples)
+    with _random_state_kept(recovery.seed):
+        student = Student(dense, plan, patch, recovery)
+        steps = planned_steps(recovery, len(samples))
+        if steps == 0:
+            return Recovered({}, Spent(), student.trained_parameters)
+        spent = _train(student, samples, steps or NO_LIMIT, folder, report)
+    return Recovered(student.changes(), spent, student.trained_parameters)
+
+
+@contextmanager
+def _random_state_kept(seed: int) -> Iterator[None]:
+    """Within the block, random numbers follow the seed; what comes after goes on as if the block had not been."""
+    kept = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(kept[0])
+            np.random.set_state(kept[1])
+
+
+def _train(student: Student, samples: Samples, steps: int, folder: Path, report: Report) -> Spent:
+    recovery = student.recovery
+    folder.mkdir(parents=True, exist_ok=True)
+    for remains in folder.glob("checkpoint-*"):  # of a run that was killed while it wrote
+        shutil.rmtree(remains)
+    last = max(folder.glob(f"{SAVED}*"), key=lambda path: int(path.name.removeprefix(SAVED)), default=None)
+    ledger = _Ledger(student, steps, folder, report, last)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=recovery.batch_size,
+        gradient_accumulation_steps=recovery.accumulate,
+        learning_rate=recovery.learning_rate,
+        weight_decay=recovery.weight_decay,
+        max_grad_norm=recovery.max_grad_norm,
+        optim="adamw_torch",
+        seed=recovery.seed,
+        train_sampling_strategy="sequential",  # TrainingOrder has shuffled them
+        logging_steps=1,
+        save_strategy="no",  # the ledger asks for checkpoints
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        use_cpu=student.lvlm.device.type == "cpu",
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # with more of them, the Trainer would copy the model to each
+    trainer = _Trainer(
+        model=student,
+        args=arguments,
+        data_collator=Batches(student.lvlm, samples),
+        train_dataset=TrainingOrder(len(samples), steps * recovery.batch_size * recovery.accumulate, recovery.seed),
+        callbacks=[ledger],
+    )
+    trainer.ledger = ledger
+    trainer.remove_callback(PrinterCallback)
+    with _checkpointed_activations(student):
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    student.eval()
+    return ledger.spent
+
+
+@contextmanager
+def _checkpointed_activations(student: Student) -> Iterator[None]:
+    """Within the block, activations are computed again in the backward pass, if that is asked for."""
+    model: Any = student.model
+    if not student.recovery.gradient_checkpointing:
+        yield
+        return
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+        disable()
+
+
+class _Trainer(Trainer):
+    """With a learning rate that follows the share of the budget that is gone, of steps or seconds."""
+
+    ledger: _Ledger
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """Linear warm-up, then as `recovery.schedule` says."""
+        recovery = self.ledger.student.recovery
+
+        def factor(step: int) -> float:
+            share = self.ledger.share_after(step)
+            if share < recovery.warmup:
+                return max(share / recovery.warmup, 0.1)  # a first step at 0 would be lost
+            if recovery.schedule == "constant":
+                return 1.0
+            left = (share - recovery.warmup) / (1 - recovery.warmup)
+            return 0.5 * (1 + math.cos(math.pi * min(left, 1.0)))
+
+        optimizer = optimizer or self.optimizer
+        if optimizer is None:
+            raise RuntimeError("the Trainer makes its schedule before its optimiser")
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return self.lr_scheduler
+
+
+class _Ledger(TrainerCallback):
+    """Keeps the account of a training: what is spent, when it is over, when and how checkpoints are written."""
+
+    def __init__(self, student: Student, steps: int, folder: Path, report: Report, last: Path | None):
+        self.student, self.steps, self.folder, self.report = student, steps, folder, report
+        self.budget_s, self.save_every = student.recovery.budget_s, student.recovery.save_every
+        self.spent = Spent(**json.loads((last / PROGRESS).read_text())) if last else Spent()
+        student.samples, student.tokens = self.spent.samples, self.spent.tokens
+        self._before, self._began = self.spent.seconds, time.perf_counter()
+
+    def share_after(self, step: int) -> float:
+        """The share of the budget that is gone after so many steps, at this time."""
+        share = step / self.steps
+        return share if self.budget_s is None else max(share, self.spent.seconds / self.budget_s)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Count; stop when time is up; ask for a checkpoint every so many steps."""
+        spent = self.spent
+        spent.steps, spent.samples, spent.tokens = state.global_step, self.student.samples, self.student.tokens
+        spent.seconds = self._before + time.perf_counter() - self._began
+        if self.budget_s is not None and spent.seconds >= self.budget_s:
+            control.should_training_stop = True
+        elif spent.steps % self.save_every == 0 and spent.steps < self.steps:
+            control.should_save = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        """Add a point to the curve, and tell of it."""
+        if not logs or "loss" not in logs:
+            return
+        spent = self.spent
+        point = {"step": spent.steps, "seconds": round(spent.seconds, 3), "loss": logs["loss"], **self.student.newest}
+        spent.curve.append({**point, "learning_rate": logs["learning_rate"]})
+        if len(spent.curve) > CURVE:
+            spent.curve = spent.curve[1::2]
+        self.report(spent, min(self.share_after(spent.steps), 1.0))
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Make the Trainer's checkpoint one that is there whole or not at all."""
+        written = self.folder / f"checkpoint-{state.global_step}"
+        (written / PROGRESS).write_text(json.dumps(asdict(self.spent)))
+        older = list(self.folder.glob(f"{SAVED}*"))
+        os.replace(written, self.folder / f"{SAVED}{state.global_step}")
+        for folder in older:
+            shutil.rmtree(folder)

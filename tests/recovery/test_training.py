@@ -1,0 +1,353 @@
+"""What training changes, what it leaves alone, what it minimises, and how it goes on after it was interrupted."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from svl.core import Patch, Plan, SvlError, Update
+from svl.pruning import surgery
+from svl.recovery.base import Recovery
+from svl.recovery.batches import ANSWER, Batches, TrainingOrder
+from svl.recovery.distill import Distill
+from svl.recovery.interlace import Interlace
+from svl.recovery.lora import Lora
+from svl.recovery.projector import Projector
+from svl.recovery.student import Student
+from svl.recovery.training import recover
+
+pytest.importorskip("peft")
+
+PLAN = Plan(4, (1,))
+FAST = {"learning_rate": 0.05, "batch_size": 2, "schedule": "constant"}
+UPDATE = Update(torch.eye(32)[:, :2] / 4, torch.eye(32)[:2] / 4)
+
+
+def logits_of(model, inputs) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**inputs, use_cache=False).logits[inputs["attention_mask"].bool()]
+
+
+def values_of(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def step(student: Student, batch) -> None:
+    """One plain gradient step on what is trained."""
+    student(**batch)["loss"].backward()
+    with torch.no_grad():
+        for p in student.parameters():
+            if p.grad is not None:
+                p -= 0.1 * p.grad
+                p.grad = None
+
+
+# ------------------------------------------------------------------------------------------ what is changed
+
+
+@pytest.mark.parametrize("recovery", [Distill(**FAST, logits=1.0), Lora(**FAST, layers="gaps")], ids=lambda r: r.layers)
+def test_merged_weights_compute_what_the_adapters_do(recovery, lm, samples, encode):
+    """LoRA in training, beside weights that a compensation has changed, and merged into them: 1e-5 in fp32."""
+    patch = Patch({(2, "mlp"): UPDATE})
+    student = Student(lm, PLAN, patch, recovery)
+    batch = Batches(student.lvlm, samples)([0, 1, 2])
+    for _ in range(3):
+        step(student, batch)
+    inputs = encode(lm, samples.samples)
+    unmerged = logits_of(student.model.eval(), inputs)
+    merged = surgery.apply(lm, PLAN, Patch(patch.updates, trained=student.changes()))
+    torch.testing.assert_close(logits_of(merged.model, inputs), unmerged, atol=1e-5, rtol=1e-5)
+    before = logits_of(surgery.apply(lm, PLAN, patch).model, inputs)
+    assert (unmerged - before).abs().max() > 1e-3
+    assert not [name for name, _ in merged.model.named_modules() if "lora" in name]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("recovery", [Lora(), Projector(), Interlace(), Distill()], ids=lambda r: type(r).__name__)
+def test_no_training_changes_nothing_bit_for_bit(recovery, dtype, llava, samples, encode, tmp_path):
+    lvlm = replace(llava, model=copy.deepcopy(llava.model).to(getattr(torch, dtype)))
+    inputs, before = encode(lvlm, samples.samples), surgery.apply(lvlm, PLAN)
+    untrained = Student(lvlm, PLAN, None, recovery).changes()
+    assert untrained
+    after = surgery.apply(lvlm, PLAN, Patch(trained=untrained))
+    assert torch.equal(logits_of(after.model, inputs), logits_of(before.model, inputs))
+    for (name, p), (_, old) in zip(after.model.named_parameters(), before.model.named_parameters(), strict=True):
+        assert torch.equal(p, old), name
+    none = type(recovery)(steps=0)
+    assert recover(lvlm, PLAN, None, samples, none, tmp_path).trained == {}
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("recovery", "named"),
+    [
+        (Projector(**FAST), ["multi_modal_projector"]),
+        (Lora(**FAST, layers="gaps", targets="attn"), ["layers.0.self_attn", "layers.2.self_attn"]),
+        (Lora(**FAST, layers="kept", targets="mlp"), ["layers.0.mlp", "layers.2.mlp", "layers.3.mlp"]),
+        (Distill(**FAST, targets="mlp"), ["multi_modal_projector", *(f"layers.{i}.mlp" for i in (0, 2, 3))]),
+        (Interlace(**FAST), ["layers.2."]),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Recovery) else "",
+)
+def test_gradients_reach_what_is_named_and_nothing_else(recovery, named, llava, samples):
+    dense = values_of(llava.model)
+    student = Student(llava, PLAN, None, recovery)
+    student(**Batches(student.lvlm, samples)([0, 1]))["loss"].backward()
+    changed = student.changes()
+    for part in named:
+        assert any(part in name for name in changed), part
+    assert all(any(part in name for part in named) for name in changed)
+    wanted = set(student.state_dict())
+    found = {name for name, p in student.model.named_parameters() if p.grad is not None}
+    assert found == wanted
+    shared = {p.data_ptr(): name for name, p in llava.model.named_parameters()}
+    frozen = [name for name, p in student.model.named_parameters() if p.data_ptr() in shared]
+    assert len(frozen) + len(wanted) == len(list(student.model.named_parameters()))  # the rest is the dense model's own
+    step(student, Batches(student.lvlm, samples)([2, 3]))
+    for name, p in llava.model.named_parameters():
+        assert torch.equal(p, dense[name]), name
+        assert p.grad is None
+
+
+def test_training_goes_down_and_only_named_tensors_change(llava, samples, tmp_path):
+    found = recover(llava, PLAN, None, samples, Interlace(steps=12, **{**FAST, "learning_rate": 3e-3}), tmp_path)
+    curve = [point["loss"] for point in found.spent.curve]
+    assert sum(curve[-3:]) < 0.8 * sum(curve[:3])
+    pruned = surgery.apply(llava, PLAN, Patch(trained=found.trained)).model
+    before = surgery.apply(llava, PLAN).model
+    changed = {
+        name
+        for (name, p), (_, old) in zip(pruned.named_parameters(), before.named_parameters(), strict=True)
+        if not torch.equal(p, old)
+    }
+    assert changed
+    assert all(name.startswith("model.language_model.layers.1.") for name in changed)  # the dense model's layer 2
+    assert {name.replace("layers.2.", "layers.1.") for name in found.trained} >= changed
+
+
+# ---------------------------------------------------------------------------------------------------- losses
+
+
+def reference_terms(dense, pruned, plan, examples, temperature) -> dict[str, float]:
+    """The losses of samples one by one, from hidden states and logits of plain forward passes."""
+    answers, divergences, tokens = 0.0, 0.0, 0
+    states: dict[int, list[float]] = {}
+    for sample in examples:
+        turns = sample.conversation(pictured=dense.takes_images)
+        full = sample.conversation(pictured=dense.takes_images, answered=True)
+        pictures = [sample.pictures] if dense.takes_images else None
+        asked_tokens = dense.encode([dense.render(turns)], pictures)["input_ids"][0].tolist()
+        inputs = dense.encode([dense.render(full).rstrip("\n")], pictures)
+        both = zip(asked_tokens, inputs["input_ids"][0].tolist(), strict=False)
+        asked = next(i for i, (a, b) in enumerate(both) if a != b)
+        outputs, seen = [], []
+        for lvlm in (dense, pruned):
+            entering = []
+            handles = [
+                layer.register_forward_pre_hook(
+                    lambda _, args, kwargs, entering=entering: entering.append(
+                        args[0] if args else kwargs["hidden_states"]
+                    ),
+                    with_kwargs=True,
+                )
+                for layer in lvlm.layers
+            ]
+            handles.append(
+                lvlm.layers[-1].register_forward_hook(
+                    lambda _, args, out, entering=entering: entering.append(out[0] if isinstance(out, tuple) else out)
+                )
+            )
+            with torch.no_grad():
+                outputs.append(lvlm.model(**inputs, use_cache=False).logits[0].double())
+            for handle in handles:
+                handle.remove()
+            seen.append(entering)
+        theirs, ours = (logits[asked - 1 : -1] for logits in outputs)
+        target = inputs["input_ids"][0, asked:]
+        answers += float(F.cross_entropy(ours, target, reduction="sum"))
+        p = (theirs / temperature).softmax(-1)
+        log_q = (ours / temperature).log_softmax(-1)
+        divergences += float((p * (p.log() - log_q)).sum()) * temperature**2
+        tokens += len(target)
+        for old in [i for i in plan.kept if i > plan.removed[0]] + [plan.n_layers]:
+            new = plan.kept.index(old) if old < plan.n_layers else len(plan.kept)
+            h, g = seen[0][old][0].double(), seen[1][new][0].double()
+            states.setdefault(old, []).extend(((g - h).square().sum(-1) / h.square().sum(-1)).tolist())
+    mean = [sum(values) / len(values) for values in states.values()]
+    return {"answers": answers / tokens, "logits": divergences / tokens, "states": sum(mean) / len(mean)}
+
+
+def test_losses_are_those_of_plain_forward_passes(lm, samples):
+    """Batches are padded; the reference has one sample at a time."""
+    student = Student(lm, Plan(4, (1, 2)), None, Distill(answers=0.5, logits=0.25, states=2.0, temperature=2.0))
+    batch = Batches(student.lvlm, samples)(range(5))
+    loss = student(**batch)["loss"]
+    expected = reference_terms(lm, surgery.apply(lm, Plan(4, (1, 2))), Plan(4, (1, 2)), samples.samples, 2.0)
+    assert student.newest == pytest.approx(expected, rel=1e-4)
+    total = 0.5 * expected["answers"] + 0.25 * expected["logits"] + 2.0 * expected["states"]
+    assert float(loss) == pytest.approx(total, rel=1e-4)
+
+
+def test_the_teacher_is_the_dense_model(lm, samples, encode):
+    """A student without anything removed agrees with its teacher exactly; training it leaves the teacher alone."""
+    inputs = encode(lm, samples.samples)
+    before = logits_of(lm.model, inputs)
+    student = Student(lm, Plan(4, ()), None, Distill(logits=1.0))
+    batch = Batches(student.lvlm, samples)([0, 1, 2])
+    student(**batch)
+    assert student.newest["logits"] == pytest.approx(0, abs=1e-6)
+    assert student.newest["states"] == 0
+    for _ in range(2):
+        step(student, batch)
+    assert torch.equal(logits_of(lm.model, inputs), before)
+
+
+def test_answers_are_what_the_template_adds(vlm, samples):
+    batch = Batches(vlm, samples)([0, 3])
+    for row, number in enumerate([0, 3]):
+        answer = batch["input_ids"][row][batch[ANSWER][row]]
+        assert vlm.tokenizer.decode(answer).split()[-1] == samples.samples[number].answer
+        assert len(answer) < int(batch["attention_mask"][row].sum())
+
+
+def test_gradient_checkpointing_and_lower_precision(llava, samples):
+    """Checkpointing changes no gradient; bfloat16 products change them a little, and are kept in fp32."""
+
+    def gradients(**settings) -> dict[str, torch.Tensor]:
+        recovery = Distill(**FAST, logits=1.0, **settings)
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            student = Student(llava, PLAN, None, recovery)
+        if recovery.gradient_checkpointing:
+            student.train()
+            student.model.gradient_checkpointing_enable({"use_reentrant": False})
+        student(**Batches(student.lvlm, samples)([0, 1]))["loss"].backward()
+        return {name: p.grad for name, p in student.model.named_parameters() if p.grad is not None}
+
+    plain, saving, half = gradients(), gradients(gradient_checkpointing=True), gradients(precision="bfloat16")
+    assert plain.keys() == saving.keys() == half.keys()
+    for name in plain:
+        torch.testing.assert_close(saving[name], plain[name])
+        assert half[name].dtype == torch.float32
+    flat = [torch.cat([g.flatten() for g in found.values()]) for found in (plain, half)]
+    assert F.cosine_similarity(*flat, dim=0) > 0.98
+
+
+# ------------------------------------------------------------------------------------- order, budget, resuming
+
+
+def test_every_pass_over_the_data_is_a_new_order_of_all():
+    order, again, other = (TrainingOrder(7, 70, seed) for seed in (1, 1, 2))
+    passes = [tuple(order[k] for k in range(7 * e, 7 * e + 7)) for e in range(10)]
+    assert all(sorted(found) == list(range(7)) for found in passes)
+    assert len(set(passes)) > 5
+    shuffled = random.Random(0).sample(range(70), 70)
+    assert [again[k] for k in shuffled] == [order[k] for k in shuffled]
+    assert [other[k] for k in range(70)] != [order[k] for k in range(70)]
+
+
+def test_the_budget_is_counted(llava, samples, tmp_path):
+    """Five samples, three at a time, twice for a step."""
+    recovery = Projector(steps=3, batch_size=3, accumulate=2)
+    spent = recover(llava, PLAN, None, samples, recovery, tmp_path).spent
+    order = [TrainingOrder(5, 18, 0)[k] for k in range(18)]
+    batches = Batches(llava, samples)
+    tokens = sum(int(batches([n])["attention_mask"].sum()) for n in order)
+    assert (spent.steps, spent.samples, spent.tokens) == (3, 18, tokens)
+    assert [point["step"] for point in spent.curve] == [1, 2, 3]
+    assert spent.seconds >= max(point["seconds"] for point in spent.curve) - 1e-3 > 0
+
+
+@pytest.mark.parametrize(("settings", "steps"), [({"budget_s": 1e-9}, 1), ({"budget_s": 1e-9, "steps": 7}, 1), ({}, 3)])
+def test_training_ends_in_time_or_after_one_pass(settings, steps, llava, samples, tmp_path):
+    recovery = Projector(batch_size=2, **settings)
+    assert recover(llava, PLAN, None, samples, recovery, tmp_path).spent.steps == steps
+
+
+def test_interrupted_at_ten_random_moments_it_ends_in_the_same_weights(llava, samples, tmp_path):
+    """Each time somewhere else, with what a kill may leave; nothing that was saved is done again."""
+    recovery = Distill(steps=9, save_every=2, accumulate=2, seed=5, dropout=0.1, layers="gaps", **FAST)
+    alone = recover(llava, PLAN, None, samples, recovery, tmp_path / "alone")
+    chance, folder = random.Random(4), tmp_path / "killed"
+    furthest, stops = 0, 0
+
+    def stop(spent, share):
+        nonlocal furthest, stops
+        assert spent.steps > (furthest - 1) // recovery.save_every * recovery.save_every  # from the last checkpoint on
+        furthest = max(furthest, spent.steps)
+        if stops < 10 and chance.random() < 0.5:
+            stops += 1
+            raise KeyboardInterrupt
+
+    for _ in range(60):
+        try:
+            found = recover(llava, PLAN, None, samples, recovery, folder, stop)
+        except KeyboardInterrupt:
+            (folder / "checkpoint-99").mkdir(parents=True, exist_ok=True)  # half-written
+            (folder / "checkpoint-99" / "model.safetensors").write_bytes(b"half")
+            continue
+        break
+    assert stops == 10
+    assert found.trained.keys() == alone.trained.keys()
+    for name, change in alone.trained.items():
+        for part in ("value", "left", "right"):
+            ours, theirs = getattr(found.trained[name], part), getattr(change, part)
+            assert (ours is None and theirs is None) or torch.equal(ours, theirs), name
+    assert [p["loss"] for p in found.spent.curve] == [p["loss"] for p in alone.spent.curve]
+    assert (found.spent.samples, found.spent.tokens) == (alone.spent.samples, alone.spent.tokens)
+    saved = [path.name for path in folder.iterdir() if path.name.startswith("step-")]
+    assert saved == ["step-8"]  # one checkpoint is kept, and holds nothing but what is trained
+    tensors = json.loads((folder / "step-8" / "progress.json").read_text())
+    assert tensors["steps"] == 8
+
+
+def test_random_numbers_of_others_go_on_as_if_nothing_was_trained(llava, samples, tmp_path):
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    recover(llava, PLAN, None, samples, Projector(steps=1), tmp_path)
+    assert torch.equal(torch.rand(3), expected)
+
+
+# -------------------------------------------------------------------------------------------------- refusals
+
+
+def test_models_and_data_that_cannot_be_trained_are_refused(llama, llava, make_samples, tmp_path, monkeypatch):
+    samples, texts = make_samples([3, 4]), make_samples([3, 4], image=False)
+    half = replace(llama, model=copy.deepcopy(llama.model).half())
+
+    def refused(match, lvlm, data, recovery):
+        with pytest.raises(SvlError, match=match):
+            recover(lvlm, PLAN, None, data, recovery, tmp_path)
+
+    refused("set model.dtype=bfloat16", half, texts, Lora(steps=1))
+    refused("has no projector to train; choose recovery=lora", llama, texts, Projector(steps=1))
+    refused("'model.nothing', but 'llava' has no such module", llava, samples, Projector(modules=("model.nothing",)))
+    silent = type(samples)("x", tuple(type(s)(s.row, s.prompt, s.images) for s in samples))
+    refused("needs answers, but 2 samples have none", llava, silent, Lora(steps=1))
+    refused("has no samples to train on", llava, type(samples)("x", ()), Lora(steps=1))
+    refused("lower recovery.learning_rate", llama, texts, Lora(steps=9, learning_rate=1e30, batch_size=2))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused("trains in one process", llava, samples, Lora(steps=1))
+
+
+@pytest.mark.parametrize(
+    ("cls", "settings", "message"),
+    [
+        (Lora, {"rank": 0}, "recovery.rank is 0"),
+        (Lora, {"layers": "all"}, "recovery.layers is 'all', but must be one of: kept, gaps"),
+        (Lora, {"steps": -1}, "recovery.steps is -1, but must be at least 0"),
+        (Lora, {"budget_s": 0.0}, "recovery.budget_s is 0.0, but must be above 0"),
+        (Distill, {"answers": 0.0, "states": 0.0}, "are all 0"),
+        (Projector, {"schedule": "cosin"}, "did you mean 'cosine'"),
+    ],
+)
+def test_settings_out_of_range_are_refused(cls, settings, message):
+    with pytest.raises(SvlError, match=message.replace("(", r"\(")):
+        cls(**settings)

@@ -1,0 +1,162 @@
+"""The stage recover: in the store under its own key, gone on with after a kill, in results, exports and reports."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.commands import QUIET, SMALL, read, run_svl
+from helpers.paths import ROOT
+
+from svl.store.artifacts import Store
+
+pytest.importorskip("lmms_eval")
+pytest.importorskip("peft")
+
+PRUNE = ("strategy=manual", "strategy.layers=[5,6,9,12]", "selector=all", "compensation=none", *QUIET, *SMALL)
+TRAIN = ("recovery.batch_size=2", "recovery.learning_rate=1e-3", "recovery.layers=gaps")
+STOCK = """
+import sys
+sys.modules["peft"] = sys.modules["svl"] = None
+import torch
+from transformers import AutoModelForImageTextToText
+model = AutoModelForImageTextToText.from_pretrained(sys.argv[1]).eval()
+ids = torch.arange(5, 25)[None]
+torch.save(model(input_ids=ids).logits, sys.argv[2])
+"""
+
+
+def last_run(folder: Path) -> tuple[dict, dict, str]:
+    return read(max((folder / "out").glob("*/*")))
+
+
+def trained_file(store: Path) -> list[bytes]:
+    return [path.read_bytes() for path in store.glob("recover/*/trained.safetensors")]
+
+
+def test_a_run_trains_once_and_exports_a_stock_checkpoint(tmp_path):
+    """LoRA is merged: what is exported loads without peft and svl, and computes what the run evaluated."""
+    import torch
+
+    import svl
+    from svl.core import Patch, Plan
+    from svl.pruning.patch_file import load_trained
+
+    words = (*PRUNE, "recovery=distill", "recovery.steps=3", *TRAIN, "export.path=exported")
+    shown = run_svl(*words, cwd=tmp_path).stdout
+    _, result, _ = last_run(tmp_path)
+    assert re.search(r"recover +[\d.]+ s +trained [\d.]+ M parameters: 3 steps, 6 samples", shown)
+    spent = result["training"]
+    assert (result["recovery"], spent["steps"], spent["samples"], spent["shared_pictures"]) == ("distill", 3, 6, 0)
+    assert spent["tokens"] > 6 * 20
+    assert spent["device"]["type"] == "cpu"
+    assert result["settings"]["recovery"]["samples"] == 4
+    assert not list((tmp_path / "store" / "unfinished").iterdir())
+    curve = next(Store(tmp_path / "store").entries("recover")).output["curve"]
+    assert [sorted(point) for point in curve] == [["answers", "learning_rate", "loss", "seconds", "states", "step"]] * 3
+
+    subprocess.run([sys.executable, "-c", STOCK, "exported", "logits"], cwd=tmp_path, check=True, timeout=120)
+    plan = Plan.from_json((max((tmp_path / "out").glob("*/*")) / "plan.json").read_text())
+    (file,) = (tmp_path / "store").glob("recover/*/trained.safetensors")
+    dense = svl.load(ROOT / "svl/demo/demo_lvlm", device="cpu")
+    pruned = svl.apply(dense, plan, Patch(trained=load_trained(file)))
+    with torch.no_grad():
+        expected = pruned.model(input_ids=torch.arange(5, 25)[None]).logits
+        untrained = svl.apply(dense, plan).model(input_ids=torch.arange(5, 25)[None]).logits
+    torch.testing.assert_close(torch.load(tmp_path / "logits"), expected, atol=1e-5, rtol=1e-5)
+    assert (expected - untrained).abs().max() > 1e-3
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert "| training | 3 steps, 6 samples" in card
+
+    again = run_svl(*words[:-1], "recovery.save_every=9", cwd=tmp_path).stdout  # which changes no result
+    assert re.search("recover +stored", again)
+    other = run_svl(*words[:-1], "recovery.steps=0", cwd=tmp_path).stdout
+    assert re.search("recover .* 0 steps, 0 samples, 0 tokens", other)
+    assert len(trained_file(tmp_path / "store")) == 1  # no training, no tensors
+
+
+def test_a_run_that_is_killed_ends_in_the_same_weights(fork_server, tmp_path):
+    """SIGKILL at random changes of the disk, most of them in training; each run goes on from the last checkpoint."""
+    words = (*PRUNE[:-4], *SMALL, "benchmark=none", "tracker=none", "recovery=lora", "recovery.steps=8", *TRAIN)
+    words += ("recovery.save_every=2", "paths.outputs=out")
+    run = fork_server.start(*words, "paths.store=alone", cwd=tmp_path)
+    assert fork_server.wait(run) == 0, fork_server.log(run)
+    events, chance, kills = fork_server.events(run), random.Random(2), 0
+    steps: set[str] = set()
+    while kills < 4:
+        at = chance.randint(events // 3, events - 1)
+        run = fork_server.start(*words, "paths.store=store", cwd=tmp_path, last_event=at)
+        ended = fork_server.wait(run)
+        assert ended in (0, -signal.SIGKILL), fork_server.log(run)
+        kills += ended != 0
+        steps |= {path.name for path in (tmp_path / "store").glob("unfinished/*/step-*")}
+        if ended == 0:
+            break
+    assert steps  # some run was killed with a checkpoint behind it
+    run = fork_server.start(*words, "paths.store=store", cwd=tmp_path)
+    assert fork_server.wait(run) == 0, fork_server.log(run)
+    assert trained_file(tmp_path / "store") == trained_file(tmp_path / "alone")
+    assert len(trained_file(tmp_path / "store")) == 1
+    assert not list((tmp_path / "store").glob("unfinished/*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["recovery.data.pth=x"], "there is no setting 'recovery.data.pth' (did you mean 'recovery.data.path'?)"),
+        (["recovery.data.samples=many"], "setting 'recovery.data.samples'"),
+        (["model.offload=true", "benchmark=none"], "model.offload leaves layers on disk: set recovery=none"),
+        (["model.dtype=float16"], "recovery trains in float32 or bfloat16"),
+        (["recovery.rnk=4"], "recovery has no setting 'rnk' (did you mean 'rank'?)"),
+        (
+            ["benchmark=demo", "recovery.data.path=${svl:demo}/data/open.parquet"],
+            "is what benchmark task 'svl_demo_open' is scored on",
+        ),
+        (
+            ["recovery.data.path=lmms-lab/POPE", "recovery.data.format=vqa", "recovery.data.split=test"],
+            "recovery.data.split: 'test' of POPE is what benchmark task",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_on_is_refused_before_any_work(words, message, tmp_path):
+    shown = run_svl(*PRUNE, "recovery=lora", *[f"+{w}" if "pth" in w else w for w in words], cwd=tmp_path, code=1)
+    assert message in shown.stderr
+    assert not (tmp_path / "store" / "stats").exists()
+
+
+def test_torchrun_is_refused(tmp_path):
+    shown = run_svl(*PRUNE, "recovery=lora", cwd=tmp_path, code=1, WORLD_SIZE="2", RANK="0")
+    assert "recovery trains in one process, but torchrun started 2" in shown.stderr
+
+
+def test_the_budget_is_in_tables_and_numbers(tmp_path):
+    """Beside the score of every row; a run without recovery has spent nothing."""
+    from svl.report.command import main
+
+    few = ("benchmark=demo", "benchmark.limit=2", "benchmark.batch_size=2", "name=budget")
+    for recovery in ("none", "projector"):
+        extra = () if recovery == "none" else ("recovery.steps=2", "recovery.batch_size=3")
+        run_svl(*PRUNE, *few, f"recovery={recovery}", *extra, cwd=tmp_path)
+    from helpers.commands import run_command
+
+    run_command(main, "experiment=budget", "store=store", "out=report", cwd=tmp_path)
+    text = (tmp_path / "report" / "table.md").read_text()
+    head = next(line for line in text.splitlines() if line.startswith("| strategy"))
+    columns = [cell.strip() for cell in head.strip("|").split("|")]
+    rows = [
+        dict(zip(columns, (cell.strip(" *") for cell in line.strip("|").split("|")), strict=True))
+        for line in text.splitlines()
+        if line.startswith("| manual")
+    ]
+    assert sorted((row["training steps"], row["training samples"]) for row in rows) == [("0", "0"), ("2", "6")]
+    assert {row["strategy"] for row in rows} == {"manual (none)", "manual (projector)"}
+    assert "No picture of the benchmarks is among those trained on" in text
+    numbers = (tmp_path / "report" / "results.csv").read_text()
+    assert re.search(r",projector,.*training,,samples,0,,6", numbers)
+    assert json.loads((max((tmp_path / "out").glob("*/*")) / "result.json").read_text())["training"]["steps"] == 2
