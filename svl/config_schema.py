@@ -59,7 +59,10 @@ class Calibration:
     turns: str = "all"  # of conversations: all (the last question, after everything before it) | first
     frames: int = 8  # of a video file
     samples: int | None = None  # null: all; else a subset drawn by `seed`
-    seed: int = 0  # of the subset; independent of the root seed, so that random strategies share a calibration
+    # of the subset and of generated texts; independent of the root seed, so that random strategies share a calibration
+    seed: int = 0
+    generated: int = 0  # texts that the dense model writes itself, beside the samples: compensations are fitted to both
+    generated_tokens: int = 128  # of each
     batch_size: int = 8
     # measured in the one pass
     statistics: list[str] = field(default_factory=lambda: ["cosine", "attention"])

@@ -12,6 +12,10 @@ massive activations from ruling the fit; the ridge pulls towards the model as it
 of `ridges`, that does best on every `fold`-th sample after a fit on the others; the final fit is on all of them. That
 o_proj also moves what the MLP of its layer reads is left to the layers above.
 
+With texts that the dense model generates (`calibration.generated`), what is fitted to the calibration set need not be
+paid for elsewhere: given samples and texts weigh the same, row for row, and the ridge is the one whose worse share of
+the gap left, of the two, is least on what is held out. An infinite ridge leaves the projection as it is.
+
 This is ours; see experiments/baselines for how it compares with SCP and with ReplaceMe's map.
 
 Cost: about four passes over the calibration set, two hidden states per token in memory, and for each layer n_in^3.
@@ -36,6 +40,7 @@ class Refit(Compensation):
 
     Attributes:
         ridges: candidates, relative to the mean squared norm of a coordinate of x; one alone is taken as it is.
+            Infinity: no change.
         fold: which share of the samples chooses the ridge: one in so many.
         targets: projections that are refitted: "mlp" (down_proj), "attn" (o_proj), or both in this order; the second
             one of a layer is fitted to what the first leaves.
@@ -74,17 +79,19 @@ class Refit(Compensation):
                 continue
             for writer in self.targets:
                 change, note = self._refit(step, writer)
+                notes.append(f"layer {step.layer} {writer}: {note}")
+                if not bool(change.any()):
+                    continue
                 delta = change.mT.float().contiguous()
                 step.change(writer, delta)
                 updates[step.layer, writer] = Update(delta=delta.cpu())
-                notes.append(f"layer {step.layer} {writer}: {note}")
         return Patch(updates, notes=tuple(notes))
 
     def _refit(self, step: LayerStep, writer: str) -> tuple[Tensor, str]:
         """D^T [n_in, d] of one projection, and a note on its fit."""
         regression = HeldOutRegression(self.ridges, self.fold)
-        for x, given, wanted, w in step.rows(writer):
-            weights = torch.ones_like(w) if self.rows == "all" else w
-            relative = weights.to(wanted.device) / wanted.square().sum(-1).clamp(min=1e-30)
-            regression.add_sample(x, wanted - given, relative)
+        for rows in step.rows(writer):
+            weights = torch.ones_like(rows.weights) if self.rows == "all" else rows.weights
+            relative = weights.to(rows.wanted.device) / rows.wanted.square().sum(-1).clamp(min=1e-30)
+            regression.add_sample(rows.read, rows.wanted - rows.given, relative, rows.generated)
         return regression.solve()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -142,6 +142,7 @@ class SampleStates(Protocol):
     """
 
     weights: Tensor  # [L, T], the selector's, by layer; on the device of the states
+    generated: bool  # whether it is a text that the dense model wrote; all tokens of such a sample weigh 1
 
     def h(self, i: int) -> Tensor:
         """Residual stream entering layer i (L: leaving the last): fp32 [T, d]."""
@@ -156,16 +157,31 @@ class SampleStates(Protocol):
         ...
 
 
+class LayerRows(NamedTuple):
+    """Tokens of one calibration sample at a kept layer, fp32.
+
+    Attributes:
+        read: by the projection asked about: [T, n_in].
+        given: out by the layer: [T, d].
+        wanted: what the dense model passes to the next kept layer: [T, d].
+        weights: the selector's: [T].
+        generated: see SampleStates.
+    """
+
+    read: Tensor
+    given: Tensor
+    wanted: Tensor
+    weights: Tensor
+    generated: bool
+
+
 class LayerStep(Protocol):
     """One kept layer on a walk through the pruned model."""
 
     layer: int  # original index
 
-    def rows(self, writer: str) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Per sample: what `writer` reads [T, n_in], what the layer gives out and what it should [T, d], weights [T].
-
-        It should give out what the dense model passes to the next kept layer.
-        """
+    def rows(self, writer: str) -> Iterator[LayerRows]:
+        """What `writer` reads, what the layer gives out and what it should, sample by sample."""
         ...
 
     def change(self, writer: str, delta: Tensor) -> None:
@@ -174,7 +190,10 @@ class LayerStep(Protocol):
 
 
 class HiddenStates(Protocol):
-    """Hidden states of the calibration set, streamed: nothing is kept between samples."""
+    """Hidden states of the calibration set, streamed: nothing is kept between samples.
+
+    Texts that the dense model has generated, if there are any, come last.
+    """
 
     n_layers: int
     writers: Sequence[str]

@@ -266,6 +266,8 @@ class RunSetup:
         if self.calibrates or "probe" in self.probes:
             file = Path(calibration.path).name
             settings["calibration"] = {"file": file, "samples": calibration.samples, "seed": calibration.seed}
+            if calibration.generated:
+                settings["calibration"]["generated"] = [calibration.generated, calibration.generated_tokens]
         if self.combined:
             settings["combined"] = {group: self.choice(group) for group in self.combined}
         settings["model"] = {"dtype": self.options.dtype}
