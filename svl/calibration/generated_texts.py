@@ -53,22 +53,27 @@ def _special_tokens(lvlm: Lvlm) -> dict[int, str]:
 
 def _continued(lvlm: Lvlm, first: Tensor, tokens: int, sampling: _Sampling) -> list[str]:
     """A text for each token of `first` [B], which follows what the tokenizer puts before every text."""
-    tokenizer, model = lvlm.tokenizer, lvlm.model
+    tokenizer: Any = lvlm.tokenizer
     opening = [tokenizer.bos_token_id] if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else []
     prompt = torch.tensor([[*opening, int(token)] for token in first], device=lvlm.device)
-    settings = GenerationConfig(
-        do_sample=False,  # the noise of `sampling` makes of the largest score a sample
-        repetition_penalty=1.0,
-        max_new_tokens=tokens - 1,
-        min_new_tokens=tokens - 1,
-        pad_token_id=int(prompt[0, -1]),  # never written
-    )
     with explained(f"'{lvlm.name}' cannot generate text", f"; {WAY_OUT}"), torch.inference_mode():
-        ids = prompt
-        if tokens > 1:
-            inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
-            ids = model.generate(**inputs, generation_config=settings, logits_processor=[sampling])  # type: ignore
+        ids = prompt if tokens == 1 else _sampled(lvlm, prompt, tokens - 1, sampling)
         return tokenizer.batch_decode(ids[:, len(opening) :], clean_up_tokenization_spaces=False)
+
+
+def _sampled(lvlm: Lvlm, prompt: Tensor, n: int, sampling: _Sampling) -> Tensor:
+    """The prompts [B, T] and `n` tokens after each."""
+    model: Any = lvlm.model
+    settings = GenerationConfig(
+        do_sample=False,  # the noise of `sampling` makes the largest score a sample
+        repetition_penalty=1.0,
+        max_new_tokens=n,
+        min_new_tokens=n,
+        pad_token_id=int(prompt[0, -1]),  # never written: all texts are as long
+    )
+    inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+    found: Tensor = model.generate(**inputs, generation_config=settings, logits_processor=[sampling])
+    return found
 
 
 class _Sampling:
