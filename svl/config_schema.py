@@ -61,7 +61,9 @@ class Calibration:
     samples: int | None = None  # null: all; else a subset drawn by `seed`
     # of the subset and of generated texts; independent of the root seed, so that random strategies share a calibration
     seed: int = 0
-    generated: int = 0  # texts that the dense model writes itself, beside the samples: compensations are fitted to both
+    # texts that the dense model writes itself, which compensations are fitted to beside the samples; null: as many as
+    # the compensation asks for
+    generated: int | None = None
     generated_tokens: int = 128  # of each
     batch_size: int = 8
     # measured in the one pass

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from svl.compensation.regression import HeldOutRegression, check_ridges
 from svl.compensation.run_rows import check_rows
-from svl.core import Compensation, HiddenStates, LayerStep, Patch, Plan, Update, one_of
+from svl.core import Compensation, HiddenStates, LayerStep, Patch, Plan, SvlError, Update, one_of
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Refit(Compensation):
             one of a layer is fitted to what the first leaves.
         layers: all (kept ones from the first gap on) | gaps (only those before a removed run).
         rows: selected (tokens weighted by the selector) | all.
+        texts: how many texts of the dense model's own it is fitted to, too, unless `calibration.generated` says.
     """
 
     ridges: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
@@ -53,6 +54,7 @@ class Refit(Compensation):
     targets: tuple[str, ...] = ("mlp", "attn")
     layers: str = "all"
     rows: str = "all"
+    texts: int = 0
     needs: ClassVar[frozenset[str]] = frozenset({"hidden"})
 
     def __post_init__(self) -> None:
@@ -61,6 +63,13 @@ class Refit(Compensation):
             one_of("compensation.targets", target, ("mlp", "attn"))
         check_rows(self.rows)
         check_ridges(self.ridges, self.fold)
+        if self.texts < 0:
+            raise SvlError(f"compensation.texts is {self.texts}, but must be at least 0")
+
+    @property
+    def own_texts(self) -> int:
+        """See `Compensation`."""
+        return self.texts
 
     def fit(self, hidden: HiddenStates, plan: Plan) -> Patch:
         """The change of every refitted down_proj; its notes name the ridges and the share of the gap that is left.

@@ -78,6 +78,11 @@ class Compensation(Method, ABC):
     known_needs: ClassVar[frozenset[str]] = frozenset({"hidden"})
     foldable: ClassVar[bool] = True
 
+    @property
+    def own_texts(self) -> int:
+        """How many texts of the dense model's own `fit` is to see, unless the configuration says."""
+        return 0
+
     @abstractmethod
     def fit(self, hidden: HiddenStates, plan: Plan) -> Patch:
         """Changes of kept weights, or maps at cuts, which make up for what `plan` removes: fp32 on the CPU."""

@@ -18,24 +18,22 @@ FILE = "texts.json"
 
 
 def make_texts(setup: RunSetup) -> Entry | None:
-    """The artifact; None unless texts are asked for and the compensation streams hidden states."""
-    calibration = setup.cfg.calibration
-    if not (calibration.generated and "hidden" in setup.compensation.needs):
+    """The artifact; None if no compensation is fitted to texts."""
+    calibration, n = setup.cfg.calibration, setup.generated
+    if not n:
         return None
 
     def build(folder: Path) -> dict[str, Any]:
         from svl.calibration.generated_texts import generate_texts
 
-        texts = generate_texts(
-            setup.dense, calibration.generated, calibration.generated_tokens, calibration.seed, show_progress
-        )
+        texts = generate_texts(setup.dense, n, calibration.generated_tokens, calibration.seed, show_progress)
         (folder / FILE).write_text(json.dumps(texts, indent=0) + "\n")
         return {"texts": len(texts)}
 
     inputs = {
         "model": setup.model,
         "code": stage_code("texts"),
-        "texts": calibration.generated,
+        "texts": n,
         "tokens": calibration.generated_tokens,
         "seed": calibration.seed,
     }

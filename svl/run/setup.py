@@ -147,6 +147,14 @@ class RunSetup:
         return self.calibrates or self.rescores or "probe" in self.probes or bool(self.cfg.efficiency.repeats)
 
     @property
+    def generated(self) -> int:
+        """How many texts of the dense model's own the compensation is fitted to."""
+        asked = self.cfg.calibration.generated
+        if "hidden" not in self.compensation.needs:
+            return 0
+        return int(self.compensation.own_texts if asked is None else asked)
+
+    @property
     def compensates(self) -> bool:
         """Whether weights that stay are changed."""
         return not _is_none(self.compensation)
@@ -266,8 +274,8 @@ class RunSetup:
         if self.calibrates or "probe" in self.probes:
             file = Path(calibration.path).name
             settings["calibration"] = {"file": file, "samples": calibration.samples, "seed": calibration.seed}
-            if calibration.generated:
-                settings["calibration"]["generated"] = [calibration.generated, calibration.generated_tokens]
+            if self.generated:
+                settings["calibration"]["generated"] = [self.generated, calibration.generated_tokens]
         if self.combined:
             settings["combined"] = {group: self.choice(group) for group in self.combined}
         settings["model"] = {"dtype": self.options.dtype}

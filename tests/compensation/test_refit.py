@@ -58,6 +58,7 @@ def test_refit_brings_the_pruned_model_closer_than_one_map_does(lm, make_samples
         {"layers": "some"},
         {"rows": "none"},
         {"targets": ("qkv",)},
+        {"texts": -1},
     ):
         with pytest.raises(SvlError, match=f"compensation.{next(iter(wrong))}"):
             Refit(**wrong)
