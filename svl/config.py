@@ -324,7 +324,7 @@ def _check_numbers(cfg: DictConfig) -> None:
     least |= dict.fromkeys(("benchmark.batch_size", "benchmark.max_new_tokens", "benchmark.frames"), 1)
     least |= {f"benchmark.tasks.{task}.max_new_tokens": 1 for task in cfg.benchmark.tasks}
     least |= {"efficiency.batch_size": 1, "efficiency.new_tokens": 2, "efficiency.warmup": 0, "efficiency.repeats": 0}
-    least |= {"together": 1}
+    least |= {"together": 1, "calibration.generated": 0, "calibration.generated_tokens": 1}
     for name, bound in least.items():
         value = OmegaConf.select(cfg, name)
         if value is not None and value < bound:

@@ -59,7 +59,12 @@ class Calibration:
     turns: str = "all"  # of conversations: all (the last question, after everything before it) | first
     frames: int = 8  # of a video file
     samples: int | None = None  # null: all; else a subset drawn by `seed`
-    seed: int = 0  # of the subset; independent of the root seed, so that random strategies share a calibration
+    # of the subset and of generated texts; independent of the root seed, so that random strategies share a calibration
+    seed: int = 0
+    # texts that the dense model writes itself, which compensations are fitted to beside the samples; null: as many as
+    # the compensation asks for
+    generated: int | None = None
+    generated_tokens: int = 128  # of each
     batch_size: int = 8  # samples at once
     # measured in the one pass: cosine, windows, sublayers, attention; what the methods need is added
     statistics: list[str] = field(default_factory=lambda: ["cosine", "attention"])

@@ -13,7 +13,7 @@ from svl.calibration.calibrate import no_progress
 from svl.calibration.encoding import encode_samples, explained_samples
 from svl.calibration.hooks import EnoughError, run_decoder, state_hooks, writer_hook
 from svl.calibration.layer_replay import Replay, record_replay
-from svl.core import Patch, Plan, Stats, SvlError, TokenTrace, Update, checked_weights
+from svl.core import LayerRows, Patch, Plan, Stats, SvlError, TokenTrace, Update, checked_weights
 from svl.core.errors import out_of_memory
 from svl.data.samples import Sample, Samples
 from svl.models.devices import fp64_device
@@ -24,6 +24,8 @@ from svl.pruning import folding, surgery
 _States = dict[int, Tensor]
 _Writings = dict[tuple[int, str], Tensor]  # by layer and writer
 
+NO_SAMPLES = Samples("", ())
+
 
 @dataclass(frozen=True)
 class StreamedStates:
@@ -33,6 +35,7 @@ class StreamedStates:
     states: _States
     reads: _Writings
     writes: _Writings
+    generated: bool = False
 
     def h(self, i: int) -> Tensor:
         return self.states[i].float()
@@ -49,6 +52,7 @@ class Activations:
     """`core.HiddenStates` of a model and a calibration set.
 
     `stats` must be the calibration of the same `samples`; its selector weighs their tokens (all alike if None).
+    `generated` are texts of the dense model's own: they follow the samples, and all their tokens count.
     """
 
     lvlm: Lvlm
@@ -56,6 +60,7 @@ class Activations:
     stats: Stats
     batch_size: int = 8
     show: Progress = no_progress
+    generated: Samples = NO_SAMPLES
 
     @property
     def n_layers(self) -> int:
@@ -122,22 +127,27 @@ class Activations:
             return present, states, reads, writes
 
         place = fp64_device(lvlm.device)
-        batches, traces = self.samples.batches(self.batch_size, lvlm.needs_equal_images), iter(self.stats.traces)
+        given = self.samples.batches(self.batch_size, lvlm.needs_equal_images)
+        generated = self.generated.batches(self.batch_size)
+        marks, traces = [False] * len(given) + [True] * len(generated), iter(self.stats.traces)
         with out_of_memory("compensation", f"lower calibration.batch_size (now {self.batch_size})"):
-            for present, states, reads, writes in lvlm.map(run, batches, self.show, "compensate"):
+            shown = lvlm.map(run, [*given, *generated], self.show, "compensate")
+            for mark, (present, states, reads, writes) in zip(marks, shown, strict=True):
                 for b, here in enumerate(present.to(place)):
                     yield StreamedStates(
-                        self._weights(traces, here),
+                        self._weights(None if mark else traces, here),
                         {i: states[new[i]][b].to(place)[here] for i in points},
                         {key: x[b].to(place)[here] for key, x in reads.items()},
                         {key: x[b].to(place)[here] for key, x in writes.items()},
+                        mark,
                     )
 
-    def _weights(self, traces: Iterator[TokenTrace], present: Tensor) -> Tensor:
-        """Weights [L, T] of the next sample, whose tokens are `present` in its row of a batch."""
+    def _weights(self, traces: Iterator[TokenTrace] | None, present: Tensor) -> Tensor:
+        """Weights [L, T] of the next sample, whose tokens are `present` in its row of a batch; 1 without traces."""
         selector = self.stats.selector
-        ones = torch.ones(int(present.sum()))
-        weights = ones if selector is None else checked_weights(selector, next(traces), self.n_layers)
+        weights = torch.ones(int(present.sum()))
+        if selector is not None and traces is not None:
+            weights = checked_weights(selector, next(traces), self.n_layers)
         return weights.to(present.device).expand(self.n_layers, -1)
 
     def walk(self, plan: Plan) -> Iterator[WalkStep]:
@@ -166,13 +176,15 @@ class Activations:
         """The samples before layer `first`."""
         walking: list[WalkingSample] = []
         traces = iter(self.stats.traces)
-        for sample in self.show(self.samples, "record", len(self.samples)):
+        marked = [(sample, False) for sample in self.samples] + [(sample, True) for sample in self.generated]
+        for sample, generated in self.show(marked, "record", len(marked)):
             with explained_samples([sample]):
                 inputs, present, _ = encode_samples(self.lvlm, [sample])
                 if not bool(present.all()):
                     raise SvlError("its prompt has padding of its own, which running layer by layer cannot tell apart")
                 replay, _ = record_replay(self.lvlm, inputs, first, check=not walking)
-            walking.append(WalkingSample(replay, self._weights(traces, present[0]), replay.state, replay.state))
+            weights = self._weights(None if generated else traces, present[0])
+            walking.append(WalkingSample(replay, weights, replay.state, replay.state, generated))
         return walking
 
 
@@ -184,6 +196,7 @@ class WalkingSample:
     weights: Tensor
     dense: Tensor
     pruned: Tensor
+    generated: bool = False
 
     @torch.no_grad()
     def run(self, layer: nn.Module, i: int, state: Tensor, changed: dict[str, Tensor] | None = None) -> Tensor:
@@ -199,7 +212,7 @@ class WalkStep:
     walking: Sequence[WalkingSample]
     changed: dict[str, Tensor] = field(default_factory=dict)  # parameters of the layer
 
-    def rows(self, writer: str) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    def rows(self, writer: str) -> Iterator[LayerRows]:
         """See `core.LayerStep`; on the layer's device, or on the CPU if that has no fp64."""
         layer = self.lvlm.layers[self.layer]
         module = layer.get_submodule(single_matrix(self.lvlm, self.layer, writer).removesuffix(".weight"))
@@ -209,7 +222,7 @@ class WalkStep:
                 out = sample.run(layer, self.layer, sample.pruned, self.changed)
                 place = fp64_device(out.device)
                 x, given, wanted = (h[0].to(place).float() for h in (reads[writer], out, sample.dense))
-                yield x, given, wanted, sample.weights[self.layer].to(place)
+                yield LayerRows(x, given, wanted, sample.weights[self.layer].to(place), sample.generated)
 
     def change(self, writer: str, delta: Tensor) -> Tensor:
         """See `core.LayerStep`."""

@@ -67,7 +67,7 @@ class Ghosted(Compensation):
                 before, weights = sample.h(start), sample.weights[start]
                 if self.rows == "all":
                     weights = torch.ones_like(weights)
-                regression.add_sample(before, sample.h(stop) - before, weights)
+                regression.add_sample(before, sample.h(stop) - before, weights, sample.generated)
         solved = {step: regression.solve() for step, regression in fits.items()}
         maps = {}
         for start, stop in plan.runs:

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import torch
 
-from svl.compensation.regression import Regression
+from svl.compensation.regression import Halves
 from svl.compensation.run_rows import WRITER, check_rows, notes_on_runs, stream_run_rows
 from svl.core import Compensation, HiddenStates, Patch, Plan, SvlError, Update, one_of
 
@@ -52,15 +52,16 @@ class Linear(Compensation):
         runs, notes = plan.runs_with_layer_before, notes_on_runs(plan)
         if not runs:
             return Patch(notes=notes)
-        fits = {run: Regression() for run in runs}
+        fits = {run: Halves() for run in runs}
         for run, rows in stream_run_rows(hidden, runs, self.rows):
             gap, weights = rows.after - rows.before, rows.weights
             if self.scaled:
                 weights = weights / rows.after.square().sum(-1)
-            fits[run].add(rows.written, gap if self.shrink == "identity" else gap + rows.written, weights)
+            target = gap if self.shrink == "identity" else gap + rows.written
+            fits[run].add(rows.written, target, weights, rows.generated)
         updates = {}
-        for (start, _), regression in fits.items():
-            change = regression.solve(self.ridge)
+        for (start, _), halves in fits.items():
+            change = halves.whole().solve(self.ridge)
             if self.shrink == "zero":
                 change = change - torch.eye(len(change), dtype=change.dtype, device=change.device)
             updates[start - 1, WRITER] = Update(left=change.mT.float().cpu().contiguous())

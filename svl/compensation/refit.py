@@ -12,6 +12,10 @@ massive activations from ruling the fit; the ridge pulls towards the model as it
 of `ridges`, that does best on every `fold`-th sample after a fit on the others; the final fit is on all of them. That
 o_proj also moves what the MLP of its layer reads is left to the layers above.
 
+With texts that the dense model generates (`calibration.generated`), what is fitted to the calibration set need not be
+paid for elsewhere: given samples and texts weigh the same, row for row, and the ridge is the one whose worse share of
+the gap left, of the two, is least on what is held out. An infinite ridge leaves the projection as it is.
+
 This is ours; see experiments/baselines for how it compares with SCP and with ReplaceMe's map.
 
 Cost: about four passes over the calibration set, two hidden states per token in memory, and for each layer n_in^3.
@@ -27,7 +31,7 @@ from torch import Tensor
 
 from svl.compensation.regression import HeldOutRegression, check_ridges
 from svl.compensation.run_rows import check_rows
-from svl.core import Compensation, HiddenStates, LayerStep, Patch, Plan, Update, one_of
+from svl.core import Compensation, HiddenStates, LayerStep, Patch, Plan, SvlError, Update, one_of
 
 
 @dataclass(frozen=True)
@@ -36,11 +40,13 @@ class Refit(Compensation):
 
     Attributes:
         ridges: candidates, relative to the mean squared norm of a coordinate of x; one alone is taken as it is.
+            Infinity: no change.
         fold: which share of the samples chooses the ridge: one in so many.
         targets: projections that are refitted: "mlp" (down_proj), "attn" (o_proj), or both in this order; the second
             one of a layer is fitted to what the first leaves.
         layers: all (kept ones from the first gap on) | gaps (only those before a removed run).
         rows: selected (tokens weighted by the selector) | all.
+        texts: how many texts of the dense model's own it is fitted to, too, unless `calibration.generated` says.
     """
 
     ridges: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
@@ -48,6 +54,7 @@ class Refit(Compensation):
     targets: tuple[str, ...] = ("mlp", "attn")
     layers: str = "all"
     rows: str = "all"
+    texts: int = 0
     needs: ClassVar[frozenset[str]] = frozenset({"hidden"})
 
     def __post_init__(self) -> None:
@@ -56,6 +63,13 @@ class Refit(Compensation):
             one_of("compensation.targets", target, ("mlp", "attn"))
         check_rows(self.rows)
         check_ridges(self.ridges, self.fold)
+        if self.texts < 0:
+            raise SvlError(f"compensation.texts is {self.texts}, but must be at least 0")
+
+    @property
+    def own_texts(self) -> int:
+        """See `Compensation`."""
+        return self.texts
 
     def fit(self, hidden: HiddenStates, plan: Plan) -> Patch:
         """The change of every refitted down_proj; its notes name the ridges and the share of the gap that is left.
@@ -74,16 +88,18 @@ class Refit(Compensation):
                 continue
             for writer in self.targets:
                 change, note = self._refit(step, writer)
+                notes.append(f"layer {step.layer} {writer}: {note}")
+                if not bool(change.any()):
+                    continue
                 delta = change.mT.float().contiguous()
                 updates[step.layer, writer] = Update(weight=step.change(writer, delta).cpu())
-                notes.append(f"layer {step.layer} {writer}: {note}")
         return Patch(updates, notes=tuple(notes))
 
     def _refit(self, step: LayerStep, writer: str) -> tuple[Tensor, str]:
         """D^T [n_in, d] of one projection, and a note on its fit."""
         regression = HeldOutRegression(self.ridges, self.fold)
-        for x, given, wanted, w in step.rows(writer):
-            weights = torch.ones_like(w) if self.rows == "all" else w
-            relative = weights.to(wanted.device) / wanted.square().sum(-1).clamp(min=1e-30)
-            regression.add_sample(x, wanted - given, relative)
+        for rows in step.rows(writer):
+            weights = torch.ones_like(rows.weights) if self.rows == "all" else rows.weights
+            relative = weights.to(rows.wanted.device) / rows.wanted.square().sum(-1).clamp(min=1e-30)
+            regression.add_sample(rows.read, rows.wanted - rows.given, relative, rows.generated)
         return regression.solve()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -24,6 +25,7 @@ class Regression:
         self.cross: Tensor | None = None  # X^T W Y, [n_in, n_out]
         self.energy = 0.0  # sum of w |y|^2
         self.weight = 0.0
+        self.rows = 0  # of weight above 0
 
     def add(self, x: Tensor, y: Tensor, w: Tensor) -> None:
         """Rows `x` [T, n_in] and `y` [T, n_out] with weights `w` [T]."""
@@ -36,6 +38,7 @@ class Regression:
             _add_product(self.cross, weighted.mT, y)
         self.energy += float((w * y * y).sum())
         self.weight += float(w.sum())
+        self.rows += int((w > 0).sum())
 
     def take_rows_of(self, other: Regression) -> None:
         """Add the rows of another regression, which has some, to those that are here."""
@@ -43,9 +46,10 @@ class Regression:
         self.cross += other.cross  # type: ignore[operator]
         self.energy += other.energy
         self.weight += other.weight
+        self.rows += other.rows
 
     def solve(self, ridge: float) -> Tensor:
-        """B, fp64 [n_in, n_out].
+        """B, fp64 [n_in, n_out]; 0 for an infinite ridge.
 
         Raises:
             SvlError: if there is no row of weight above 0, a number is not finite, or no unique solution exists.
@@ -54,6 +58,8 @@ class Regression:
             raise SvlError("the selector leaves no token for compensation; choose another selector, or rows=all")
         if not bool(self.gram.isfinite().all() and self.cross.isfinite().all()):
             raise SvlError("hidden states are not finite, so nothing can be fitted to them; choose another model.dtype")
+        if ridge == math.inf:
+            return torch.zeros_like(self.cross)
         n = len(self.gram)
         scale = self.gram.diagonal().mean()
         system = self.gram.clone()
@@ -80,34 +86,77 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         here += rows @ right
 
 
+class Halves:
+    """A regression on given samples and on generated texts that weighs both halves equally, row for row."""
+
+    def __init__(self) -> None:
+        self.halves: dict[bool, Regression] = {}  # by whether it was generated
+
+    def add(self, x: Tensor, y: Tensor, w: Tensor, generated: bool) -> None:
+        """The rows of one sample: `x` [T, n_in], `y` [T, n_out], weights `w` [T]."""
+        self.halves.setdefault(generated, Regression()).add(x, y, w)
+
+    def whole(self) -> Regression:
+        """The regression on both, rows of each half divided by how many there are.
+
+        A half alone is left as it is; one without rows of weight above 0 stands for both, as nothing can be fitted.
+        """
+        parts = sorted(self.halves.values(), key=lambda half: half.rows)
+        if len(parts) < 2 or not parts[0].rows:
+            return parts[0] if parts else Regression()
+        total = Regression()
+        total.gram = sum(half.gram / half.rows for half in parts)  # type: ignore
+        total.cross = sum(half.cross / half.rows for half in parts)  # type: ignore
+        total.energy = sum(half.energy / half.rows for half in parts)
+        total.weight = sum(half.weight / half.rows for half in parts)
+        total.rows = sum(half.rows for half in parts)
+        return total
+
+    def left_over(self, solution: Tensor) -> float:
+        """The larger of the shares of the halves' weighted energy of y that x B with this B does not explain."""
+        return max(half.left_over(solution) for half in self.halves.values())
+
+    def take_rows_of(self, other: Halves) -> None:
+        """Add the rows of `other`, each half to the half that it belongs to."""
+        for generated, half in other.halves.items():
+            if generated in self.halves:
+                self.halves[generated].take_rows_of(half)
+            else:
+                self.halves[generated] = half
+
+
 class HeldOutRegression:
     """A regression whose ridge is chosen by the error on every `fold`-th sample after a fit to the others.
 
-    Of fewer samples than `fold`, none is held out: the first ridge is taken, as it is if there is no other.
+    Given samples and generated texts weigh the same, and the error is the larger one of theirs. An infinite ridge is
+    the fit that changes nothing. Where no sample is held out, because there are fewer than `fold`, the first ridge is
+    taken, as it is if there is no other.
     """
 
     def __init__(self, ridges: Sequence[float], fold: int) -> None:
         self.ridges, self.fold = ridges, fold
-        self.fitted, self.held_out = Regression(), Regression()
-        self.n_samples = 0
+        self.fitted, self.held_out = Halves(), Halves()
+        self.n_samples = {False: 0, True: 0}
 
-    def add_sample(self, x: Tensor, y: Tensor, w: Tensor) -> None:
+    def add_sample(self, x: Tensor, y: Tensor, w: Tensor, generated: bool) -> None:
         """The rows of one sample: `x` [T, n_in], `y` [T, n_out], weights `w` [T]."""
-        self.n_samples += 1
-        part = self.held_out if self.n_samples % self.fold == 0 else self.fitted
-        part.add(x, y, w)
+        self.n_samples[generated] += 1
+        part = self.held_out if self.n_samples[generated] % self.fold == 0 else self.fitted
+        part.add(x, y, w, generated)
 
     def solve(self) -> tuple[Tensor, str]:
         """B, fp64 [n_in, n_out], fitted to all samples with the chosen ridge; and a note that names this ridge and the
         share of the energy of y that B leaves. Raises as `Regression.solve` does."""
         ridge = self.ridges[0]
-        if self.held_out.gram is not None:
+        if self.held_out.halves:
             if len(self.ridges) > 1:
-                ridge = min(self.ridges, key=lambda r: self.held_out.left_over(self.fitted.solve(r)))
+                seen = self.fitted.whole()
+                ridge = min(self.ridges, key=lambda r: self.held_out.left_over(seen.solve(r)))
             self.fitted.take_rows_of(self.held_out)
-            self.ridges, self.held_out = (ridge,), Regression()  # chosen; solved again, it is the same
-        solution = self.fitted.solve(ridge)
-        return solution, f"ridge {ridge:g}, {self.fitted.left_over(solution):.0%} of the gap left"
+            self.ridges, self.held_out = (ridge,), Halves()  # chosen; solved again, it is the same
+        whole = self.fitted.whole()
+        solution = whole.solve(ridge)
+        return solution, f"ridge {ridge:g}, {whole.left_over(solution):.0%} of the gap left"
 
 
 def check_ridges(ridges: Sequence[float], fold: int) -> None:

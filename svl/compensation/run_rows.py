@@ -24,12 +24,14 @@ class RunRows:
         before: h_s, which enters the run.
         after: h_e, which leaves it.
         weights: of the tokens.
+        generated: whether the dense model wrote this text.
     """
 
     written: Tensor
     before: Tensor
     after: Tensor
     weights: Tensor
+    generated: bool = False
 
 
 def check_rows(rows: str) -> None:
@@ -50,7 +52,8 @@ def stream_run_rows(hidden: HiddenStates, runs: Sequence[Run], rows: str) -> Ite
             weights = sample.weights[start - 1]
             if rows == "all":
                 weights = torch.ones_like(weights)
-            yield (start, stop), RunRows(sample.wrote(start - 1, WRITER), sample.h(start), sample.h(stop), weights)
+            states = sample.wrote(start - 1, WRITER), sample.h(start), sample.h(stop)
+            yield (start, stop), RunRows(*states, weights, sample.generated)
 
 
 def notes_on_runs(plan: Plan) -> tuple[str, ...]:

@@ -68,7 +68,7 @@ class SubspaceFit(Compensation):
         for run, rows in stream_run_rows(hidden, runs, self.rows):
             written = rows.written.double() @ directions[run]
             gap = (rows.after - rows.before).double() @ directions[run]
-            regressions[run].add_sample(written, gap - written, rows.weights)
+            regressions[run].add_sample(written, gap - written, rows.weights, rows.generated)
         updates = {}
         for run, regression in regressions.items():
             change, note = regression.solve()  # K^T - I

@@ -12,6 +12,7 @@ from svl.core.errors import SvlError, did_you_mean, one_of
 from svl.core.methods import (
     Compensation,
     HiddenStates,
+    LayerRows,
     LayerStep,
     Method,
     RemovalProbe,
@@ -28,6 +29,7 @@ __all__ = [
     "Compensation",
     "HiddenStates",
     "JoinedPart",
+    "LayerRows",
     "LayerStep",
     "Method",
     "Patch",

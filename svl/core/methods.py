@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,6 +78,11 @@ class Compensation(Method, ABC):
 
     known_needs: ClassVar[frozenset[str]] = frozenset({"hidden"})
     foldable: ClassVar[bool] = True
+
+    @property
+    def own_texts(self) -> int:
+        """How many texts of the dense model's own `fit` is to see, unless the configuration says."""
+        return 0
 
     @abstractmethod
     def fit(self, hidden: HiddenStates, plan: Plan) -> Patch:
@@ -149,6 +154,7 @@ class SampleStates(Protocol):
     """
 
     weights: Tensor  # [L, T], the selector's, by layer; on the device of the states
+    generated: bool  # whether it is a text that the dense model wrote; all tokens of such a sample weigh 1
 
     def h(self, i: int) -> Tensor:
         """Residual stream entering layer i (L: leaving the last): fp32 [T, d]."""
@@ -163,16 +169,31 @@ class SampleStates(Protocol):
         ...
 
 
+class LayerRows(NamedTuple):
+    """Tokens of one calibration sample at a kept layer, fp32.
+
+    Attributes:
+        read: by the projection asked about: [T, n_in].
+        given: out by the layer: [T, d].
+        wanted: what the dense model passes to the next kept layer: [T, d].
+        weights: the selector's: [T].
+        generated: see SampleStates.
+    """
+
+    read: Tensor
+    given: Tensor
+    wanted: Tensor
+    weights: Tensor
+    generated: bool
+
+
 class LayerStep(Protocol):
     """One kept layer on a walk through the pruned model."""
 
     layer: int  # original index
 
-    def rows(self, writer: str) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Per sample: what `writer` reads [T, n_in], what the layer gives out and what it should [T, d], weights [T].
-
-        It should give out what the dense model passes to the next kept layer.
-        """
+    def rows(self, writer: str) -> Iterator[LayerRows]:
+        """What `writer` reads, what the layer gives out and what it should, sample by sample."""
         ...
 
     def change(self, writer: str, delta: Tensor) -> Tensor:
@@ -181,7 +202,10 @@ class LayerStep(Protocol):
 
 
 class HiddenStates(Protocol):
-    """Hidden states of the calibration set, streamed: nothing is kept between samples."""
+    """Hidden states of the calibration set, streamed: nothing is kept between samples.
+
+    Texts that the dense model has generated, if there are any, come last.
+    """
 
     n_layers: int
     writers: Sequence[str]

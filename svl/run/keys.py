@@ -36,6 +36,7 @@ STAGE_CODE = {
     "data": ("svl.data.hub_data",),
     "model": ("svl.models.loading", "svl.models.ports", "svl.models.prompts"),
     "stats": ("svl.calibration.calibrate",),
+    "texts": ("svl.calibration.generated_texts",),
     "probe": ("svl.calibration.removal_probe",),
     "rescoring": ("svl.calibration.rescoring",),
     "patch": ("svl.calibration.activations",),

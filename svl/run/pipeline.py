@@ -23,6 +23,7 @@ from svl.core import Plan, checked_plan, fitted_patch
 from svl.processes import process_rank
 from svl.run import exporting, parallel, tracking
 from svl.run.figure_data import spectra_record, write_example_picture, write_token_scores
+from svl.run.generated import make_texts, read_texts
 from svl.run.keys import identity_without, method_identity, stage_code
 from svl.run.parallel import in_scratch
 from svl.run.run_result import RunStages, build_result, result_inputs
@@ -102,10 +103,11 @@ class Run:
     def prepare(self) -> RunStages:
         """All stages before the first evaluation: statistics, plan, check, patch, and training."""
         stats = self.calibrate()
-        planned = self.plan(stats)
+        texts = self.generate()
+        planned = self.plan(stats, texts)
         plan = Plan.from_json((planned.path / "plan.json").read_text())
         self.check(plan)
-        patch = self.compensate(stats, plan)
+        patch = self.compensate(stats, texts, plan)
         recovered, overlap = self.recover(plan, patch), self.compare_pictures(plan)
         # Names are of this run: another one, with the same settings under other names, may have stored the plan.
         names = {"strategy": self.setup.choice("strategy"), "selector": None, "model": self.setup.name}
@@ -114,6 +116,7 @@ class Run:
         plan = dataclasses.replace(plan, provenance={**names, **plan.provenance})
         return RunStages(
             stats=stats,
+            texts=texts,
             planned=planned,
             plan=plan,
             patch=patch,
@@ -166,7 +169,12 @@ class Run:
         }
         return self.log.stage("calibrate", make_stage(setup, "stats", inputs, build, help=measure), shared=True)
 
-    def plan(self, stats: Entry | None) -> Entry:
+    def generate(self) -> Entry | None:
+        """Stage `texts`: what the dense model writes by itself; None if nothing is fitted to it."""
+        entry = make_texts(self.setup)
+        return entry and self.log.stage("generate", entry, f"{entry.output['texts']} texts of the model's own")
+
+    def plan(self, stats: Entry | None, texts: Entry | None = None) -> Entry:
         """Stage `plan`: which layers go."""
         setup, cfg = self.setup, self.setup.cfg
         source = stats if setup.selects else None
@@ -177,7 +185,7 @@ class Run:
             if setup.probes:
                 measured = dataclasses.replace(measured, probe=resumable_probe(setup))
             if setup.rescores:
-                rescoring = resumable_rescoring(setup, stats, measured.probe)
+                rescoring = resumable_rescoring(setup, stats, texts, measured.probe)
                 measured = dataclasses.replace(measured, rescoring=rescoring)
             plan = checked_plan(setup.strategy, measured, n_remove)
             if source:
@@ -200,7 +208,7 @@ class Run:
         if setup.probes:
             inputs |= {"losses": setup.losses_on, "code": stage_code("probe")}
         if setup.rescores:
-            inputs["rescoring"] = rescoring_inputs(setup, stats)
+            inputs["rescoring"] = rescoring_inputs(setup, stats, texts)
         all_plan = setup.probes or setup.rescores  # what they try out and measure again is in step in all processes
         entry = make_stage(setup, "plan", inputs, build, help=in_scratch(build) if all_plan else None)
         removed, passes = entry.output["removed"], entry.output.get("passes")
@@ -234,7 +242,7 @@ class Run:
         entry = make_stage(setup, "check", {**inputs, "protect": setup.options.protect}, build)
         self.log.stage("check", entry, f"differs by {entry.output['difference']:.1g} from skipping these layers")
 
-    def compensate(self, stats: Entry | None, plan: Plan) -> Entry | None:
+    def compensate(self, stats: Entry | None, texts: Entry | None, plan: Plan) -> Entry | None:
         """Stage `patch`: updates of kept weights; None if no layer is removed."""
         setup = self.setup
         if not plan.removed:
@@ -250,7 +258,7 @@ class Run:
                 if setup.compensation.foldable:
                     folding.check_foldable(setup.dense)
                 seen, batch_size = read_statistics(setup, stats), setup.cfg.calibration.batch_size
-                hidden = Activations(setup.dense, setup.samples, seen, batch_size, show_progress)
+                hidden = Activations(setup.dense, setup.samples, seen, batch_size, show_progress, read_texts(texts))
             patch = fitted_patch(setup.compensation, hidden, plan)
             if patch:
                 patch_file.save_patch(patch, folder / PATCH)
@@ -265,6 +273,8 @@ class Run:
         }
         if streams:
             inputs["code"] = stage_code("patch")
+        if texts:
+            inputs["texts"] = texts.key
         if plan.merges:
             inputs["merges"] = plan.merges
         if plan.sublayers:

@@ -23,7 +23,7 @@ class RunStages:
     """What the stages of a run have given so far.
 
     Attributes:
-        stats, planned, patch: the artifacts of these stages.
+        stats, texts, planned, patch: the artifacts of these stages.
         plan: which layers go, under this run's names.
         dense_model, pruned_model: what is evaluated.
         dense, pruned: their scores by task.
@@ -33,6 +33,7 @@ class RunStages:
     """
 
     stats: Entry | None
+    texts: Entry | None
     planned: Entry
     plan: Plan
     patch: Entry | None
@@ -58,6 +59,8 @@ class RunStages:
             "compensate": [self.patch],
             "evaluate": [*self.pruned.values()],
         }
+        if self.texts:
+            stages["generate"] = [self.texts]
         if self.efficiency:
             stages["measure"] = [self.efficiency]
         if self.recovered:

@@ -159,6 +159,14 @@ class RunSetup:
         return self.calibrates or self.rescores or "probe" in self.probes or bool(self.cfg.efficiency.repeats)
 
     @property
+    def generated(self) -> int:
+        """How many texts of the dense model's own the compensation is fitted to."""
+        asked = self.cfg.calibration.generated
+        if "hidden" not in self.compensation.needs:
+            return 0
+        return int(self.compensation.own_texts if asked is None else asked)
+
+    @property
     def compensates(self) -> bool:
         """Whether weights that stay are changed."""
         return not _is_none(self.compensation)
@@ -292,6 +300,8 @@ class RunSetup:
         if self.calibrates or "probe" in self.probes:
             file = Path(calibration.path).name
             settings["calibration"] = {"file": file, "samples": calibration.samples, "seed": calibration.seed}
+            if self.generated:
+                settings["calibration"]["generated"] = [self.generated, calibration.generated_tokens]
         if self.recovers:
             named = method_settings(self.recovery)
             named = {name: value for name, value in named.items() if name not in self.recovery.unrelated}

@@ -22,6 +22,7 @@ LINE = "  %-10s %8s  %s"  # stage, seconds, what came of it
 # What to turn down when memory runs out in a stage; calibration and evaluation know better where it did.
 LESS_MEMORY = {
     "stats": "lower calibration.batch_size, or set model.offload=true",
+    "texts": "lower calibration.generated_tokens, or set model.dtype=bfloat16",
     "probe": "calibrate on fewer or shorter samples, or set model.dtype=bfloat16",
     "plan": "calibrate on fewer or shorter samples, or set model.dtype=bfloat16",
     "check": "set model.dtype=bfloat16, or model.device=cpu",

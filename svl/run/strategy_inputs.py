@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svl.core import Plan, RemovalProbe, Rescoring, Stats, layers_to_remove
+from svl.run.generated import read_texts
 from svl.run.keys import method_identity, stage_code
 from svl.run.stages import make_stage
 from svl.text.progress import show_progress
@@ -50,18 +51,25 @@ def resumable_probe(setup: RunSetup) -> RemovalProbe:
     return ModelProbe(setup.dense, samples, remember=_remembering(setup, shared), show=show_progress)
 
 
-def resumable_rescoring(setup: RunSetup, stats: Entry | None, probe: RemovalProbe | None) -> Rescoring:
+def resumable_rescoring(
+    setup: RunSetup, stats: Entry | None, texts: Entry | None, probe: RemovalProbe | None
+) -> Rescoring:
     """What is left of the model after removals; each step is kept in the store, so that searches resume."""
     from svl.calibration.activations import Activations
     from svl.calibration.rescoring import ModelRescoring
 
     seen = dataclasses.replace(read_statistics(setup, stats), probe=probe)
-    hidden = Activations(setup.dense, setup.samples, seen, setup.cfg.calibration.batch_size, show_progress)
-    shared = {"model": setup.model, **rescoring_inputs(setup, stats), "strategy": method_identity(setup.strategy)}
+    batch_size = setup.cfg.calibration.batch_size
+    hidden = Activations(setup.dense, setup.samples, seen, batch_size, show_progress, read_texts(texts))
+    shared = {
+        "model": setup.model,
+        **rescoring_inputs(setup, stats, texts),
+        "strategy": method_identity(setup.strategy),
+    }
     return ModelRescoring(hidden, setup.compensation, _remembering(setup, shared))
 
 
-def rescoring_inputs(setup: RunSetup, stats: Entry | None) -> dict[str, Any]:
+def rescoring_inputs(setup: RunSetup, stats: Entry | None, texts: Entry | None) -> dict[str, Any]:
     """What measuring again depends on, beside the model and the strategy."""
     return {
         "code": stage_code("rescoring"),
@@ -70,6 +78,7 @@ def rescoring_inputs(setup: RunSetup, stats: Entry | None) -> dict[str, Any]:
         "compensation": method_identity(setup.compensation),
         "examples": [setup.samples.fingerprint, setup.samples.answers],
         "protect": setup.options.protect,
+        **({"texts": texts.key} if texts else {}),
     }
 
 

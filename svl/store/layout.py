@@ -18,6 +18,7 @@ SCHEMA = {
     "checkpoint": 1,
     "data": 1,
     "stats": 1,
+    "texts": 1,
     "probe": 1,
     "plan": 1,
     "patch": 1,

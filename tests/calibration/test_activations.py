@@ -42,7 +42,7 @@ def test_a_walk_visits_kept_layers_with_the_states_of_both_models(lm, samples):
     for step in hidden.walk(plan):
         seen.append(step.layer)
         after = {1: 3, 3: 4}[step.layer]  # the dense state that the next kept layer gets
-        for (x, out, wanted, w), d, p in zip(step.rows("mlp"), dense, pruned, strict=True):
+        for (x, out, wanted, w, _), d, p in zip(step.rows("mlp"), dense, pruned, strict=True):
             torch.testing.assert_close(x, p.read(step.layer, "mlp"), atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(out, p.h(after), atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(wanted, d.h(after), atol=1e-4, rtol=1e-4)
@@ -60,7 +60,7 @@ def test_a_walk_goes_on_with_what_was_changed(lm, samples):
         if step.layer == 1:
             step.change("mlp", delta)
         after = {1: 3, 3: 4}[step.layer]
-        for (_, out, _, _), p in zip(step.rows("mlp"), changed, strict=True):
+        for (_, out, _, _, _), p in zip(step.rows("mlp"), changed, strict=True):
             torch.testing.assert_close(out, p.h(after), atol=1e-4, rtol=1e-4)
 
 

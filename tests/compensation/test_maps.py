@@ -23,6 +23,7 @@ class Stream:
     """Hidden states of one removed layer (1 of 3) whose effect is given; layer 0 writes M."""
 
     n_layers, writers = 3, ("attn", "mlp")
+    generated = False
 
     def __init__(self, written, gap, weights=None, bias=False):
         self.weights = (torch.ones(len(written)) if weights is None else weights).expand(self.n_layers, -1)

@@ -19,6 +19,7 @@ class GivenSample:
     states: Mapping[int, Tensor]
     writes: Mapping[tuple[int, str], Tensor]
     weights: Tensor
+    generated: bool = False
 
     def h(self, i: int) -> Tensor:
         return self.states[i]
