@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from svl.data.samples import Sample, Samples
 from svl.run.keys import stage_code
-from svl.run.stages import make_stage, show_progress
+from svl.run.stages import make_stage
+from svl.text.progress import show_progress
 
 if TYPE_CHECKING:
     from svl.run.setup import RunSetup

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -96,12 +96,7 @@ def name_points(figure: Figure, ax: Axes, points: Sequence[PointName]) -> None:
         box = min(choices, key=lambda choice: choice[:3])[3]
         taken.append(box)
         offset = ((box.x0 - x) / scale, (box.y0 + height / 2 - y) / scale)
-        style: dict[str, Any] = {
-            "textcoords": "offset points",
-            "fontsize": SIZE - 1,
-            "va": "center",
-            "color": dark(point.look.color),
-        }
+        style = {"textcoords": "offset points", "fontsize": SIZE - 1, "va": "center", "color": dark(point.look.color)}
         halo = [withStroke(linewidth=2, foreground="white")]  # names may lie on lines
         ax.annotate(text, (point.x, point.y), offset, parse_math=False, path_effects=halo, **style)
 
