@@ -21,8 +21,9 @@ class EnoughError(Exception):
 def run_decoder(lvlm: Lvlm, inputs: dict[str, Tensor], all_logits: bool = False) -> Any:
     """The model's output for `inputs`: its layers on all positions, logits of the last one where it can be told so."""
     takes_number = "logits_to_keep" in inspect.signature(lvlm.model.forward).parameters
-    # as an index: told a number, models whose last layers reuse keys and values run these on so many positions only
-    few = {} if all_logits or not takes_number else {"logits_to_keep": torch.tensor([-1])}
+    # an index (on no device): told a number, models whose last layers reuse keys and values run these on that many
+    # positions alone
+    few = {} if all_logits or not takes_number else {"logits_to_keep": [-1]}
     return lvlm.model(**inputs, use_cache=False, **few)
 
 
