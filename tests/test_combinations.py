@@ -1,4 +1,4 @@
-"""Every strategy with every selector, every compensation and every kind of model, two at a time."""
+"""Every strategy with every selector, every kind of plan with every compensation, all with every kind of model."""
 
 from __future__ import annotations
 
@@ -19,9 +19,16 @@ from svl.pruning.surgery import apply
 MODELS = ("llava", "qwen", "internvl", "llama")
 # No picture to select the tokens of.
 IMPOSSIBLE = {("llama", "visual")}
-COMBINATIONS = [
-    row for row in pairwise({**CHOICES, "model": MODELS}) if (row["model"], row["selector"]) not in IMPOSSIBLE
-]
+# A compensation sees the plan alone. Single layers, a block, merges, an order, sub-layers, and a plan by hand.
+PLANS = ("short_lvlm", "angular", "laco", "iterative", "sublayer_cosine", "layer_pairs", "manual")
+METHODS = {choice: method("strategy", choice) for choice in CHOICES["strategy"]}
+STRATEGIES = [a for i, a in enumerate(METHODS) if METHODS[a] not in [METHODS[b] for b in list(METHODS)[:i]]]
+ARRAYS = (
+    {"strategy": STRATEGIES, "selector": CHOICES["selector"], "compensation": ("linear", "none"), "model": MODELS},
+    {"strategy": PLANS, "selector": CHOICES["selector"], "compensation": CHOICES["compensation"], "model": MODELS},
+)
+ROWS = {tuple(row.items()): row for axes in ARRAYS for row in pairwise(axes)}
+COMBINATIONS = [row for row in ROWS.values() if (row["model"], row["selector"]) not in IMPOSSIBLE]
 
 
 @pytest.fixture(scope="module")
