@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from helpers.methods import CHOICES, GROUPS, method
+from helpers.methods import CHOICES, GROUPS, distinct, method
 from helpers.pairwise import pairwise
 from helpers.references import close, compensated, logits
 
@@ -21,10 +21,13 @@ MODELS = ("llava", "qwen", "internvl", "llama")
 IMPOSSIBLE = {("llama", "visual")}
 # A compensation sees the plan alone. Single layers, a block, merges, an order, sub-layers, and a plan by hand.
 PLANS = ("short_lvlm", "angular", "laco", "iterative", "sublayer_cosine", "layer_pairs", "manual")
-METHODS = {choice: method("strategy", choice) for choice in CHOICES["strategy"]}
-STRATEGIES = [a for i, a in enumerate(METHODS) if METHODS[a] not in [METHODS[b] for b in list(METHODS)[:i]]]
 ARRAYS = (
-    {"strategy": STRATEGIES, "selector": CHOICES["selector"], "compensation": ("linear", "none"), "model": MODELS},
+    {
+        "strategy": distinct("strategy"),
+        "selector": CHOICES["selector"],
+        "compensation": ("linear", "none"),
+        "model": MODELS,
+    },
     {"strategy": PLANS, "selector": CHOICES["selector"], "compensation": CHOICES["compensation"], "model": MODELS},
 )
 ROWS = {tuple(row.items()): row for axes in ARRAYS for row in pairwise(axes)}

@@ -17,7 +17,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module, attach_execut
 from helpers import families
 from helpers.commands import QUIET, SMALL, run_svl
 from helpers.fake_devices import FakeTensor, fake_devices
-from helpers.methods import CHOICES, method
+from helpers.methods import CHOICES, distinct, method
 from helpers.paths import ROOT
 from helpers.references import logits, together
 from helpers.spread_models import assert_plain, map_over, same
@@ -174,7 +174,7 @@ def measured(pair, samples):
 GRADIENTS = ("shortened_taylor", "linear_cosine")  # see below
 
 
-@pytest.mark.parametrize("choice", [c for c in CHOICES["strategy"] if c not in GRADIENTS])
+@pytest.mark.parametrize("choice", [c for c in distinct("strategy") if c not in GRADIENTS])
 def test_strategies_make_the_same_plan(choice, pair, measured, samples):
     plans = []
     for lvlm, stats in zip(pair, measured, strict=True):
@@ -184,7 +184,7 @@ def test_strategies_make_the_same_plan(choice, pair, measured, samples):
     assert plans[0] == plans[1]
 
 
-@pytest.mark.parametrize("choice", [c for c in CHOICES["compensation"] if c not in GRADIENTS])
+@pytest.mark.parametrize("choice", [c for c in distinct("compensation") if c not in GRADIENTS])
 def test_compensations_fit_the_same_patch(choice, pair, measured, samples, encode):
     fits_the_same_patch(choice, pair, measured, samples, encode)
 

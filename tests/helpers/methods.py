@@ -19,6 +19,12 @@ OPTIONS = (
 )
 
 
+def distinct(group: str) -> list[str]:
+    """The choices of a group, without those that are another one's class with the same settings."""
+    found = {choice: method(group, choice) for choice in CHOICES[group]}
+    return [a for i, a in enumerate(found) if found[a] not in list(found.values())[:i]]
+
+
 def method(group: str, choice: str) -> Any:
     """What a configuration file describes, with seed 0."""
     node = OmegaConf.load(Path(CONF, group, f"{choice}.yaml"))
