@@ -189,7 +189,7 @@ def group_settings(group: str) -> list[Field]:
     return [Field(field.name, field.type, as_yaml(field.default), field.comment) for field in fields]
 
 
-def task_settings() -> list[Field]:
+def settings_of_tasks() -> list[Field]:
     """The settings of each task of a benchmark."""
     return [Field(f.name, f.type, as_yaml(f.default), f.comment) for f in sources.class_fields(TASK)]
 

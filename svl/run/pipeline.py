@@ -161,7 +161,8 @@ class Run:
             "statistics": setup.statistics,
             "protect": setup.options.protect,
         }
-        return self.log.stage("calibrate", make_stage(setup, "stats", inputs, build, help=measure), shared=True)
+        entry = make_stage(setup, "stats", inputs, build, help=measure)
+        return self.log.stage("calibrate", entry, f"{entry.output['samples']} samples", shared=True)
 
     def plan(self, stats: Entry | None) -> Entry:
         """Stage `plan`: which layers go."""
@@ -269,6 +270,8 @@ class Run:
         if plan.order:
             inputs["order"] = plan.order
         entry = make_stage(setup, "patch", inputs, build)
+        if not setup.compensates:
+            return entry
         for note in entry.output["notes"]:
             log.warning("  compensation: %s", note)
         return self.log.stage("compensate", entry, f"changes {', '.join(entry.output['changed']) or 'nothing'}")

@@ -230,11 +230,10 @@ class RunSetup:
         return {group: method_identity(method) for group, method in self.combined.items()}
 
     def choice(self, group: str) -> str:
-        """The name under which a group's option was chosen."""
+        """The name under which a group's option was chosen; Hydra knows none of a list of them (strategy=[tail])."""
         from hydra.core.hydra_config import HydraConfig
 
-        if HydraConfig.initialized():
-            choices = HydraConfig.get().runtime.choices
+        if HydraConfig.initialized() and group in (choices := HydraConfig.get().runtime.choices):
             inner = choices.get(f"{group}@{group}.of")  # of a method around another one
             return f"{choices[group]}-{inner}" if inner else str(choices[group])
         return str(self.cfg[group]["_target_"].split(".")[-2])
