@@ -71,8 +71,6 @@ def inputs(tmp_path_factory):
 # What is given -> what the one line must say. None of these may get as far as reading the weights.
 MISTAKES = {
     "strategy=short_lvm": ["no strategy 'short_lvm'", "did you mean 'short_lvlm'?", "shortgpt"],
-    "nosuch": ["no command 'nosuch'", "commands: doctor, explain, list"],
-    "lst": ["no command 'lst' (did you mean 'list'?)"],
     "hydra/launcher=ry": ["no hydra/launcher 'ry'", "gpus", "joblib", "slurm"],
     "strategy=": ["no strategy ''", "short_lvlm"],
     "model=demo_lvm": ["no model 'demo_lvm'", "did you mean 'demo_lvlm'?"],
@@ -127,6 +125,14 @@ def test_mistake_is_one_line_before_the_model_is_loaded(given, inputs, tmp_path)
     assert [part for part in MISTAKES[given] if part not in line] == [], line
     assert "loaded" not in done.stdout
     assert not manifests(tmp_path / "store")
+
+
+@pytest.mark.parametrize(("word", "says"), [("nosuch", "no command 'nosuch'; commands: "), ("lst", "mean 'list'?")])
+def test_a_word_that_is_no_setting_is_taken_for_a_command(word, says, tmp_path):
+    (line,) = run_svl(word, "strategy=tail", cwd=tmp_path, code=1).stderr.splitlines()
+    assert line.startswith("error: there is no command")
+    assert says in line
+    assert "NAME=VALUE" in line
 
 
 def test_mistakes_that_only_the_model_can_tell(inputs, tmp_path):

@@ -73,7 +73,8 @@ class Run:
     """One configuration on its way through the stages. Raises SvlError on bad input before any heavy work."""
 
     def __init__(self, cfg: DictConfig, folder: Path, told: StageLog | None = None):
-        self.setup, self.folder, self.log = RunSetup(cfg), folder, told or StageLog()
+        self.setup, self.folder = RunSetup(cfg, told), folder
+        self.log = self.setup.log
 
     def execute(self) -> Output:
         """All stages; the run's result, also written to the output folder as result.json with plan.json."""

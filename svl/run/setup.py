@@ -22,6 +22,7 @@ from svl.plugins import import_plugins
 from svl.processes import process_count, process_rank
 from svl.run.inputs import calibration_source, task_options
 from svl.run.keys import method_identity, method_settings, read_code, stage_code, versions
+from svl.run.stages import StageLog
 from svl.store.artifacts import Store
 from svl.store.files import digest
 from svl.store.layout import FINGERPRINTS
@@ -55,15 +56,17 @@ class RunSetup:
         probes: what the strategy tries on the model: "probe", "weights".
         rescores: whether it measures the model again after each removal.
         seconds_loading: spent on loading the model, which belongs to no stage.
+        log: what is told of stages.
 
     Raises:
         SvlError: on bad input.
     """
 
-    def __init__(self, cfg: DictConfig):
+    def __init__(self, cfg: DictConfig, log: StageLog | None = None):
         read_code()
         import_plugins()
         self.cfg = cfg = round_ratio(cfg)
+        self.log = log or StageLog()
         methods = validate_config(cfg)
         self.selector, self.strategy = methods["selector"], methods["strategy"]
         self.compensation, self.tracker = methods["compensation"], methods["tracker"]
