@@ -34,6 +34,13 @@ def test_help_and_config_from_another_folder(tmp_path):
     assert not list(tmp_path.iterdir())  # looking leaves nothing behind
 
 
+def test_completion_knows_choices(tmp_path):
+    line = "svl strategy=short_lv"
+    asked = {"COMP_LINE": line, "COMP_POINT": str(len(line))}
+    done = run_svl("--shell-completion", "query=bash", cwd=tmp_path, **asked)
+    assert done.stdout.split() == ["strategy=short_lvlm", "strategy=short_lvlm_guarded"]
+
+
 # --------------------------------------------------------------------------------------------------- mistakes
 
 
