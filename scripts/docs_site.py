@@ -74,6 +74,11 @@ def on_post_page(output: str, page: Any, config: Any) -> str:
     return output.replace(FRAME_SCRIPT, posixpath.relpath("offline_search.js", here))
 
 
+def on_post_template(output_content: str, template_name: str, config: Any) -> str:
+    """The same on the page that a server shows for addresses that there are not."""
+    return output_content.replace(FRAME_SCRIPT, "offline_search.js")
+
+
 # ------------------------------------------------------------------------------------------- generated pages
 
 
@@ -102,7 +107,7 @@ def group_section(group: Group) -> Iterator[str]:
         yield settings_table([(f"{group.name}.", field) for field in settings])
     if group.name == "benchmark":
         yield "Of each task (`benchmark.tasks.TASK.NAME`):"
-        yield settings_table([("", field) for field in choices.task_settings()])
+        yield settings_table([("", field) for field in choices.settings_of_tasks()])
     found = choices.choices(group.name)
     yield table(("choice", "what it is", "source"), ((f"`{c.name}`", cell(c.summary), sources_cell(c)) for c in found))
     rows = [(choice, choice.settings()) for choice in found if choice.target]

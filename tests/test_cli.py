@@ -34,6 +34,13 @@ def test_help_and_config_from_another_folder(tmp_path):
     assert not list(tmp_path.iterdir())  # looking leaves nothing behind
 
 
+def test_completion_knows_choices(tmp_path):
+    line = "svl strategy=short_lv"
+    asked = {"COMP_LINE": line, "COMP_POINT": str(len(line))}
+    done = run_svl("--shell-completion", "query=bash", cwd=tmp_path, **asked)
+    assert done.stdout.split() == ["strategy=short_lvlm", "strategy=short_lvlm_guarded"]
+
+
 # --------------------------------------------------------------------------------------------------- mistakes
 
 
@@ -71,8 +78,6 @@ def inputs(tmp_path_factory):
 # What is given -> what the one line must say. None of these may get as far as reading the weights.
 MISTAKES = {
     "strategy=short_lvm": ["no strategy 'short_lvm'", "did you mean 'short_lvlm'?", "shortgpt"],
-    "nosuch": ["no command 'nosuch'", "commands: doctor, explain, list"],
-    "lst": ["no command 'lst' (did you mean 'list'?)"],
     "hydra/launcher=ry": ["no hydra/launcher 'ry'", "gpus", "joblib", "slurm"],
     "strategy=": ["no strategy ''", "short_lvlm"],
     "model=demo_lvm": ["no model 'demo_lvm'", "did you mean 'demo_lvlm'?"],
@@ -127,6 +132,14 @@ def test_mistake_is_one_line_before_the_model_is_loaded(given, inputs, tmp_path)
     assert [part for part in MISTAKES[given] if part not in line] == [], line
     assert "loaded" not in done.stdout
     assert not manifests(tmp_path / "store")
+
+
+@pytest.mark.parametrize(("word", "says"), [("nosuch", "no command 'nosuch'; commands: "), ("lst", "mean 'list'?")])
+def test_a_word_that_is_no_setting_is_taken_for_a_command(word, says, tmp_path):
+    (line,) = run_svl(word, "strategy=tail", cwd=tmp_path, code=1).stderr.splitlines()
+    assert line.startswith("error: there is no command")
+    assert says in line
+    assert "NAME=VALUE" in line
 
 
 def test_mistakes_that_only_the_model_can_tell(inputs, tmp_path):
@@ -230,9 +243,9 @@ def test_failing_job_does_not_stop_its_siblings(sweep):
     (root,) = (folder / "failing" / "run").iterdir()
     assert [(root / n / "result.json").exists() for n in "012"] == [True, False, True]
     assert [(root / n / "failed.txt").exists() for n in "012"] == [False, True, False]
-    assert done.stderr.splitlines()[-1].endswith(
-        "/1: ratio is 1.5, but must lie in [0, 1): it is the fraction of decoder layers removed"
-    )
+    first, second = done.stderr.splitlines()  # nothing of Hydra's before it
+    assert first == "error: 1 of 3 jobs failed (each folder has failed.txt and run.log):"
+    assert second.endswith("/1: ratio is 1.5, but must lie in [0, 1): it is the fraction of decoder layers removed")
     assert "Traceback" not in done.stderr
     assert "failed: ratio is 1.5" in (root / "1" / "run.log").read_text()
 

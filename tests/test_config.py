@@ -229,7 +229,7 @@ def test_seed_reaches_what_is_random():
         (["selector.p=0"], ["selector.p is 0", "(0, 1]"]),
         (["selector.rule=nuclues"], ["selector.rule is 'nuclues'", "fraction, nucleus", "did you mean 'nucleus'?"]),
         (["compensation.targets=[mpl]"], ["compensation.targets is 'mpl'", "did you mean 'mlp'?"]),
-        (["tracker.mode=of"], ["tracker.mode is 'of'", "offline, online, disabled"]),
+        (["tracker=wandb", "tracker.mode=of"], ["tracker.mode is 'of'", "offline, online, disabled"]),
         (["strategy._target_=svl.strategies.cosin.Cosine"], ["strategy._target_", "cannot be imported"]),
         (["strategy._target_=svl.strategies.cosine.Cosin"], ["strategy._target_", "cannot be imported"]),
         (["strategy._target_=svl.core.one_of"], ["strategy._target_ 'svl.core.one_of' is no dataclass"]),

@@ -72,7 +72,7 @@ def test_a_misspelt_field_of_the_last_job_is_found_before_the_first_one_starts(f
 
 
 def test_its_choices_are_listed_and_suggested(folder):
-    assert "first" in run_svl("--help", cwd=folder, SVL_PLUGINS="./my_methods").stdout
+    assert "  first" in run_svl("list", "strategies", cwd=folder, SVL_PLUGINS="./my_methods").stdout.splitlines()
     done = run_svl("strategy=frist", *QUIET, cwd=folder, code=1, SVL_PLUGINS="./my_methods")
     assert "there is no strategy 'frist' (did you mean 'first'?)" in done.stderr
     shown = run_svl("strategy=first", "--cfg", "job", cwd=folder, SVL_PLUGINS=str(folder / "my_methods")).stdout

@@ -7,7 +7,7 @@ import importlib.util
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,6 @@ from svl.plugins import CONF, conf_folders
 
 SCHEMA = "svl.config_schema"
 ROOT = f"{SCHEMA}.Svl"
-# Groups whose choices are plain values -> the dataclass of their settings.
-PLAIN = {
-    "model": f"{SCHEMA}.Model",
-    "calibration": f"{SCHEMA}.Calibration",
-    "benchmark": f"{SCHEMA}.Benchmark",
-    "evaluator": f"{SCHEMA}.Evaluator",
-    "efficiency": "svl.evaluation.settings.EfficiencySettings",
-    "paths": f"{SCHEMA}.Paths",
-    "export": f"{SCHEMA}.Export",
-}
 TASK = f"{SCHEMA}.Task"  # settings of each of benchmark.tasks
 _COMMENT = re.compile(r"""^(?:[^#'"]|'[^']*'|"[^"]*")*?\s#\s(.*)$""")  # behind a value; not a # in quotes
 
@@ -149,7 +139,9 @@ class Choice:
         given = {name: in_yaml(value) for name, value in self.content.items() if name not in ("_target_", "defaults")}
         given |= self.inner
         comments = yaml_comments(self.text)
-        fields = {field.name: field for field in sources.class_fields(self.target or PLAIN.get(self.group) or ROOT)}
+        fields = {
+            field.name: field for field in sources.class_fields(self.target or plain_groups().get(self.group) or ROOT)
+        }
         names = fields if self.target else [name for name in given if name in fields]
         return [
             Field(
@@ -169,6 +161,14 @@ def groups() -> list[Group]:
     return [Group(name, says, default) for name, default, says in found]
 
 
+@cache
+def plain_groups() -> dict[str, str]:
+    """The groups of plain values -> the dataclass of their settings."""
+    known = sources.classes_in_sight(SCHEMA)
+    fields = sources.class_fields(ROOT)
+    return {f.name: known[f.type] for f in fields if f.type in known and known[f.type].startswith("svl.")}
+
+
 def root_settings() -> list[Field]:
     """The settings that are in no group, with the values and comments of conf/config.yaml."""
     text = (CONF / "config.yaml").read_text(encoding="utf-8")
@@ -177,19 +177,19 @@ def root_settings() -> list[Field]:
     return [
         Field(field.name, field.type, in_yaml(content[field.name]), comments.get(field.name, field.comment))
         for field in fields
-        if field.name not in PLAIN
+        if field.name not in plain_groups()
     ]
 
 
 def group_settings(group: str) -> list[Field]:
     """The settings of a group of plain values; of groups of methods none, since each method has its own."""
-    if group not in PLAIN:
+    if group not in plain_groups():
         return []
-    fields = sources.class_fields(PLAIN[group])
+    fields = sources.class_fields(plain_groups()[group])
     return [Field(field.name, field.type, as_yaml(field.default), field.comment) for field in fields]
 
 
-def task_settings() -> list[Field]:
+def settings_of_tasks() -> list[Field]:
     """The settings of each task of a benchmark."""
     return [Field(f.name, f.type, as_yaml(f.default), f.comment) for f in sources.class_fields(TASK)]
 

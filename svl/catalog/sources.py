@@ -89,26 +89,30 @@ def class_fields(target: str) -> list[Field]:
     if not found:
         raise SvlError(f"there is no class '{name}' in {module}")
     fields: dict[str, Field] = {}
-    for base in _bases(tree, module, found[0]):
+    for base in _bases(module, found[0]):
         fields |= {field.name: field for field in class_fields(base)}
     fields |= {field.name: field for field in _own_fields(module, found[0])}
     return list(fields.values())
 
 
-def _bases(tree: ast.Module, module: str, node: ast.ClassDef) -> Iterator[str]:
-    """Bases of a class that have fields, as `module.Class`: in the same file, or imported from one of a package."""
-    imported = {
-        alias.asname or alias.name: f"{statement.module}.{alias.name}"
-        for statement in tree.body
-        if isinstance(statement, ast.ImportFrom)
-        for alias in statement.names
-    }
-    here = {statement.name for statement in tree.body if isinstance(statement, ast.ClassDef)}
-    for base in node.bases:
-        if isinstance(base, ast.Name) and base.id in here:
-            yield f"{module}.{base.id}"
-        elif isinstance(base, ast.Name) and not imported.get(base.id, "svl.core.").startswith(("svl.core.", "abc.")):
-            yield imported[base.id]  # what svl.core asks of methods has no settings
+@cache
+def classes_in_sight(module: str) -> dict[str, str]:
+    """Names of classes that a module defines or imports from others -> `module.Class`."""
+    found = {}
+    for statement in parsed_module(module).body:
+        if isinstance(statement, ast.ClassDef):
+            found[statement.name] = f"{module}.{statement.name}"
+        elif isinstance(statement, ast.ImportFrom):
+            found |= {alias.asname or alias.name: f"{statement.module}.{alias.name}" for alias in statement.names}
+    return found
+
+
+def _bases(module: str, node: ast.ClassDef) -> Iterator[str]:
+    """Bases of a class that have settings, as `module.Class`; what svl.core and libraries ask of methods has none."""
+    known = classes_in_sight(module)
+    targets = [known.get(base.id, "") for base in node.bases if isinstance(base, ast.Name)]
+    ours = ("svl.", f"{module.partition('.')[0]}.")
+    yield from (target for target in targets if target.startswith(ours) and not target.startswith("svl.core."))
 
 
 def _own_fields(module: str, node: ast.ClassDef) -> Iterator[Field]:

@@ -77,7 +77,7 @@ def evaluate(model: Lvlm | Model, task: str, options: TaskOptions, folder: Path)
     """
     answerer: Any = model
     if isinstance(model, Lvlm):
-        answerer = Answerer([model], options.batch_size, options.description or task)
+        answerer = Answerer([model], options.batch_size, task)
     return _score(answerer, task, options, folder)
 
 
@@ -102,7 +102,7 @@ def evaluate_together(
     Raises:
         SvlError: as `evaluate`, or if the models keep caches that cannot be shared.
     """
-    answerer = Answerer(models, options.batch_size, options.description or task, reader)
+    answerer = Answerer(models, options.batch_size, task, reader)
     found = []
     for k, folder in enumerate(folders):
         answerer.current = k

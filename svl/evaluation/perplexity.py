@@ -101,7 +101,7 @@ def text_losses(lvlm: Lvlm, task: str, samples: Sequence[Sample], options: TaskO
     """How well the model predicts each text, in their order."""
     size, losses = options.batch_size, []
     starts = range(0, len(samples), size)
-    for start in show_progress(starts, options.description or task, len(starts)):
+    for start in show_progress(starts, task, len(starts)):
         batch = samples[start : start + size]
         rows = ", ".join(str(sample.row) for sample in batch)
         with (

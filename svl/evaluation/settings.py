@@ -22,7 +22,6 @@ class TaskOptions:
         data: folder with copies of data sets; None for the hub (or its cache).
         frames: of a video, how many are shown.
         likelihood: besides, the options of closed questions are compared by their likelihood.
-        description: what the progress bar says; the task's name if empty.
     """
 
     metric: str
@@ -34,7 +33,6 @@ class TaskOptions:
     data: str | None = None
     frames: int = 8
     likelihood: bool = False
-    description: str = ""
 
     def __post_init__(self) -> None:
         limit = self.limit

@@ -11,7 +11,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from svl import config
 from svl.processes import process_rank
 from svl.run import interruption, job_records
+from svl.run.hydra_internals import WithoutJobErrors
 from svl.run.messages import one_line, safe_line
 from svl.run.sweep import search_objective
 from svl.run.time_left import start_job
@@ -117,7 +118,8 @@ def run_in_one_line(work: Callable[[], Any]) -> None:
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # lets Hydra's exceptions reach us instead of being printed by it
     try:
-        with interruption.orderly_end():
+        errors: Any = WithoutJobErrors(sys.stderr)
+        with interruption.orderly_end(), redirect_stderr(errors):
             work()
     except interruption.Interrupted as stop:
         if process_rank() == 0:

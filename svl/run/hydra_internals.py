@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from hydra._internal import config_loader_impl, defaults_list
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -65,6 +65,25 @@ def without_hydra(job: DictConfig) -> DictConfig:
         del job["hydra"]
     OmegaConf.set_struct(job, True)
     return job
+
+
+class WithoutJobErrors:
+    """A stream without the line that Hydra writes where a sweep reads the result of a job that failed.
+
+    There is no setting for it; it names one job, before svl names all that failed and why.
+    """
+
+    LINE = "Error executing job with overrides: "
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """As the stream's."""
+        return len(text) if text.startswith(self.LINE) else self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class ComposeOnce:

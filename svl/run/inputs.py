@@ -88,7 +88,6 @@ def task_options(benchmark: DictConfig) -> dict[str, TaskOptions]:
             data=benchmark.data,
             frames=benchmark.frames,
             likelihood=benchmark.likelihood,
-            description=f"  {task}",
         )
         for task, settings in benchmark.tasks.items()
     }

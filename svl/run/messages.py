@@ -89,7 +89,7 @@ def explain_choice(group: str, choice: str, listed: Sequence[str] = ()) -> str:
     files = {file.stem for folder in config_folders() for file in (folder / group).glob("*.yaml")}
     choices = sorted(files.union(listed))
     near = difflib.get_close_matches(choice, choices, n=NEAR, cutoff=0.4)
-    if not near or len(choices) <= NEAR:
+    if not near or len(choices) <= NEAR or "/" in group:  # svl list has no groups of Hydra's
         listing = f"choices: {', '.join(choices)}"
     else:
         listing = f"similar: {', '.join(near)}; svl list {group} shows all {len(choices)}"

@@ -74,7 +74,8 @@ class Run:
     """One configuration on its way through the stages. Raises SvlError on bad input before any heavy work."""
 
     def __init__(self, cfg: DictConfig, folder: Path, told: StageLog | None = None):
-        self.setup, self.folder, self.log = RunSetup(cfg), folder, told or StageLog()
+        self.setup, self.folder = RunSetup(cfg, told), folder
+        self.log = self.setup.log
 
     def execute(self) -> Output:
         """All stages; the run's result, also written to the output folder as result.json with plan.json."""
@@ -167,7 +168,8 @@ class Run:
             "statistics": setup.statistics,
             "protect": setup.options.protect,
         }
-        return self.log.stage("calibrate", make_stage(setup, "stats", inputs, build, help=measure), shared=True)
+        entry = make_stage(setup, "stats", inputs, build, help=measure)
+        return self.log.stage("calibrate", entry, f"{entry.output['samples']} samples", shared=True)
 
     def generate(self) -> Entry | None:
         """Stage `texts`: what the dense model writes by itself; None if nothing is fitted to it."""
@@ -282,6 +284,8 @@ class Run:
         if plan.order:
             inputs["order"] = plan.order
         entry = make_stage(setup, "patch", inputs, build)
+        if not setup.compensates:
+            return entry
         for note in entry.output["notes"]:
             log.warning("  compensation: %s", note)
         return self.log.stage("compensate", entry, f"changes {', '.join(entry.output['changed']) or 'nothing'}")

@@ -23,6 +23,7 @@ from svl.plugins import import_plugins
 from svl.processes import process_count, process_rank
 from svl.run.inputs import calibration_source, task_options
 from svl.run.keys import method_identity, method_settings, read_code, stage_code, versions
+from svl.run.stages import StageLog
 from svl.store.artifacts import Store
 from svl.store.files import digest
 from svl.store.layout import FINGERPRINTS
@@ -59,15 +60,17 @@ class RunSetup:
         probes: what the strategy tries on the model: "probe", "weights".
         rescores: whether it measures the model again after each removal.
         seconds_loading: spent on loading the model, which belongs to no stage.
+        log: what is told of stages.
 
     Raises:
         SvlError: on bad input.
     """
 
-    def __init__(self, cfg: DictConfig):
+    def __init__(self, cfg: DictConfig, log: StageLog | None = None):
         read_code()
         import_plugins()
         self.cfg = cfg = round_ratio(cfg)
+        self.log = log or StageLog()
         methods = validate_config(cfg)
         self.selector, self.strategy = methods["selector"], methods["strategy"]
         self.compensation, self.recovery = methods["compensation"], methods["recovery"]
@@ -261,13 +264,10 @@ class RunSetup:
         return {group: method_identity(method) for group, method in self.combined.items()}
 
     def choice(self, group: str) -> str:
-        """The name under which a group's option was chosen."""
+        """The name under which a group's option was chosen; Hydra knows none of a list of them (strategy=[tail])."""
         from hydra.core.hydra_config import HydraConfig
 
-        if HydraConfig.initialized():
-            choices = HydraConfig.get().runtime.choices
-            if group not in choices:
-                raise SvlError(f"{group} is a list, but must be one name (of trackers, tracker=several has a list)")
+        if HydraConfig.initialized() and group in (choices := HydraConfig.get().runtime.choices):
             inner = choices.get(f"{group}@{group}.of")  # of a method around another one
             return f"{choices[group]}-{inner}" if inner else str(choices[group])
         return str(self.cfg[group]["_target_"].split(".")[-2])

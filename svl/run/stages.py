@@ -50,6 +50,7 @@ def make_stage(
     """
 
     def timed(folder: Path) -> dict[str, Any]:
+        setup.log.flush()
         began, loading = time.perf_counter(), setup.seconds_loading
         with out_of_memory(f"stage '{stage}'", LESS_MEMORY[stage]):
             output = build(folder)
@@ -87,7 +88,6 @@ class StageLog:
         if entry.reused:
             self._stored.append((stage, brief))
             return entry
-        self.flush()
         log.info(LINE, stage, f"{entry.output['work']:.1f} s", message)
         self.shared += entry.output["work"] if shared else 0
         self.computed |= not shared

@@ -115,11 +115,11 @@ Cost: nothing at all.
 """
 import absent_library
 from dataclasses import dataclass
-from svl.core import Strategy
+from svl.strategies.angular import Angular
 
 
 @dataclass(frozen=True)
-class Other(Strategy):
+class Other(Angular):
     """Remove them.
 
     Attributes:
@@ -143,6 +143,7 @@ def test_plugins_are_read_without_being_imported(tmp_path):
     assert "Paper     https://arxiv.org/abs/2401.00001" in text
     assert "Cost      nothing at all." in text
     assert re.search(r"^  start: int = 1 +the first one$", text, re.MULTILINE)
+    assert "  first: int = 1 " in text  # of the class that it derives from
     third = shown("explain", "strategy=third", "--config-dir", "more", **given)
     assert re.search(r"^  start: int = 7 +the first one$", third, re.MULTILINE)
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ast
+import sys
+from io import StringIO
 
+import pytest
+from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
 from svl.config import PACKAGE
-from svl.run.hydra_internals import ComposeOnce, expand_sweep
+from svl.run.hydra_internals import ComposeOnce, WithoutJobErrors, expand_sweep
 
 
 def test_each_private_name_can_be_imported():
@@ -63,3 +67,14 @@ def test_jobs_are_composed_once():
     compose, arguments = once.__reduce__()  # what other processes get
     assert compose(*arguments)(None, ["ratio=1"]) == second
     assert composed == [["ratio=1"], ["ratio=2"], ["ratio=1"]]
+
+
+def test_the_line_that_hydra_writes_of_a_failed_job_is_left_out(monkeypatch):
+    written = StringIO()
+    monkeypatch.setattr(sys, "stderr", WithoutJobErrors(written))
+    job = JobReturn(overrides=["ratio=2"], _return_value=ValueError("no"), status=JobStatus.FAILED)
+    with pytest.raises(ValueError, match="no"):
+        job.return_value  # noqa: B018 (reading it raises and writes)
+    print("something else", file=sys.stderr)
+    assert written.getvalue() == "something else\n"
+    assert not sys.stderr.isatty()
