@@ -69,11 +69,13 @@ def render_page(
         for section, table, pictures in zip(sections, tables, drawn, strict=True)
     ]
     settings = {row_id(row): _settings(section, row) for section in sections for row in section.rows}
+    filters = _filters(list(settings.values()))
     data = {
         "rows": {
             row_id(row): {
                 "name": for_terminal(f"{row.label} {100 * row.ratio:g} %"),
                 "settings": settings[row_id(row)],
+                "seeds": len(row.runs),
                 "removed": row.first.plan.removed,
                 "layers": row.first.plan.n_layers,
             }
@@ -86,7 +88,8 @@ def render_page(
         title=name,
         n_runs=len(runs),
         sections=shown,
-        filters=_filters(list(settings.values())),
+        filters=filters,
+        has_more_filters=any("." in name for name, _ in filters),
         versions=sorted({run.versions for run in runs}),
         images=images,
         data=data,
