@@ -255,3 +255,5 @@ function arrive() {
 }
 window.addEventListener("hashchange", arrive);
 arrive();
+const refresh = Number(document.documentElement.dataset.refresh ?? 0);  // seconds; a sweep is running
+if (refresh) setTimeout(() => location.reload(), 1000 * refresh);
