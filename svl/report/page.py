@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from svl.core import Plan
 from svl.evaluation import score_statistics
-from svl.report.page_answers import MOST, add_image, compared_answers, row_id, shortened, thumbnails
+from svl.report.page_answers import MOST, add_image, compared_answers, row_id, shown_text, thumbnails
 from svl.report.pictures import Picture
 from svl.report.results import Run, stored_scores
 from svl.report.rows import Row, Section
@@ -260,8 +260,8 @@ def _card(pruned: Mapping[str, Any], dense: Mapping[str, Any], image: str | None
     return {
         "image": image,
         "number": pruned["doc_id"],
-        "question": shortened(pruned["question"]),
-        "expected": shortened(pruned["target"]),
-        "dense": shortened(dense["prediction"]),
-        "pruned": shortened(pruned["prediction"]),
+        "question": shown_text(pruned["question"]),
+        "expected": shown_text(pruned["target"]),
+        "dense": shown_text(dense["prediction"]),
+        "pruned": shown_text(pruned["prediction"]),
     }
