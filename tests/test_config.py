@@ -379,3 +379,18 @@ def test_mappings_are_given_whole_or_one_by_one():
 def test_mappings_that_are_none_are_named(override, said):
     with pytest.raises(SvlError, match=said):
         config.validate_config(compose(override))
+
+
+def test_a_method_may_hold_others_by_name():
+    words = ("tracker=several", "tracker.of.wandb.mode=online", "+tracker@tracker.of.mlflow=mlflow")
+    built = config.build_method(compose(*words).tracker, "tracker")
+    assert {name: type(tracker).__name__ for name, tracker in built.of.items()} == {
+        "wandb": "Wandb",
+        "tensorboard": "TensorBoard",
+        "mlflow": "Mlflow",
+    }
+    assert built.of["wandb"].mode == "online"
+    with pytest.raises(SvlError, match=r"tracker.of is 3, but must be a mapping of names to settings of a tracker"):
+        config.build_method(compose("tracker=several", "tracker.of=3").tracker, "tracker")
+    with pytest.raises(SvlError, match=r"tracker.of.wandb has no setting 'mood'"):
+        config.build_method(compose("tracker=several", "+tracker.of.wandb.mood=bad").tracker, "tracker")

@@ -2,7 +2,7 @@
 
 * A report is a pure function of the store: nothing is measured, loaded or downloaded, and it can be made again.
 * A table holds only what can be compared: one model, one set of benchmarks, one sample limit.
-* Runs that differ in the seed alone are one row: mean and standard deviation. A single run shows its standard error.
+* Runs that differ in the seed alone are one row: their mean, with its standard error over questions and seeds.
 * Numbers of the paper are never mixed with measured ones: they have columns of their own, which say so.
 * Every file is written whole or not at all.
 """

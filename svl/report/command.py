@@ -12,8 +12,9 @@ from pathlib import Path
 from rich.console import Console
 
 from svl.core import SvlError, did_you_mean
-from svl.report import run_comparison
+from svl.report import dashboard, run_comparison
 from svl.report.experiment_report import Report
+from svl.report.results import runs_by_experiment
 from svl.store import cleanup, contents
 from svl.store.artifacts import Store
 from svl.store.files import write_text_whole
@@ -23,6 +24,7 @@ from svl.text.escaping import for_terminal
 DESCRIPTION = """What finished runs showed, from the store alone.
 
   svl-report experiment=demo                    tables and figures of an experiment or sweep (as: build experiment=demo)
+  svl-report dashboard experiment=demo          the same, live: written again while a sweep runs, until Ctrl-C
   svl-report compare 18e4 c0a4                  two runs, by key or output folder
   svl-report ls stage=run filter=llava          what the store holds
   svl-report show 18e4                          one artifact; the beginning of its key is enough
@@ -90,6 +92,10 @@ def _add_arguments(name: str, command: argparse.ArgumentParser) -> None:
             metavar="FILE",
             help="also a CSV file in the layout of experiments/paper; refused if a sample limit was used",
         )
+    elif name == "dashboard":
+        add("--experiment", metavar="NAME", help="whose runs are shown (default: the only one in the store)")
+        add("--out", type=Path, metavar="DIR", help="where the page goes (default: outputs/report/NAME)")
+        add("--every", type=int, default=30, metavar="SECONDS", help="how often the store is looked at (default: 30)")
     elif name == "compare":
         add("runs", nargs=2, metavar="RUN", help="a run's key, the beginning of it, or its output folder")
         add("--out", type=Path, metavar="FILE", help="also write the comparison (Markdown) there")
@@ -108,13 +114,34 @@ def _build(store: Store, args: argparse.Namespace) -> None:
     report = Report.read(store, args.experiment)
     report.show(Console())
     paper = report.paper() if args.paper else None
-    files = report.write(args.out or Path("outputs/report") / re.sub(r"[/\\]|^\.+", "_", report.name))
+    files = report.write(args.out or _folder(report.name))
     if paper is not None:
         _write(args.paper, paper)
         files.append(args.paper)
     print("\nWritten (figures also as PDF):", *(for_terminal(file) for file in files), sep="\n  ")
     if command := report.wandb_sync():
         print(f"\nUpload to Weights & Biases:\n  {for_terminal(command)}")
+
+
+def _folder(name: str) -> Path:
+    """Where an experiment's report goes."""
+    return Path("outputs/report") / re.sub(r"[/\\]|^\.+", "_", name)
+
+
+def _dashboard(store: Store, args: argparse.Namespace) -> None:
+    if args.every < 1:
+        raise SvlError(f"every is {args.every}, but must be at least 1 second")
+    known = sorted(runs_by_experiment(store))
+    if args.experiment is None and len(known) != 1:
+        raise SvlError(f"which experiment? Give experiment=NAME; {store.root} has: {', '.join(known) or 'none yet'}")
+    name = args.experiment or known[0]
+    out = args.out or _folder(name)
+    print(f"Open {for_terminal(out / 'report.html')} in a browser; Ctrl-C ends this.", flush=True)
+    try:
+        for n in dashboard.follow(store, name, out, args.every, dashboard.every(args.every)):
+            print(f"  {n} finished", flush=True)
+    except KeyboardInterrupt:
+        print("ended; the page stays as it is")
 
 
 def _compare(store: Store, args: argparse.Namespace) -> None:
@@ -147,6 +174,7 @@ def _gc(store: Store, args: argparse.Namespace) -> None:
 
 COMMANDS: dict[str, tuple[Callable[[Store, argparse.Namespace], None], str]] = {
     "build": (_build, "print a table, and write report.html, report.md, tables, results.csv and figures"),
+    "dashboard": (_dashboard, "the report of a running sweep, written again whenever a run has finished"),
     "compare": (_compare, "two runs side by side"),
     "ls": (_ls, "what the store holds"),
     "show": (_show, "one artifact: what it was made of, what it holds, what uses it"),

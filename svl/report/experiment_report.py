@@ -89,8 +89,12 @@ class Report:
             for note in table.notes:
                 console.print(Text(for_terminal(note), "dim"), soft_wrap=True)
 
-    def write(self, out: Path) -> list[Path]:
+    def write(self, out: Path, live: page.Live | None = None) -> list[Path]:
         """Write all files of the report into `out`; gives their paths, report.html first.
+
+        Args:
+            out: a folder, which is made.
+            live: if the page will be written again.
 
         Raises:
             SvlError: if `out` cannot be written.
@@ -103,7 +107,7 @@ class Report:
                 for section, suffix in zip(self.sections, suffixes, strict=True)
             ]
             texts = {
-                "report.html": page.render_page(self.name, self.sections, self.tables, drawn, self.store),
+                "report.html": page.render_page(self.name, self.sections, self.tables, drawn, self.store, live),
                 "report.md": self._markdown(drawn),
                 "table.md": "\n\n".join(_headed_table(table) for table in self.tables) + "\n",
                 "table.tex": table_writers.as_latex(self.tables),
@@ -159,6 +163,19 @@ class Report:
         if not folders:
             return None
         return "wandb sync " + (_pattern(folders) or " ".join(map(shlex.quote, folders)))
+
+
+def write_report_file(out: Path, name: str, text: str) -> None:
+    """Write one file of a report whole.
+
+    Raises:
+        SvlError: if it cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_text_whole(out / name, text)
+    except OSError as error:
+        raise SvlError(f"cannot write the report to {out}: {error.strerror or error}") from error
 
 
 def _headed_table(table: Table) -> str:

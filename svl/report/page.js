@@ -100,6 +100,7 @@ function compare(section, number) {
   panel.append(
     element("h3", {textContent: `A: ${a.name}, B: ${b.name}`}),
     element("p", {}, element("button", {type: "button", textContent: "End the comparison", onclick: endComparison})),
+    ...(a.seeds > 1 || b.seeds > 1 ? [element("p", {textContent: "Of several seeds, the first is compared."})] : []),
     element("h4", {textContent: "Layers"}), ...layers(a, b),
     element("h4", {textContent: "Settings that differ"}), settings(a, b),
     ...answers(data.sections[number], ids),
@@ -214,6 +215,7 @@ function tick(row) {
   const ticked = state.compare.filter(id => id !== row.id && section.querySelector(`#${CSS.escape(id)}`));
   state.compare = row.querySelector("input").checked ? [...ticked, row.id].slice(-2) : ticked;
   update();
+  if (state.compare.length === 2) section.querySelector(".compare").scrollIntoView({block: "nearest"});
 }
 
 function download(button) {
@@ -253,3 +255,5 @@ function arrive() {
 }
 window.addEventListener("hashchange", arrive);
 arrive();
+const refresh = Number(document.documentElement.dataset.refresh ?? 0);  // seconds; a sweep is running
+if (refresh) setTimeout(() => location.reload(), 1000 * refresh);

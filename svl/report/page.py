@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from svl.core import Plan
 from svl.evaluation import score_statistics
-from svl.report.page_answers import MOST, add_image, compared_answers, row_id, shortened, thumbnails
+from svl.report.page_answers import MOST, add_image, compared_answers, row_id, shown_text, thumbnails
 from svl.report.pictures import Picture
 from svl.report.results import Run, stored_scores
 from svl.report.rows import Row, Section
@@ -69,11 +69,13 @@ def render_page(
         for section, table, pictures in zip(sections, tables, drawn, strict=True)
     ]
     settings = {row_id(row): _settings(section, row) for section in sections for row in section.rows}
+    filters = _filters(list(settings.values()))
     data = {
         "rows": {
             row_id(row): {
                 "name": for_terminal(f"{row.label} {100 * row.ratio:g} %"),
                 "settings": settings[row_id(row)],
+                "seeds": len(row.runs),
                 "removed": row.first.plan.removed,
                 "layers": row.first.plan.n_layers,
             }
@@ -86,7 +88,8 @@ def render_page(
         title=name,
         n_runs=len(runs),
         sections=shown,
-        filters=_filters(list(settings.values())),
+        filters=filters,
+        has_more_filters=any("." in name for name, _ in filters),
         versions=sorted({run.versions for run in runs}),
         images=images,
         data=data,
@@ -257,8 +260,8 @@ def _card(pruned: Mapping[str, Any], dense: Mapping[str, Any], image: str | None
     return {
         "image": image,
         "number": pruned["doc_id"],
-        "question": shortened(pruned["question"]),
-        "expected": shortened(pruned["target"]),
-        "dense": shortened(dense["prediction"]),
-        "pruned": shortened(pruned["prediction"]),
+        "question": shown_text(pruned["question"]),
+        "expected": shown_text(pruned["target"]),
+        "dense": shown_text(dense["prediction"]),
+        "pruned": shown_text(pruned["prediction"]),
     }

@@ -42,36 +42,36 @@ def compared_answers(section: Section, store: Store, images: dict[str, str]) -> 
 
 def _compared_task(entries: Mapping[str, Entry], images: dict[str, str]) -> dict[str, Any]:
     """One benchmark. Rows that answered other questions than the first one are left out."""
-    answers = {name: scored_samples(entry) for name, entry in entries.items()}
-    first = next(iter(answers.values()))
-    answers = {name: samples for name, samples in answers.items() if samples.keys() == first.keys()}
+    some = next(iter(entries.values()))
+    first = scored_samples(some)
     numbers = list(first)
-    right = {name: np.array([s["score"] >= 0.5 for s in samples.values()]) for name, samples in answers.items()}
+    rows: dict[str, dict[str, Any]] = {}
+    right: dict[str, np.ndarray] = {}
+    answers: dict[str, list[Any]] = {}  # alone: all lines of all rows may not fit in memory
+    for name, entry in entries.items():
+        samples = scored_samples(entry)
+        if samples.keys() == first.keys():
+            answers[name] = [samples[i]["prediction"] for i in numbers]
+            right[name] = np.array([samples[i]["score"] >= 0.5 for i in numbers])
+            text = "".join("01"[int(flag)] for flag in right[name])
+            rows[name] = {"right": text, "parts": _parts(entry, [samples[i] for i in numbers])}
     wanted = _listed(right)
-    units = [first[i].get("unit", i) for i in numbers]
-    places = {unit: place for place, unit in enumerate(dict.fromkeys(map(str, units)))}
-    entry, pictures = next(iter(entries.values())), {k: v for e in entries.values() for k, v in thumbnails(e).items()}
+    for name, row in rows.items():
+        row["answers"] = {i: shown_text(answers[name][i]) for i in wanted[name]}
+    units = [str(first[i].get("unit", i)) for i in numbers]
+    places = {unit: place for place, unit in enumerate(dict.fromkeys(units))}
+    pictures = {number: image for entry in entries.values() for number, image in thumbnails(entry).items()}
     questions = {}
     for i in sorted({i for chosen in wanted.values() for i in chosen}):
-        asked, image = first[numbers[i]], add_image(entry, numbers[i], pictures, images)
+        asked = first[numbers[i]]
         questions[i] = {
             "number": for_terminal(numbers[i]),
-            "question": shortened(asked["question"]),
-            "expected": shortened(asked["target"]),
-            "image": image,
+            "question": shown_text(asked["question"]),
+            "expected": shown_text(asked["target"]),
+            "image": add_image(some, numbers[i], pictures, images),
         }
-    return {
-        "units": None if len(places) == len(numbers) else [places[str(unit)] for unit in units],
-        "questions": questions,
-        "rows": {
-            name: {
-                "right": "".join("01"[int(flag)] for flag in right[name]),
-                "parts": _parts(entries[name], list(samples.values())),
-                "answers": {i: shortened(samples[numbers[i]]["prediction"]) for i in wanted[name]},
-            }
-            for name, samples in answers.items()
-        },
-    }
+    unit_places = None if len(places) == len(numbers) else [places[unit] for unit in units]
+    return {"units": unit_places, "questions": questions, "rows": rows}
 
 
 def _listed(right: Mapping[str, np.ndarray]) -> dict[str, list[int]]:
@@ -100,7 +100,7 @@ def add_image(entry: Entry, number: Any, stored: Mapping[str, str], images: dict
     return name
 
 
-def shortened(value: Any) -> str:
+def shown_text(value: Any) -> str:
     """Text as the page shows it."""
     text = for_terminal(str(value).strip())
     return text if len(text) <= LONGEST else f"{text[:LONGEST]} …"

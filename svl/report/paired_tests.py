@@ -32,7 +32,7 @@ def paired_changes(first: Sequence[Entry], second: Sequence[Entry]) -> list[Part
     return list(changes.values()) if len(changes) > 1 else None
 
 
-@lru_cache(maxsize=128)  # every method is compared with the best one of its ratio, in every column
+@lru_cache(maxsize=64)  # every method is compared with the best one of its ratio, in every column
 def question_parts(path: Path) -> Mapping[int, Part]:
     """By number, what the questions of a samples.jsonl add to the main metric."""
     rows = read_sample_lines(path)

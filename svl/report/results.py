@@ -125,6 +125,16 @@ def stored_scores(store: Store, run: Run, which: str = "evaluate") -> dict[str, 
     return {score.output["task"]: score for score in found if score and "task" in score.output}
 
 
+def runs_by_experiment(store: Store) -> dict[str, set[str]]:
+    """The keys of all finished runs, readable or not, by the name of their experiment."""
+    found: dict[str, set[str]] = {}
+    for entry in store.entries("run"):
+        name = entry.output.get("name") if isinstance(entry.output, Mapping) else None
+        if isinstance(name, str):
+            found.setdefault(name, set()).add(entry.key)
+    return found
+
+
 def read_runs(store: Store, name: str | None) -> tuple[Run, ...]:
     """The finished runs of experiment `name`, oldest first.
 

@@ -124,7 +124,7 @@ def as_latex(tables: Sequence[Table]) -> str:
         ]
         body = "\n\\midrule\n".join("\n".join(lines) for lines in [[_latex_line(heads)], *blocks])
         caption = for_latex(" ".join(table.caption))
-        made += [f"% {for_latex(' '.join(note.split()))}" for note in (table.title, *table.notes)]
+        made.append("\n".join(f"% {for_latex(' '.join(note.split()))}" for note in (table.title, *table.notes)))
         made.append(
             "\\begin{table}[t]\n\\centering\n"
             f"\\caption{{{caption}}}\n\\label{{tab:svl-{number}}}\n\\smallskip\n"

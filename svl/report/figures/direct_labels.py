@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -39,15 +39,21 @@ def label_line_ends(ax: Axes, ends: Sequence[LineEnd], share: float = 1.0) -> No
     """
     ordered = sorted(ends, key=lambda end: end.y)
     heights = ax.transAxes.inverted().transform(ax.transData.transform([(end.x, end.y) for end in ordered]))[:, 1]
-    height = max(ax.figure.get_figheight() * share - FRAME, 1.0)
-    places = spread(heights, LABEL / height)
+    figure: Any = ax.figure
+    height = max(figure.get_figheight() * share - FRAME, 1.0)
+    places = spread(heights.tolist(), LABEL / height)
     for end, place in zip(ordered, places, strict=True):
-        leader = {"arrowstyle": "-", "color": end.look.color, "lw": 0.7, "alpha": 0.6, "shrinkA": 1, "shrinkB": 4}
-        at = {"xy": (end.x, end.y), "xytext": (1.03, place), "textcoords": "axes fraction", "annotation_clip": False}
+        leader: Any = {"arrowstyle": "-", "color": end.look.color, "lw": 0.7, "alpha": 0.6, "shrinkA": 1, "shrinkB": 4}
+        at: Any = {
+            "xy": (end.x, end.y),
+            "xytext": (1.03, place),
+            "textcoords": "axes fraction",
+            "annotation_clip": False,
+        }
         ax.annotate("", arrowprops=leader, **at)
         ax.plot([1.045], [place], transform=ax.transAxes, clip_on=False, ms=5, **end.look.curve())
         text = shortened(end.label, 40)
-        style = {"fontsize": SIZE, "va": "center", "transform": ax.transAxes, "color": dark(end.look.color)}
+        style: Any = {"fontsize": SIZE, "va": "center", "transform": ax.transAxes, "color": dark(end.look.color)}
         ax.text(1.065, place, text, parse_math=False, **style)
 
 
@@ -85,7 +91,7 @@ def name_points(figure: Figure, ax: Axes, points: Sequence[PointName]) -> None:
     for point, (x, y) in zip(points, where, strict=True):
         text = shortened(point.text, 40)
         width, height = 0.58 * SIZE * len(text) * scale, 1.1 * SIZE * scale
-        choices = []
+        choices: list[tuple[float, int, int, Bbox]] = []
         for far, (side, level) in itertools.product((6, 14), itertools.product((1, -1, 0), (0, 1, -1))):
             if not side and not level:
                 continue
@@ -96,7 +102,12 @@ def name_points(figure: Figure, ax: Axes, points: Sequence[PointName]) -> None:
         box = min(choices, key=lambda choice: choice[:3])[3]
         taken.append(box)
         offset = ((box.x0 - x) / scale, (box.y0 + height / 2 - y) / scale)
-        style = {"textcoords": "offset points", "fontsize": SIZE - 1, "va": "center", "color": dark(point.look.color)}
+        style: Any = {
+            "textcoords": "offset points",
+            "fontsize": SIZE - 1,
+            "va": "center",
+            "color": dark(point.look.color),
+        }
         halo = [withStroke(linewidth=2, foreground="white")]  # names may lie on lines
         ax.annotate(text, (point.x, point.y), offset, parse_math=False, path_effects=halo, **style)
 
