@@ -82,7 +82,7 @@ def recover(
     patch: Patch | None,
     samples: Samples,
     recovery: Recovery,
-    folder: Path,
+    folder: Path | str,
     report: Report = lambda spent, share: None,
 ) -> Recovered:
     """Train what is left of `dense` after `plan` and `patch`; `dense` stays as it is.
@@ -107,7 +107,7 @@ def recover(
         steps = planned_steps(recovery, len(samples))
         if steps == 0:
             return Recovered({}, Spent(), student.trained_parameters)
-        spent = _train(student, samples, steps or NO_LIMIT, folder, report)
+        spent = _train(student, samples, steps or NO_LIMIT, Path(folder), report)
     return Recovered(student.changes(), spent, student.trained_parameters)
 
 

@@ -76,5 +76,5 @@ def test_a_layer_without_linear_modules_is_refused(llava):
     pruned = surgery.apply(llava, plan)
     for name in ("self_attn", "mlp"):
         setattr(pruned.layers[0], name, torch.nn.Identity())
-    with pytest.raises(SvlError, match="LoRA cannot attach to layer 0 of 'llava'.*recovery=interlace"):
+    with pytest.raises(SvlError, match=r"LoRA cannot attach to layer 0 of 'llava'.*recovery=interlace"):
         Lora().parts(pruned, plan)
