@@ -166,7 +166,8 @@ def _train(student: Student, samples: Samples, steps: int, folder: Path, report:
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     student.eval()
     del trainer
-    gc.collect()  # the Trainer refers to itself, and holds the optimiser's memory
+    if student.lvlm.device.type != "cpu":
+        gc.collect()  # the Trainer refers to itself, and holds the optimiser's memory
     return ledger.spent
 
 
