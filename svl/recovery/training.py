@@ -7,6 +7,7 @@ same weights as one that is not. (With a limit in seconds, in those of the steps
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -45,7 +46,7 @@ class Spent:
         steps: of the optimiser.
         samples, tokens: that went through the model, repeated ones counted again; tokens without padding.
         seconds: of training alone.
-        curve: {"step", "seconds", "loss", its terms, "learning_rate"} of steps, evenly thinned.
+        curve: {"step", "seconds", "loss", its terms, "learning_rate"} of evenly spaced steps, and of the last one.
     """
 
     steps: int = 0
@@ -82,7 +83,7 @@ def recover(
     patch: Patch | None,
     samples: Samples,
     recovery: Recovery,
-    folder: Path,
+    folder: Path | str,
     report: Report = lambda spent, share: None,
 ) -> Recovered:
     """Train what is left of `dense` after `plan` and `patch`; `dense` stays as it is.
@@ -102,20 +103,21 @@ def recover(
     if process_count() > 1:
         raise SvlError("recovery trains in one process: run it without torchrun, which later runs may use again")
     check_answers(samples)
-    with _random_state_kept(recovery.seed):
+    with _random_state_kept(recovery.seed, dense.device):
         student = Student(dense, plan, patch, recovery)
         steps = planned_steps(recovery, len(samples))
         if steps == 0:
             return Recovered({}, Spent(), student.trained_parameters)
-        spent = _train(student, samples, steps or NO_LIMIT, folder, report)
+        spent = _train(student, samples, steps or NO_LIMIT, Path(folder), report)
     return Recovered(student.changes(), spent, student.trained_parameters)
 
 
 @contextmanager
-def _random_state_kept(seed: int) -> Iterator[None]:
+def _random_state_kept(seed: int, device: torch.device) -> Iterator[None]:
     """Within the block, random numbers follow the seed; what comes after goes on as if the block had not been."""
     kept = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    accelerated = device.type != "cpu"
+    with torch.random.fork_rng([device] if accelerated else [], device_type=device.type if accelerated else "cuda"):
         torch.manual_seed(seed)
         try:
             yield
@@ -163,6 +165,9 @@ def _train(student: Student, samples: Samples, steps: int, folder: Path, report:
     with _checkpointed_activations(student):
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     student.eval()
+    del trainer
+    if student.lvlm.device.type != "cpu":
+        gc.collect()  # the Trainer refers to itself, and holds the optimiser's memory
     return ledger.spent
 
 
@@ -241,9 +246,9 @@ class _Ledger(TrainerCallback):
             return
         spent = self.spent
         point = {"step": spent.steps, "seconds": round(spent.seconds, 3), "loss": logs["loss"], **self.student.newest}
+        every = 2 ** max(0, math.ceil(math.log2(spent.steps / CURVE)))  # a power of two, so that earlier points remain
+        spent.curve = [p for p in spent.curve if p["step"] % every == 0]
         spent.curve.append({**point, "learning_rate": logs["learning_rate"]})
-        if len(spent.curve) > CURVE:
-            spent.curve = spent.curve[1::2]
         self.report(spent, min(self.share_after(spent.steps), 1.0))
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:

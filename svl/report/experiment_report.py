@@ -190,11 +190,12 @@ def _plans_table(section: Section) -> str:
         for run in row.runs:
             result = run.result
             cells = [row.label, result["selector"] or "–", result["compensation"] or "–"]
-            cells += [result.get("recovery") or "–", f"{100 * row.ratio:g} %"]
-            cells += [result["seed"], ", ".join(map(str, result["plan"]["removed"])) or "–"]
+            cells += [result.get("recovery") or "–"] if section.recovers else []
+            cells += [f"{100 * row.ratio:g} %", result["seed"], ", ".join(map(str, result["plan"]["removed"])) or "–"]
             lines.append([for_markdown(cell) for cell in cells])
-    head = ["strategy", "selector", "compensation", "recovery", "ratio", "seed", "layers removed"]
-    return table_writers.markdown_table(head, lines, "llllrrl")
+    methods = ["strategy", "selector", "compensation", *(["recovery"] if section.recovers else [])]
+    head = [*methods, "ratio", "seed", "layers removed"]
+    return table_writers.markdown_table(head, lines, "l" * len(methods) + "rrl")
 
 
 def _pattern(paths: Sequence[str]) -> str | None:

@@ -31,9 +31,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-DIFFERING = ("removed", "sublayers", "weights", "trained")  # what a score's key has of one pruned model
-
-
 @dataclass(frozen=True)
 class MissingScore:
     """A score that a job needs and the store lacks.
@@ -51,7 +48,7 @@ class MissingScore:
     @property
     def family(self) -> str:
         """Equal for scores that differ in the plan only."""
-        shared = {name: value for name, value in self.inputs.items() if name not in DIFFERING}
+        shared = {name: value for name, value in self.inputs.items() if name not in ("removed", "sublayers", "weights")}
         return json.dumps(shared, sort_keys=True)
 
 
@@ -84,11 +81,13 @@ def make_shared_scores(config: DictConfig, jobs: Sequence[Sequence[str]]) -> Non
 def missing_scores(run: Run) -> list[MissingScore]:
     """Make the plan of a run and its patch; the scores it lacks, dense ones included.
 
-    What pruned models are combined with makes them too different to share anything. The run's model is released, so
-    that a sweep over models holds one of them at a time.
+    What pruned models are combined with makes them too different to share anything; what recovery trains may lie before
+    the first layer, so that nothing behind it is shared. The run's model is released, so that a sweep over models holds
+    one of them at a time.
     """
     stages, setup = run.prepare(), run.setup
-    variants = [stages.dense_model, *([] if setup.combined else [stages.pruned_model])]
+    alone = setup.combined or stages.recovered
+    variants = [stages.dense_model, *([] if alone else [stages.pruned_model])]
     missing = []
     for variant in variants:
         for task in setup.tasks:
@@ -135,9 +134,7 @@ def evaluate_family(family: Sequence[MissingScore]) -> None:
         for folder in folders:
             folder.mkdir(parents=True)
         try:
-            variants = [  # of one model
-                ModelVariant(setup, s.variant.plan, s.variant.stored_patch, s.variant.recovered) for s in family
-            ]
+            variants = [ModelVariant(setup, s.variant.plan, s.variant.stored_patch) for s in family]  # of one model
             found = evaluate_models(setup.dense, variants, task, folders)
             for score, variant, folder, scores in zip(family, variants, folders, found, strict=True):
                 output = {**scores, "params": variant.lvlm.parameters(), "work": scores["seconds"]}

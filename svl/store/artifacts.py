@@ -101,8 +101,9 @@ class Store:
         Raises:
             SvlError: if the disk is full or the store cannot be written, or is no store; nothing half-written stays.
         """
-        folder = self._folder(stage, inputs)
+        folder, unfinished = self._folder(stage, inputs), self.unfinished(stage, inputs)
         if (entry := self._find(folder)) is not None:
+            shutil.rmtree(unfinished, ignore_errors=True)  # its builder may have been killed right after
             return entry
         with self._explained(stage):
             mark_store(self.root)
@@ -121,7 +122,7 @@ class Store:
                 with self._explained(stage):
                     manifest = self._write_manifest(temporary, stage, folder.name, inputs, output, began)
                     os.replace(temporary, folder)
-                    shutil.rmtree(self.unfinished(stage, inputs), ignore_errors=True)
+                    shutil.rmtree(unfinished, ignore_errors=True)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
         return Entry(folder, manifest, reused=False)

@@ -52,6 +52,8 @@ CONFIG = {"strategy": {"name": "short_lvlm", "top": [1, 2]}, "ratio": 0.25}
 
 CURVES = {"removed": [0, 0, 1, 0], "importance": PLAN["importance"], "cosine": [0.1, 0.7, 0.9, 0.5]}
 
+TRAINING = [{"step": 1, "loss": 2.5, "seconds": 0.5}, {"step": 2, "loss": 1.25, "seconds": 1.0}]
+
 FLIPS = [{"task": "yes", "no": 3, "question": "Is it?", "expected": "yes", "dense": "no", "pruned": "yes"}]
 
 

@@ -351,3 +351,18 @@ def test_models_and_data_that_cannot_be_trained_are_refused(llama, llava, make_s
 def test_settings_out_of_range_are_refused(cls, settings, message):
     with pytest.raises(SvlError, match=message.replace("(", r"\(")):
         cls(**settings)
+
+
+def test_a_model_that_devices_share_is_trained_through_its_hooks(llava, samples, tmp_path):
+    """accelerate's hooks on every module, as `model.device_map` puts them: the same weights come out."""
+    from accelerate import dispatch_model
+
+    model = dispatch_model(copy.deepcopy(llava.model), {"": "cpu"}, force_hooks=True)
+    spread = replace(llava, model=model)
+    recovery = Distill(steps=2, layers="gaps", logits=1.0, **FAST)
+    ours = recover(spread, PLAN, None, samples, recovery, tmp_path / "spread").trained
+    theirs = recover(llava, PLAN, None, samples, recovery, tmp_path / "plain").trained
+    assert ours.keys() == theirs.keys()
+    for name, change in theirs.items():
+        for part in ("value", "left", "right"):
+            assert getattr(change, part) is None or torch.equal(getattr(ours[name], part), getattr(change, part))

@@ -6,7 +6,7 @@ import os
 os.environ["WANDB_ERROR_REPORTING"] = "false"  # W&B reads it when imported; tests use no network
 
 import pytest
-from helpers.records import CONFIG, CURVES, FLIPS, PLAN, RESULT
+from helpers.records import CONFIG, CURVES, FLIPS, PLAN, RESULT, TRAINING
 from PIL import Image
 
 from svl.trackers.record import Record
@@ -33,7 +33,7 @@ def record(tmp_path):
     (folder / "flips.md").write_text("# Flips")
     return Record(
         key="0123456789abcdef", name="tiny-short_lvlm-r0.25", group="demo", kind="prune", tags=["model:" + "t" * 99],
-        config=CONFIG, folder=folder, result=RESULT, curves=CURVES, flips=FLIPS,
+        config=CONFIG, folder=folder, result=RESULT, curves=CURVES, flips=FLIPS, training=TRAINING,
         figures={"importance": folder / "importance.png"},
         files={"plan": [folder / "plan.json"], "report": [folder / "result.json", folder / "flips.md"]},
     )  # fmt: skip

@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from helpers.records import CONFIG, CURVES, NUMBERS, RESULT
+from helpers.records import CONFIG, CURVES, NUMBERS, RESULT, TRAINING
 
 from svl.core import SvlError
 from svl.trackers.mlflow import Mlflow
@@ -34,6 +34,8 @@ def test_mlflow_run_holds_everything(record, mlflow_folder, monkeypatch):
     assert run.data.params["many/249"] == "x" * 500
     curve = client.get_metric_history(run.info.run_id, "layers/cosine")
     assert [(point.step, point.value) for point in curve] == list(enumerate(CURVES["cosine"]))
+    losses = client.get_metric_history(run.info.run_id, "recover/loss")
+    assert [(point.step, point.value) for point in losses] == [(t["step"], t["loss"]) for t in TRAINING]
     files = [f.path for kind in ("plan", "report", "figures") for f in client.list_artifacts(run.info.run_id, kind)]
     assert sorted(files) == ["figures/importance.png", "plan/plan.json", "report/flips.md", "report/result.json"]
     assert (runs["failed-1"].info.status, runs["failed-1"].data.tags["error"]) == ("FAILED", "SvlError: no")

@@ -14,6 +14,8 @@ def test_summary_has_every_number_of_a_result(record):
         value for name, value in flatten(RESULT) if isinstance(value, int | float) and not name.startswith("plan/")
     ]
     assert sorted(leaves) == sorted(NUMBERS.values())
+    trained = dataclasses.replace(record, result=RESULT | {"training": {"steps": 7, "device": {"type": "cpu"}}})
+    assert trained.summary() == NUMBERS | {"training/steps": 7}
     unscored = {"scores": {}, "average": None, "retained": None, "cost": {"layers": 3}, "efficiency": None}
     names = dataclasses.replace(record, result=RESULT | unscored).summary().keys()
     assert names == {n for n in NUMBERS if n.startswith(("prune", "seconds"))} | {"cost/layers"}

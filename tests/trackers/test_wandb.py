@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import wandb
 from helpers.paths import ROOT
-from helpers.records import CONFIG, CURVES, FLIPS, NUMBERS, PLAN, RESULT, read_offline_run, summary_of
+from helpers.records import CONFIG, CURVES, FLIPS, NUMBERS, PLAN, RESULT, TRAINING, read_offline_run, summary_of
 from helpers.wandb_endpoint import Endpoint
 
 from svl.core import SvlError
@@ -46,13 +46,15 @@ def test_offline_run_holds_everything(record, capfd):
     assert not {"layer", "layers/importance", "layers/removed"} & set(found)  # a curve has no single value
 
     steps = {metric.glob_name: metric.step_metric for metric in records["metric"] if metric.glob_name}
-    assert steps == {"layers/*": "layer"}
+    assert steps == {"layers/*": "layer", "recover/*": "recover/step"}
     history = [{i.nested_key[0]: i.value_json for i in stored.item} for stored in records["history"]]
     curves = [
         {k: json.loads(h[k]) for k in ("layer", *(f"layers/{c}" for c in CURVES))} for h in history if "layer" in h
     ]
     assert curves[2] == {"layer": 2, "layers/removed": 1, "layers/importance": 0.1, "layers/cosine": 0.9}
     assert len(curves) == 4
+    training = [{k: json.loads(h[f"recover/{k}"]) for k in TRAINING[0]} for h in history if "recover/step" in h]
+    assert training == TRAINING
 
     tables = {p.name.split("_")[0]: json.loads(p.read_text()) for p in (place / "files").rglob("*.table.json")}
     assert tables["layers"]["columns"] == ["layer", *CURVES]
