@@ -33,11 +33,12 @@ def generate_texts(lvlm: Lvlm, n: int, tokens: int, seed: int, show: Progress = 
     if not words or not callable(getattr(lvlm.model, "generate", None)):
         raise SvlError(f"'{lvlm.name}' cannot generate text; {WAY_OUT}")
     draws = torch.Generator().manual_seed(seed)
-    starts = torch.tensor(words)[torch.randint(len(words), (n,), generator=draws)].split(BATCH)
+    allowed = torch.tensor(words)
+    starts = allowed[torch.randint(len(words), (n,), generator=draws)].split(BATCH)
     texts: list[str] = []
     with out_of_memory("generating texts", "lower calibration.generated_tokens"):
         for first in show(starts, "generate", len(starts)):
-            texts.extend(_continued(lvlm, first, tokens, _Sampling(list(special), draws)))
+            texts.extend(_continued(lvlm, first, tokens, _Sampling(allowed, draws)))
     for mark in filter(None, special.values()):  # which a model may also have spelt out of other tokens
         texts = [text.replace(mark, "") for text in texts]
     return texts
@@ -77,13 +78,13 @@ def _sampled(lvlm: Lvlm, prompt: Tensor, n: int, sampling: _Sampling) -> Tensor:
 
 
 class _Sampling:
-    """Scores plus Gumbel noise, whose largest is a sample of their softmax; tokens `never` have no chance."""
+    """Scores plus Gumbel noise, the largest of which is a sample of the softmax over the tokens `allowed`."""
 
-    def __init__(self, never: list[int], draws: torch.Generator):
-        self.never, self.draws = never, draws
+    def __init__(self, allowed: Tensor, draws: torch.Generator):
+        self.allowed, self.draws = allowed, draws
 
     def __call__(self, _: Tensor, scores: Tensor) -> Tensor:
         noise = torch.empty(scores.shape).exponential_(generator=self.draws).log_()
-        noisy = scores.float() - noise.to(scores.device)
-        noisy[:, self.never] = -torch.inf
-        return noisy
+        barred = torch.full(scores.shape[1:], torch.inf)  # special tokens, and rows that only fill up the vocabulary
+        barred[self.allowed] = 0
+        return scores.float() - (noise + barred).to(scores.device)
