@@ -24,8 +24,9 @@ from svl.processes import process_rank
 from svl.run import exporting, parallel, tracking
 from svl.run.figure_data import spectra_record, write_example_picture, write_token_scores
 from svl.run.generated import make_texts, read_texts
-from svl.run.keys import identity_without, method_identity, stage_code
+from svl.run.keys import method_identity, stage_code
 from svl.run.parallel import in_scratch
+from svl.run.recovering import compare_pictures, describe_training, train
 from svl.run.run_result import RunStages, build_result, result_inputs
 from svl.run.setup import RunSetup
 from svl.run.stages import StageLog, make_stage
@@ -37,10 +38,10 @@ from svl.run.strategy_inputs import (
     resumable_probe,
     resumable_rescoring,
 )
-from svl.run.variants import PATCH, TRAINED, ModelVariant, check_benchmark_data, content_of
+from svl.run.variants import PATCH, ModelVariant, check_benchmark_data
 from svl.store.artifacts import Entry
 from svl.store.files import write_text_whole
-from svl.text.progress import progress_by_share, show_progress
+from svl.text.progress import show_progress
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +110,7 @@ class Run:
         plan = Plan.from_json((planned.path / "plan.json").read_text())
         self.check(plan)
         patch = self.compensate(stats, texts, plan)
-        recovered, overlap = self.recover(plan, patch), self.compare_pictures(plan)
+        recovered, overlap = self.recover(plan, patch), compare_pictures(self.setup, plan)
         # Names are of this run: another one, with the same settings under other names, may have stored the plan.
         names = {"strategy": self.setup.choice("strategy"), "selector": None, "model": self.setup.name}
         if self.setup.selects:
@@ -291,74 +292,9 @@ class Run:
         return self.log.stage("compensate", entry, f"changes {', '.join(entry.output['changed']) or 'nothing'}")
 
     def recover(self, plan: Plan, patch: Entry | None) -> Entry | None:
-        """Stage `recover`: a little training of what is left; None if none is asked for, or nothing is removed.
-
-        A run that is killed in it goes on from its last checkpoint.
-        """
-        setup = self.setup
-        if not setup.recovers or plan.is_empty:
-            return None
-        samples, recovery = setup.training_samples, setup.recovery
-        inputs: dict[str, Any] = {
-            "model": setup.model,
-            "code": stage_code("recover"),
-            "removed": plan.removed,
-            "weights": content_of(patch, PATCH),
-            "examples": [samples.fingerprint, samples.answers],
-            "recovery": identity_without(recovery, recovery.unrelated),
-        }
-        if plan.sublayers:
-            inputs["sublayers"] = plan.sublayers
-        if partners := plan.provenance.get("partners"):
-            inputs["partners"] = partners
-
-        def build(folder: Path) -> Output:
-            from svl.pruning import patch_file
-            from svl.recovery import training
-
-            before, kept = ModelVariant(setup, plan, patch).read_patch(), setup.store.unfinished("recover", inputs)
-            with progress_by_share("recover") as show:
-
-                def report(spent: Any, share: float) -> None:
-                    show(share, f"step {spent.steps}, loss {spent.curve[-1]['loss']:.4f}")
-
-                found = training.recover(setup.dense, plan, before, samples, recovery, kept, report)
-            if found.trained:
-                patch_file.save_trained(found.trained, folder / TRAINED)
-            spent = dataclasses.asdict(found.spent)
-            device = setup.dense.device_facts(recovery.batch_size)
-            return {**spent, "parameters": found.parameters, "examples": len(samples), "device": device}
-
-        entry = make_stage(setup, "recover", inputs, build)
-        spent = entry.output
-        told = (
-            f"{spent['steps']} steps, {spent['samples']} samples, {spent['tokens']} tokens in {spent['seconds']:.0f} s"
-        )
-        return self.log.stage("recover", entry, f"trained {spent['parameters'] / 1e6:.3g} M parameters: {told}")
-
-    def compare_pictures(self, plan: Plan) -> Entry | None:
-        """Stage `overlap`: pictures of benchmarks among those that recovery trains on; None if it does not."""
-        setup = self.setup
-        if not setup.recovers or plan.is_empty or not any(s.images for s in setup.training_samples):
-            return None
-
-        def build(folder: Path) -> Output:
-            from svl.evaluation.picture_overlap import picture_overlap
-
-            return picture_overlap(setup.training_samples, setup.tasks)
-
-        inputs = {
-            "examples": setup.training_samples.fingerprint,
-            "benchmarks": setup.task_fingerprints,
-            "limits": {task: options.limit for task, options in setup.tasks.items()},
-            "code": stage_code("overlap"),
-        }
-        entry = make_stage(setup, "overlap", inputs, build)
-        if shared := entry.output["shared"]:
-            log.warning(
-                "  recovery.data: %d samples have a picture of a benchmark, rows %s", shared, entry.output["rows"]
-            )
-        return entry
+        """Stage `recover`: a little training of what is left; None if none is asked for, or nothing is removed."""
+        entry = train(self.setup, plan, patch)
+        return entry and self.log.stage("recover", entry, describe_training(entry.output))
 
     def score(self, variant: ModelVariant) -> dict[str, Entry]:
         """Stage `score`, one artifact per task: equal layers and weights are evaluated once, whatever led to them."""
