@@ -6,8 +6,12 @@ A block of bash without a title is run, in the order of the pages, each command 
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +82,29 @@ def test_commands_run(fork_server, tmp_path):
         else:
             run = fork_server.start(*with_few_samples(words), cwd=tmp_path, **store)
             assert fork_server.wait(run) == 0, f"{command}\n{fork_server.log(run)}"
+
+
+def test_a_local_llava_is_pruned_scored_and_exported_as_the_readme_says(mimic, tmp_path):
+    """Its commands, in processes of their own, in an empty folder, on a checkpoint with the files of LLaVA-1.5."""
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"## Your own model and data\n\n```bash.*?\n(.*?)```", page, re.DOTALL)
+    shutil.copy(ROOT / "svl" / "demo" / "data" / "calibration.parquet", tmp_path / "samples.parquet")
+    outputs = []
+    for line in block.replace("=DIR", f"={mimic('llava_15_7b')}").splitlines():
+        program, *words = shlex.split(line, comments=True)
+        module = {"svl": ["-m", "svl"], "svl-report": ["-m", "svl.report"], "python": []}[program]
+        done = subprocess.run(
+            [sys.executable, *module, *words], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+        outputs.append(done.stdout)
+    doctor, run, report, _ = outputs
+    assert "nothing found that would end a run" in doctor
+    assert "svl_demo_existence" in run
+    assert "| dense |" in report
+    layers = [json.loads((folder / "config.json").read_text())["text_config"]["num_hidden_layers"]
+              for folder in (mimic("llava_15_7b"), tmp_path / "pruned")]  # fmt: skip
+    assert layers[1] == layers[0] - 1
 
 
 @pytest.mark.parametrize("command", MARKED, ids=str)
