@@ -144,7 +144,7 @@ class Report:
 
     def _numbers(self) -> Iterator[list[Any]]:
         """results.csv: a head, and a line for every run and metric, in the units of the result."""
-        about = ["model", "strategy", "selector", "compensation", "ratio", "n_remove", "seed", "limit"]
+        about = ["model", "strategy", "selector", "compensation", "recovery", "ratio", "n_remove", "seed", "limit"]
         calibration = ["file", "samples", "seed"]
         number = ["group", "task", "metric", "main", "n", *ESTIMATE]
         yield ["experiment", "run", *about, *(f"calibration_{name}" for name in calibration), "removed", *number]
@@ -152,7 +152,7 @@ class Report:
             result = run.result
             data = result["settings"].get("calibration", {})
             removed = " ".join(map(str, result["plan"]["removed"]))
-            known = [*(result[name] for name in about), *(data.get(name) for name in calibration), removed]
+            known = [*(result.get(name, "none") for name in about), *(data.get(name) for name in calibration), removed]
             for line in run.numbers():
                 yield [self.name, run.key, *known, *line]
 
@@ -189,11 +189,13 @@ def _plans_table(section: Section) -> str:
     for row in section.rows:
         for run in row.runs:
             result = run.result
-            cells = [row.label, result["selector"] or "–", result["compensation"] or "–", f"{100 * row.ratio:g} %"]
-            cells += [result["seed"], ", ".join(map(str, result["plan"]["removed"])) or "–"]
+            cells = [row.label, result["selector"] or "–", result["compensation"] or "–"]
+            cells += [result.get("recovery") or "–"] if section.recovers else []
+            cells += [f"{100 * row.ratio:g} %", result["seed"], ", ".join(map(str, result["plan"]["removed"])) or "–"]
             lines.append([for_markdown(cell) for cell in cells])
-    head = ["strategy", "selector", "compensation", "ratio", "seed", "layers removed"]
-    return table_writers.markdown_table(head, lines, "lllrrl")
+    methods = ["strategy", "selector", "compensation", *(["recovery"] if section.recovers else [])]
+    head = [*methods, "ratio", "seed", "layers removed"]
+    return table_writers.markdown_table(head, lines, "l" * len(methods) + "rrl")
 
 
 def _pattern(paths: Sequence[str]) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
 
 from svl.report.published import published_notes
 from svl.report.rows import Section, answer_speed, benchmark_speed
@@ -20,8 +19,8 @@ def table_notes(section: Section) -> list[str]:
         *_beside_notes(section),
         "Retained: average relative to the dense average.",
         f"{BOLD}, question by question where the answers are stored.",
-        *_recovery_notes(section),
         *_speed_notes(section),
+        *_training_notes(section),
     ]
     if section.limit is not None:
         notes.insert(0, f"Caution: limit={section.limit:g}, so only a part of every benchmark was used.")
@@ -48,20 +47,6 @@ def error_meaning(section: Section) -> str:
     return "standard error over the questions" + (", and over the seeds where a row has several" if seeds else "")
 
 
-def _recovery_notes(section: Section) -> list[str]:
-    """What the columns of a training after pruning say."""
-    if not section.recovers:
-        return []
-    devices = sorted({str(device) for run in section.runs if (device := _device(run.recovery.get("device")))})
-    where = f" on {', '.join(devices)}" if devices else ""
-    return [f"Recovery: samples, tokens and time of the training after pruning{where}; – where there was none."]
-
-
-def _device(device: object) -> object:
-    """A device in words."""
-    return device.get("name") or device.get("type") if isinstance(device, Mapping) else device
-
-
 BOLD = f"Bold: the best of its ratio, and all that do not differ from it significantly (paired tests, p < {LEVEL:g})"
 MEANINGS = {
     "likelihood": "the average if the likeliest option were the answer, of benchmarks with closed questions",
@@ -73,6 +58,24 @@ MEANINGS = {
 def _beside_notes(section: Section) -> list[str]:
     """What the averages besides that of the main metrics are."""
     return [f"{name.replace('_', ' ').capitalize()}: {MEANINGS[name]}." for name in section.metrics_beside]
+
+
+def _training_notes(section: Section) -> list[str]:
+    """What recovery was trained on and where, and whether it saw pictures of the benchmarks."""
+    spent = [run.result["training"] for run in section.runs if run.result.get("training")]
+    if not spent:
+        return []
+    devices = sorted({" ".join(str(t["device"].get(part) or "") for part in ("type", "name")).strip() for t in spent})
+    notes = [
+        "Training: what recovery cost after pruning: steps of the optimiser, samples and tokens that went through the "
+        f"model (repeated ones counted again), seconds of training alone (on {', '.join(devices)}); 0: training-free."
+    ]
+    known = [t["shared_pictures"] for t in spent]
+    if shared := max((n for n in known if n is not None), default=0):
+        notes.append(f"Caution: up to {shared} of the samples trained on show a picture of a benchmark.")
+    elif None not in known:
+        notes.append("No picture of the benchmarks is among those trained on (compared pixel by pixel).")
+    return notes
 
 
 def _pair_notes(section: Section) -> list[str]:

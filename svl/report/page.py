@@ -100,7 +100,8 @@ def render_page(
 def _settings(section: Section, row: Row) -> dict[str, str]:
     """Whatever can tell rows apart, as text: model, method, ratio, all settings that were used."""
     result = row.first.result
-    methods = {name: str(result[name] or "none") for name in ("strategy", "selector", "compensation")}
+    names = ("strategy", "selector", "compensation", "recovery")
+    methods = {name: str(result.get(name) or "none") for name in names}
     known = {"model": section.model, **methods, "ratio": f"{100 * row.ratio:g} %", **dict(row.first.settings())}
     if section.limit is not None:
         known["limit"] = f"{section.limit:g}"
@@ -169,7 +170,7 @@ def _section_data(
 def _details(section: Section, line: Line, row: Row, store: Store, images: dict[str, str]) -> dict[str, Any]:
     """What a row opens: plans, numbers, settings, and questions that flipped against the dense model."""
     run = row.first
-    methods = [(name, run.result[name] or "none") for name in ("selector", "compensation")]
+    methods = [(name, run.result.get(name) or "none") for name in ("selector", "compensation", "recovery")]
     return {
         "id": row_id(row),
         "name": f"{row.label} {100 * row.ratio:g} %",
@@ -187,7 +188,7 @@ def _details(section: Section, line: Line, row: Row, store: Store, images: dict[
         ],
         "numbers": [_numbers(section, row, task) for task in (*section.tasks, None)],
         "settings": [*methods, *run.settings()],
-        "recovery": [(name, str(value)) for name, value in run.recovery.items()],
+        "training": [(name, str(value)) for name, value in (run.result.get("training") or {}).items()],
         "flips": list(_flips(_pairs(run, store), images)),
     }
 

@@ -55,7 +55,7 @@ class Run:
         A score is stored once for equal layers and weights, whatever led to them.
         """
         keys = self.result.get("keys") or {}
-        stored = keys.get("evaluate") or keys.get("compensate") or [self.key]
+        stored = keys.get("evaluate") or keys.get("recover") or keys.get("compensate") or [self.key]
         return (tuple(self.result["plan"]["removed"]), *stored)
 
     def main_metric(self, task: str | None) -> Mapping[str, Any]:
@@ -71,11 +71,6 @@ class Run:
     def beside(self, name: str) -> Mapping[str, Any]:
         """The average of another metric than the main ones ("off_format"), as `main_metric`; empty where unknown."""
         return (self.result.get("beside") or {}).get(name) or {}
-
-    @property
-    def recovery(self) -> Mapping[str, Any]:
-        """What training after pruning took: samples, tokens, steps, seconds, device; empty where there was none."""
-        return self.result.get("recovery") or {}
 
     def settings(self) -> Iterator[tuple[str, str]]:
         """Settings of its methods and of what else tells runs apart, as ("selector.p", "0.5"); only of what it used."""
@@ -96,11 +91,10 @@ class Run:
         averages = {name: result[name] or {} for name in ("average", "retained")} | (result.get("beside") or {})
         for name, metric in averages.items():
             yield "eval", "", name, 0, "", *(metric.get(part) for part in ESTIMATE)
-        for group in ("cost", "seconds", "recovery"):
-            found = result.get(group) or {}
-            for name, value in found.items():
+        for group in ("cost", "training", "seconds"):
+            for name, value in (result.get(group) or {}).items():
                 if not name.endswith("_dense") and not isinstance(value, Mapping):
-                    yield group, "", name, 0, "", value, None, found.get(f"{name}_dense"), None, None
+                    yield group, "", name, 0, "", value, None, result[group].get(f"{name}_dense"), None, None
 
     @property
     def versions(self) -> str:

@@ -148,6 +148,7 @@ class Variant(NamedTuple):
     strategy: str
     selector: str
     compensation: str
+    recovery: str
     settings: tuple[tuple[str, str], ...]
 
     @classmethod
@@ -155,13 +156,16 @@ class Variant(NamedTuple):
         """That of a run."""
         settings = tuple((name, value) for name, value in run.settings() if not name.endswith(".seed"))
         result = run.result
-        return cls(result["strategy"], result["selector"] or "none", result["compensation"] or "none", settings)
+        selector, compensation, recovery = (
+            str(result.get(name) or "none") for name in ("selector", "compensation", "recovery")
+        )
+        return cls(result["strategy"], selector, compensation, recovery, settings)
 
     def label(self, variants: Iterable[Variant]) -> str:
         """The strategy's name; where `variants` use it in several ways, what tells them apart in brackets."""
         same = [other for other in variants if other.strategy == self.strategy]
-        differences = [self[i] for i in (1, 2) if len({other[i] for other in same}) > 1]
-        alike = [dict(other.settings) for other in same if other[:3] == self[:3]]
+        differences = [self[i] for i in (1, 2, 3) if len({other[i] for other in same}) > 1]
+        alike = [dict(other.settings) for other in same if other[:4] == self[:4]]
         differences += [f"{k}={v}" for k, v in self.settings if any(other.get(k) != v for other in alike)]
         return self.strategy + (f" ({', '.join(map(str, differences))})" if differences else "")
 
@@ -226,11 +230,9 @@ class Row:
         """The average over the benchmarks of another metric than the main ones."""
         return pool_estimates([Estimate.of(run.beside(name)) for run in self.runs])
 
-    def recovery(self, name: str) -> float | None:
-        """What recovery took ("samples", "tokens", "steps", "seconds"), the mean over the runs; None if unknown."""
-        values = [run.recovery.get(name) for run in self.runs]
-        known = [float(value) for value in values if value is not None]
-        return statistics.fmean(known) if len(known) == len(values) else None
+    def spent(self, name: str) -> Estimate:
+        """What recovery cost, by name ("steps"); 0 without recovery."""
+        return pool_estimates([Estimate(float((run.result.get("training") or {}).get(name) or 0)) for run in self.runs])
 
     @property
     def retained(self) -> Estimate:
@@ -305,6 +307,11 @@ class Section:
         return self.last.main_metric(task).get("dense")
 
     @property
+    def recovers(self) -> bool:
+        """Whether any run was trained after pruning."""
+        return any(run.result.get("training") for run in self.runs)
+
+    @property
     def metrics_beside(self) -> list[str]:
         """Names of the averages that any run has besides that of the main metrics."""
         return [name for name in BESIDE if any(run.beside(name) for run in self.runs)]
@@ -312,11 +319,6 @@ class Section:
     def dense_beside(self, name: str) -> float | None:
         """The unpruned model's average of another metric than the main ones, in the newest run that has it."""
         return next((found["dense"] for run in reversed(self.runs) if (found := run.beside(name))), None)
-
-    @property
-    def recovers(self) -> bool:
-        """Whether any run was trained after pruning."""
-        return any(run.recovery for run in self.runs)
 
     def lower_is_better(self, task: str | None) -> bool:
         """Whether lower values of a benchmark (None: of any) are better."""

@@ -28,6 +28,7 @@ IDENTITY = (
     "strategy",
     "selector",
     "compensation",
+    "recovery",
     "ratio",
     "n_remove",
     "seed",

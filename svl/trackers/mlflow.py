@@ -111,6 +111,9 @@ def write_mlflow_run(client: MlflowClient, run: str, record: Record) -> None:
         step = int(point.pop("layer"))
         names = allowed_names(f"layers/{name}" for name in point)
         numbers += [Metric(name, value, now, step) for name, value in zip(names, point.values(), strict=True)]
+    for moment in record.training:
+        names = allowed_names(f"recover/{name}" for name in moment)
+        numbers += [Metric(n, value, now, int(moment["step"])) for n, value in zip(names, moment.values(), strict=True)]
     config = list(flatten(record.config))
     names = allowed_names(name for name, _ in config)
     settings = [Param(name, str(value)[:LONGEST]) for name, (_, value) in zip(names, config, strict=True)]

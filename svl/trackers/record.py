@@ -30,6 +30,7 @@ class Record:
         result: content of result.json; empty if the run failed.
         error: why it failed, in one line.
         curves: one number per decoder layer of the dense model by name ("importance", "cosine", ...).
+        training: points of the curve of recovery: `step`, `seconds`, `loss`, its terms, `learning_rate`.
         flips: questions that pruning gained or lost, see svl.evaluation.score_statistics.flip_rows.
         figures: PNG files by title.
         files: what belongs to the run's "plan" and to its "report".
@@ -45,6 +46,7 @@ class Record:
     result: Mapping[str, Any] = field(default_factory=dict)
     error: str | None = None
     curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    training: Sequence[Mapping[str, float]] = ()
     flips: Sequence[Mapping[str, Any]] = ()
     figures: Mapping[str, Path] = field(default_factory=dict)
     files: Mapping[str, Sequence[Path]] = field(default_factory=dict)
@@ -54,7 +56,7 @@ class Record:
 
         `eval/<task>/<metric>`, `eval/average` and `eval/retained`, the same under `stderr/`, `dense/`, `low/` and
         `high/` (95 % intervals); `change/<task>/<x>`, `samples/<task>`, `prune/<x>`, `cost/<x>`,
-        `efficiency/<part>/<x>`, `seconds/<stage>`, `recovery/<x>`.
+        `efficiency/<part>/<x>`, `training/<x>`, `seconds/<stage>`.
         """
         if not self.result:
             return {}
@@ -70,7 +72,7 @@ class Record:
             "change": {task: score.get("change") for task, score in result["scores"].items()},
             "samples": {task: score["n"] for task, score in result["scores"].items()},
             "prune": {name: result.get(name) for name in ("ratio", "n_remove", "seed", "limit")},
-            **{part: result.get(part) for part in ("cost", "efficiency", "seconds", "recovery")},
+            **{part: result.get(part) for part in ("cost", "efficiency", "training", "seconds")},
         }
         return {name: value for name, value in flatten(tree) if isinstance(value, int | float)}
 

@@ -64,6 +64,11 @@ def write_wandb_run(run: wandb.Run, record: Record) -> None:
     run.define_metric("layers/*", step_metric="layer", summary="none")
     for point in record.layers():
         run.log({name if name == "layer" else f"layers/{name}": value for name, value in point.items()})
+    if record.training:
+        run.define_metric("recover/step", summary="none")
+        run.define_metric("recover/*", step_metric="recover/step", summary="none")
+    for moment in record.training:
+        run.log({f"recover/{name}": value for name, value in moment.items()})
     for title, path in record.figures.items():
         run.log({f"figures/{title}": wandb.Image(str(path))})
     for kind, files in record.files.items():

@@ -288,27 +288,28 @@ def test_no_error_is_zero(store):
 
 
 def test_what_recovery_took_has_columns_only_where_there_was_any(store):
-    budget = {"samples": 12_000, "tokens": 3_400_000, "steps": 750, "seconds": 5400.0, "device": {"name": "H100"}}
-    store.add(result("tail"), result("short_lvlm", recovery=None))
-    assert not any("recovery" in column.head for column in Report.read(store, "demo").tables[0].columns)
-    store.add(result("sleb", recovery=budget))
-    store.add(*(result("random", seed=i, level=i / 9, recovery=budget | {"seconds": 30 + 60 * i}) for i in (0, 1)))
+    device = {"type": "cuda", "name": "H100", "batch_size": 8}
+    budget = {"samples": 12_000, "tokens": 3_400_000, "steps": 750, "seconds": 5400.0, "device": device}
+    trained = {"recovery": "lora", "training": budget | {"shared_pictures": None}}
+    store.add(result("tail"), result("short_lvlm", recovery="none", training=None))
+    assert not any("training" in column.head for column in Report.read(store, "demo").tables[0].columns)
+    store.add(result("sleb", **trained))
+    for i in (0, 1):
+        spent = trained["training"] | {"seconds": 30.0 + 60 * i}
+        store.add(result("random", seed=i, level=i / 9, recovery="lora", training=spent))
     (table,) = Report.read(store, "demo").tables
-    found = [[line.cells[0].text, *(line.cells[j].text for j in recovery_columns(table))] for line in table.lines]
+    heads = [column.head for column in table.columns]
+    places = [heads.index(f"training {name}") for name in ("steps", "samples", "tokens", "time")]
+    found = [[line.cells[0].text, *(line.cells[j].text for j in places)] for line in table.lines]
     assert sorted(found) == [
-        ["dense", "–", "–", "–"],
-        ["random", "12 k", "3.4 M", "1 min"],
-        ["short_lvlm", "–", "–", "–"],
-        ["sleb", "12 k", "3.4 M", "1.5 h"],
-        ["tail", "–", "–", "–"],
+        ["dense", "0", "0", "0", "0 s"],
+        ["random", "750", "12 k", "3.4 M", "1 min"],
+        ["short_lvlm", "0", "0", "0", "0 s"],
+        ["sleb", "750", "12 k", "3.4 M", "1.5 h"],
+        ["tail", "0", "0", "0", "0 s"],
     ]
-    assert any("after pruning on H100" in note for note in table.notes)
-    assert "recovery tokens" in table_writers.as_latex([table])
-
-
-def recovery_columns(table):
-    heads = ["recovery samples", "recovery tokens", "recovery time"]
-    return [[column.head for column in table.columns].index(head) for head in heads]
+    assert any("cuda H100" in note for note in table.notes)
+    assert "training tokens" in table_writers.as_latex([table])
 
 
 # --------------------------------------------------------------------------------------------------- LaTeX
