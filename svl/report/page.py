@@ -100,7 +100,8 @@ def render_page(
 def _settings(section: Section, row: Row) -> dict[str, str]:
     """Whatever can tell rows apart, as text: model, method, ratio, all settings that were used."""
     result = row.first.result
-    methods = {name: str(result[name] or "none") for name in ("strategy", "selector", "compensation")}
+    names = ("strategy", "selector", "compensation", "recovery")
+    methods = {name: str(result.get(name) or "none") for name in names}
     known = {"model": section.model, **methods, "ratio": f"{100 * row.ratio:g} %", **dict(row.first.settings())}
     if section.limit is not None:
         known["limit"] = f"{section.limit:g}"
@@ -187,7 +188,7 @@ def _details(section: Section, line: Line, row: Row, store: Store, images: dict[
         ],
         "numbers": [_numbers(section, row, task) for task in (*section.tasks, None)],
         "settings": [*methods, *run.settings()],
-        "training": [(name, str(value)) for name, value in run.training.items()],
+        "training": [(name, str(value)) for name, value in (run.result.get("training") or {}).items()],
         "flips": list(_flips(_pairs(run, store), images)),
     }
 

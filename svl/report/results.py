@@ -72,11 +72,6 @@ class Run:
         """The average of another metric than the main ones ("off_format"), as `main_metric`; empty where unknown."""
         return (self.result.get("beside") or {}).get(name) or {}
 
-    @property
-    def training(self) -> Mapping[str, Any]:
-        """What training after pruning took: samples, tokens, steps, seconds, device; empty where there was none."""
-        return self.result.get("training") or {}
-
     def settings(self) -> Iterator[tuple[str, str]]:
         """Settings of its methods and of what else tells runs apart, as ("selector.p", "0.5"); only of what it used."""
         for group, settings in sorted(self.result["settings"].items()):
@@ -97,10 +92,9 @@ class Run:
         for name, metric in averages.items():
             yield "eval", "", name, 0, "", *(metric.get(part) for part in ESTIMATE)
         for group in ("cost", "training", "seconds"):
-            found = result.get(group) or {}
-            for name, value in found.items():
+            for name, value in (result.get(group) or {}).items():
                 if not name.endswith("_dense") and not isinstance(value, Mapping):
-                    yield group, "", name, 0, "", value, None, found.get(f"{name}_dense"), None, None
+                    yield group, "", name, 0, "", value, None, result[group].get(f"{name}_dense"), None, None
 
     @property
     def versions(self) -> str:

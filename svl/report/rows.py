@@ -230,9 +230,9 @@ class Row:
         """The average over the benchmarks of another metric than the main ones."""
         return pool_estimates([Estimate.of(run.beside(name)) for run in self.runs])
 
-    def training(self, name: str) -> float | None:
-        """What recovery took ("samples", "tokens", "steps", "seconds"), the mean over the runs; 0 without recovery."""
-        return statistics.fmean(float(run.training.get(name) or 0) for run in self.runs)
+    def spent(self, name: str) -> Estimate:
+        """What recovery cost, by name ("steps"); 0 without recovery."""
+        return pool_estimates([Estimate(float((run.result.get("training") or {}).get(name) or 0)) for run in self.runs])
 
     @property
     def retained(self) -> Estimate:

@@ -152,13 +152,14 @@ def _score_column(section: Section, task: str | None) -> Column:
 def _cost_columns(section: Section) -> Iterator[Filled]:
     """What recovery took, where there was any; size and speed."""
     if section.recovers:
-        for name, show in (("samples", _count_cell), ("tokens", _count_cell), ("seconds", _time_cell)):
+        for name in ("steps", "samples", "tokens", "seconds"):
+            show = _time_cell if name == "seconds" else _count_cell
 
-            def fill(row: Row, name: str = name, show: Callable[[float | None], Cell] = show) -> Cell:
-                return show(row.training(name))
+            def spent(row: Row, name: str = name, show: Callable[[float | None], Cell] = show) -> Cell:
+                return show(row.spent(name).value)
 
             head = f"training {'time' if name == 'seconds' else name}"
-            yield Filled(Column(head, "", MEASURED), show(0), fill)
+            yield Filled(Column(head, "", MEASURED), show(0), spent)
 
     def speed(row: Row) -> Cell:
         value = section.speed(row)

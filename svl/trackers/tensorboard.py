@@ -78,6 +78,9 @@ def write_events(writer: SummaryWriter, record: Record) -> None:
         step = int(point.pop("layer"))
         for name, value in point.items():
             writer.add_scalar(f"layers/{name}", value, step)
+    for moment in record.training:
+        for name, value in moment.items():
+            writer.add_scalar(f"recover/{name}", value, int(moment["step"]))
     _write_hparams(writer, record, numbers)
     for title, path in record.figures.items():
         writer.add_image(f"figures/{title}", _pixels(path), 0, dataformats="HWC")

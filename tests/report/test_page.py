@@ -95,7 +95,7 @@ def test_page_without_scores(store, no_figures):
     assert "None are stored." in Path("out/report.html").read_text()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def chromium():
     """A headless browser."""
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

@@ -284,32 +284,32 @@ def test_no_error_is_zero(store):
     assert [error_text(error, 1) for error in (2.34, 0.06, 0.04, 0.0012)] == ["2.3", "0.1", "0.04", "0.001"]
 
 
-# ------------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------------------------- recovery
 
 
 def test_what_recovery_took_has_columns_only_where_there_was_any(store):
-    budget = {"samples": 12_000, "tokens": 3_400_000, "steps": 750, "seconds": 5400.0, "device": {"name": "H100"}}
-    budget["shared_pictures"] = 0
-    store.add(result("tail"), result("short_lvlm", training=None))
+    device = {"type": "cuda", "name": "H100", "batch_size": 8}
+    budget = {"samples": 12_000, "tokens": 3_400_000, "steps": 750, "seconds": 5400.0, "device": device}
+    trained = {"recovery": "lora", "training": budget | {"shared_pictures": None}}
+    store.add(result("tail"), result("short_lvlm", recovery="none", training=None))
     assert not any("training" in column.head for column in Report.read(store, "demo").tables[0].columns)
-    store.add(result("sleb", training=budget))
-    store.add(*(result("random", seed=i, level=i / 9, training=budget | {"seconds": 30 + 60 * i}) for i in (0, 1)))
+    store.add(result("sleb", **trained))
+    for i in (0, 1):
+        spent = trained["training"] | {"seconds": 30.0 + 60 * i}
+        store.add(result("random", seed=i, level=i / 9, recovery="lora", training=spent))
     (table,) = Report.read(store, "demo").tables
-    found = [[line.cells[0].text, *(line.cells[j].text for j in training_columns(table))] for line in table.lines]
+    heads = [column.head for column in table.columns]
+    places = [heads.index(f"training {name}") for name in ("steps", "samples", "tokens", "time")]
+    found = [[line.cells[0].text, *(line.cells[j].text for j in places)] for line in table.lines]
     assert sorted(found) == [
-        ["dense", "0", "0", "0 s"],
-        ["random", "12 k", "3.4 M", "1 min"],
-        ["short_lvlm", "0", "0", "0 s"],
-        ["sleb", "12 k", "3.4 M", "1.5 h"],
-        ["tail", "0", "0", "0 s"],
+        ["dense", "0", "0", "0", "0 s"],
+        ["random", "750", "12 k", "3.4 M", "1 min"],
+        ["short_lvlm", "0", "0", "0", "0 s"],
+        ["sleb", "750", "12 k", "3.4 M", "1.5 h"],
+        ["tail", "0", "0", "0", "0 s"],
     ]
-    assert any("(on H100)" in note for note in table.notes)
+    assert any("cuda H100" in note for note in table.notes)
     assert "training tokens" in table_writers.as_latex([table])
-
-
-def training_columns(table):
-    heads = ["training samples", "training tokens", "training time"]
-    return [[column.head for column in table.columns].index(head) for head in heads]
 
 
 # --------------------------------------------------------------------------------------------------- LaTeX

@@ -26,10 +26,14 @@ def text_of(found, name):
 
 
 def test_tensorboard_run_holds_everything(record, tmp_path):
-    where = TensorBoard(folder=str(tmp_path / "tb")).mirror(record)
+    losses = [{"step": 10, "loss": 0.5}, {"step": 20, "loss": 0.25}]
+    where = TensorBoard(folder=str(tmp_path / "tb")).mirror(dataclasses.replace(record, training=losses))
     found = read_back(where)
     scalars = {name: found.Scalars(name) for name in found.Tags()["scalars"]}
-    numbers = {name: events[0].value for name, events in scalars.items() if not name.startswith("layers/")}
+    numbers = {
+        name: events[0].value for name, events in scalars.items() if not name.startswith(("layers/", "recover/"))
+    }
+    assert [(e.step, e.value) for e in scalars["recover/loss"]] == [(10, 0.5), (20, 0.25)]
     assert numbers == pytest.approx(NUMBERS)
     assert {name: [(e.step, e.value) for e in scalars[f"layers/{name}"]] for name in CURVES} == {
         name: [(i, pytest.approx(value)) for i, value in enumerate(values)] for name, values in CURVES.items()
