@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 
 HELP = ("--help", "-h")
 COMMANDS = ("doctor", "explain", "list")
-# Libraries whose progress bars would fill files with copies of themselves.
-BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
 
 
 def main() -> None:
     """Run what the command line asks for; Ctrl-C ends in one line from the first import on."""
-    if not sys.stderr.isatty():
-        for name in BARS:
-            os.environ.setdefault(name, "1")
     try:
+        from svl.text.command_line import no_bars_in_files
+
+        no_bars_in_files()
         find_command(sys.argv[1:])()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -25,15 +22,15 @@ def main() -> None:
 
 
 def find_command(words: list[str]) -> Callable[[], object]:
-    """What the words of the command line ask for."""
-    first, rest = (words[0], words[1:]) if words else ("", [])
+    """What the words of the command line ask for; without any, help."""
+    first, *rest = words or HELP
     if first == "doctor":
         from svl.run.application import run_in_one_line
 
         return lambda: run_in_one_line(_doctor)
-    if set(words) & {*HELP, "--version"} or first in ("list", "explain"):
+    if {first, *rest} & {*HELP, "--version"} or first in ("list", "explain"):
         return lambda: _show(first, rest)
-    if first and not first.startswith(("-", "+", "~")) and "=" not in first:
+    if not first.startswith(("-", "+", "~")) and "=" not in first:
         return lambda: _unknown(first)
     from svl.run.application import app, run_in_one_line
 
@@ -51,9 +48,9 @@ def _show(first: str, rest: list[str]) -> None:
     from svl.catalog import command
     from svl.text.command_line import run_command
 
-    if set(sys.argv[1:]) & set(HELP):
+    if {first, *rest} & {*HELP}:
         work = command.show_help
-    elif "--version" in sys.argv[1:]:
+    elif "--version" in (first, *rest):
         work = command.show_version
     else:
         work = command.show_list if first == "list" else command.show_explanation

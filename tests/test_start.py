@@ -20,6 +20,7 @@ class Interrupting(MetaPathFinder):
             os.kill(os.getpid(), signal.{signal})
 
 from {module} import main
+sys.argv.append("ratio=0.5")
 sys.meta_path.insert(0, Interrupting())
 sys.exit(main())
 """

@@ -19,6 +19,7 @@ from svl.core.errors import SvlError, did_you_mean, one_of
 from svl.text.escaping import for_terminal
 
 INTERRUPTED = 130  # exit code, as shells have it: 128 + SIGINT
+BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")  # which transformers goes by, too
 
 
 class CommandLineParser(argparse.ArgumentParser):
@@ -67,6 +68,16 @@ class CommandLineParser(argparse.ArgumentParser):
             yield f"--{name}" if value is None or is_switch else f"--{name}={value}"
 
 
+def no_bars_in_files() -> None:
+    """Where the output is no terminal, let libraries that are imported from now on draw no progress bars.
+
+    A file would hold every state of them.
+    """
+    if not sys.stderr.isatty():
+        for name in BARS:
+            os.environ.setdefault(name, "1")
+
+
 def run_command(name: str, work: Callable[[], None]) -> int:
     """Do the work of the command `name`; its exit code. Messages of a command without a name begin with "error:".
 
@@ -74,6 +85,7 @@ def run_command(name: str, work: Callable[[], None]) -> int:
     their traceback.
     """
     prefix = f"{name}: " if name else ""
+    no_bars_in_files()
     try:
         work()
     except SvlError as error:
