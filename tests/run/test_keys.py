@@ -23,7 +23,12 @@ CHANGES = {  # what is changed in which file -> the digests that change
     "a mended selector": ("selectors/tis.py", "\nX = 1\n", {"Tis"}),
     "a mended compensation": ("compensation/linear.py", "\nX = 1\n", {"Linear"}),
     "least squares, which compensations share": ("compensation/regression.py", "\nX = 1\n", {"Linear"}),
-    "the hooks of calibration": ("calibration/hooks.py", "\nX = 1\n", {"stats", "patch", "probe", "rescoring"}),
+    "the hooks of calibration": (
+        "calibration/hooks.py",
+        "\nX = 1\n",
+        {"stats", "patch", "probe", "rescoring", "recover"},
+    ),
+    "losses of recovery": ("recovery/losses.py", "\nX = 1\n", {"recover"}),
     "trying removals": ("calibration/removal_probe.py", "\nX = 1\n", {"probe", "rescoring"}),
     "measuring again": ("calibration/rescoring.py", "\nX = 1\n", {"rescoring"}),
     "scores": ("evaluation/perplexity.py", "\nX = 1\n", {"perplexity"}),
