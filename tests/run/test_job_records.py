@@ -8,8 +8,16 @@ from svl.run import job_records
 
 
 def result(ratio: float, n_remove: int = 4, **others) -> dict:
-    names = {"model": "m", "strategy": "tail", "selector": None, "compensation": "none", "seed": 0, "settings": {}}
-    return {**names, "ratio": ratio, "n_remove": n_remove, "plan": {"n_layers": 16}, **others}
+    names = {"model": "m", "strategy": "tail", "selector": None, "compensation": "none", "recovery": "none"}
+    return {
+        **names,
+        "seed": 0,
+        "settings": {},
+        "ratio": ratio,
+        "n_remove": n_remove,
+        "plan": {"n_layers": 16},
+        **others,
+    }
 
 
 def test_failures_are_listed_in_the_order_of_jobs_wherever_their_folders_are(tmp_path):
