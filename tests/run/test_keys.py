@@ -28,6 +28,7 @@ CHANGES = {  # what is changed in which file -> the digests that change
         "\nX = 1\n",
         {"stats", "patch", "probe", "rescoring", "recover", "texts"},
     ),
+    "losses of recovery": ("recovery/losses.py", "\nX = 1\n", {"recover"}),
     "trying removals": ("calibration/removal_probe.py", "\nX = 1\n", {"probe", "rescoring"}),
     "measuring again": ("calibration/rescoring.py", "\nX = 1\n", {"rescoring"}),
     "scores": ("evaluation/perplexity.py", "\nX = 1\n", {"perplexity"}),
