@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import importlib.util
+import math
 import platform
 import subprocess
 from collections.abc import Callable, Collection, Iterator
@@ -91,7 +92,14 @@ def method_settings(method: Any) -> dict[str, Any]:
 
 def _fields(method: Any, described: Callable[[Method], dict[str, Any]]) -> dict[str, Any]:
     values = {field.name: getattr(method, field.name) for field in dataclasses.fields(method) if field.init}
-    return {name: described(value) if isinstance(value, Method) else value for name, value in values.items()}
+    return {name: described(value) if isinstance(value, Method) else _as_json(value) for name, value in values.items()}
+
+
+def _as_json(value: Any) -> Any:
+    """A setting as JSON has it, which knows no infinity."""
+    if isinstance(value, tuple | list):
+        return type(value)(_as_json(item) for item in value)
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _class_name(method: Any) -> str:

@@ -12,6 +12,7 @@ import textwrap
 import pytest
 from helpers.commands import ENVIRONMENT
 
+from svl.compensation.refit import Refit
 from svl.config import PACKAGE
 from svl.run import keys
 from svl.strategies.cosine import Cosine
@@ -145,3 +146,8 @@ def test_a_method_within_a_method_counts_with_its_code_and_settings():
     inner = keys.method_identity(Iterative(Sleb(samples=2)))["of"]
     assert inner == keys.method_identity(Sleb(samples=2))
     assert keys.method_settings(Iterative(Sleb(2))) == {"of": {"_target_": "svl.strategies.sleb.Sleb", "samples": 2}}
+
+
+def test_settings_are_what_strict_json_can_say():
+    settings = keys.method_settings(Refit(ridges=(0.5, float("inf"))))
+    assert json.loads(json.dumps(settings, allow_nan=False))["ridges"] == [0.5, "inf"]
