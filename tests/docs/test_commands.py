@@ -92,10 +92,8 @@ def test_a_local_llava_is_pruned_scored_and_exported_as_the_readme_says(mimic, t
     outputs = []
     for line in block.replace("=DIR", f"={mimic('llava_15_7b')}").splitlines():
         program, *words = shlex.split(line, comments=True)
-        module = {"svl": ["-m", "svl"], "svl-report": ["-m", "svl.report"], "python": []}[program]
-        done = subprocess.run(
-            [sys.executable, *module, *words], cwd=tmp_path, capture_output=True, text=True, check=False
-        )
+        start = [sys.executable] if program == "python" else [Path(sys.executable).with_name(program)]
+        done = subprocess.run([*start, *words], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{line}\n{done.stderr}"
         outputs.append(done.stdout)
     doctor, run, report, _ = outputs
