@@ -39,7 +39,7 @@ def test_completion_knows_choices(tmp_path):
     line = "svl strategy=short_lv"
     asked = {"COMP_LINE": line, "COMP_POINT": str(len(line))}
     done = run_svl("--shell-completion", "query=bash", cwd=tmp_path, **asked)
-    assert done.stdout.split() == ["strategy=short_lvlm", "strategy=short_lvlm_guarded"]
+    assert done.stdout.split() == ["strategy=short_lvlm", "strategy=short_lvlm_paper"]
 
 
 # --------------------------------------------------------------------------------------------------- mistakes
