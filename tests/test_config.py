@@ -329,7 +329,7 @@ class Greedy(Method):
         (
             "Greedy",
             "needs everything, but a strategy may only need: "
-            "attention, cosine, probe, rescoring, sublayers, weights, windows",
+            "attention, cosine, gradients, probe, rescoring, sublayers, weights, windows",
         ),
     ],
 )

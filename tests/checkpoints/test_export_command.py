@@ -120,8 +120,8 @@ def test_the_installed_command_says_how_it_is_used(tmp_path):
     done = subprocess.run([script], cwd=tmp_path, capture_output=True, text=True, check=True)
     options = {action.dest for action in export_command.command_parser()._actions} - {"help"}
     assert options == {
-        "plan", "source", "out", "patch", "trained", "protect", "shard_size", "push_to_hub", "layers", "revision", "name",
-        "trust_remote_code",
+        "plan", "source", "out", "patch", "trained", "protect", "shard_size", "push_to_hub", "layers", "revision",
+        "name", "trust_remote_code",
     }  # fmt: skip
     for option in options:
         assert f"--{option.replace('_', '-')}" in done.stdout

@@ -84,7 +84,7 @@ def test_memory_by_hand():
     assert needs["calibrate"] == needs["load"] + all_states + cosines + max(activations + two_states, compared)
     systems = (2 * 11008 * (11008 + 4096) + 2 * 11008 * 11008) * 8
     assert needs["compensate, by least squares"] == needs["load"] + 2 * 64 * 640 * 4096 * 2 + systems
-    assert needs["keep the patch of a refit"] == 24 * 4096 * (11008 + 4096) * 4
+    assert needs["keep the patch of a refit"] == 24 * 4096 * (11008 + 4096) * 2
     cache = 16 * (640 + 32) * 32 * 8192 * 2
     prompt = 16 * 640 * (3 * 11008 + 4 * 4096) * 2
     assert needs["evaluate"] == needs["load"] + cache + 16 * 32064 * 4 + prompt
