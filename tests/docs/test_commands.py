@@ -103,7 +103,7 @@ def test_a_local_llava_is_pruned_scored_and_exported_as_the_readme_says(mimic, t
     assert (tmp_path / "outputs" / "report" / "run" / "report.html").is_file()
     folders = (mimic("llava_15_7b"), tmp_path / "pruned")
     layers = [AutoConfig.from_pretrained(folder).text_config.num_hidden_layers for folder in folders]
-    assert layers[1] == layers[0] - 1
+    assert layers == [32, 26]  # a fifth of them
 
 
 @pytest.mark.parametrize("command", MARKED, ids=str)
