@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything on this page, from nothing: two to three hours on one CPU core. Interrupted, it goes on where it was.
+# Everything on this page, from nothing: hours on one CPU core. Interrupted, it goes on where it was.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 here=experiments/claims_smol_lvlm
@@ -8,7 +8,7 @@ for experiment in claims_smol_lvlm claims_smol_lvlm_tokens; do
 done
 svl -m experiment=claims_smol_lvlm_tokens calibration=prose selector=all together=8
 svl -m experiment=ablation_bridge model=smol_lvlm calibration.seed=0,1,2 name=claims_smol_lvlm_gap together=8
-scp="model=smol_lvlm strategy=short_lvlm ratio=0.2 name=claims_smol_lvlm_scp compensation.gain=-1,0.25,1"
+scp="model=smol_lvlm strategy=short_lvlm_paper ratio=0.2 name=claims_smol_lvlm_scp compensation.gain=-1,0.25,1"
 svl -m $scp compensation.rank=1,4,16 together=9
 svl -m $scp compensation.anchor=after together=3
 for experiment in claims_smol_lvlm claims_smol_lvlm_tokens claims_smol_lvlm_gap claims_smol_lvlm_scp; do
