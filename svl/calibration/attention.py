@@ -1,9 +1,10 @@
 """Attention that also measures itself: per-token sums by modality, without ever holding a T x T x heads map.
 
-Registered with transformers as attention implementation "svl". Queries are taken in chunks: each chunk's softmax gives
-the output *and*, while it is at hand, how much attention every key received and every query paid, per modality and
-averaged over heads. Keys to the right of a causal chunk are skipped. The maps are those of eager attention (softmax in
-fp32), so the statistics equal `output_attentions=True` with `attn_implementation="eager"`.
+Registered with transformers as attention implementation "svl". On CUDA, a fused kernel takes the sums beside "sdpa".
+Elsewhere queries are taken in chunks: each chunk's softmax gives the output *and*, while it is at hand, how much
+attention every key received and every query paid, per modality and averaged over heads. Keys to the right of a causal
+chunk are skipped. The maps are those of eager attention (softmax in fp32), so the statistics equal
+`output_attentions=True` with `attn_implementation="eager"`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from svl.core import SvlError
+from svl.models.devices import runs_triton
 from svl.models.transformers_internals import swap_decoder_attention
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 NAME = "svl"
 CHUNK = 64  # queries at a time on the CPU: fast, and temporary memory of B x H x 64 x T
-LARGE_CHUNK = 256  # on accelerators, which small products leave idle
+LARGE_CHUNK = 256  # on other accelerators than CUDA, which small products leave idle
 WAY_OUT = "choose a selector that needs none and set calibration.statistics=[cosine]"
 
 
@@ -138,21 +140,50 @@ def measured_attention(
     """
     if options.get("s_aux") is not None:
         raise SvlError(f"attention sinks leave no plain softmax map to measure; {WAY_OUT}")
-    b, h, t, d = query.shape
-    h_kv, k = key.shape[1], key.shape[2]
+    t, k = query.shape[2], key.shape[2]
     causal = _is_causal(module, attention_mask, t, options.get("is_causal"))
     meter, layer = _current_meter(module, t, k)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    softcap = options.get("softcap")
+    modality = None if meter is None else meter.modality_on(query.device)
+    if modality is not None and softcap is None and runs_triton(query.device):
+        from svl.calibration import kernels
+
+        sdpa = AttentionInterface()["sdpa"]
+        asked = {"scaling": scaling, "is_causal": options.get("is_causal")}
+        output, _ = sdpa(module, query, key, value, attention_mask, **asked)
+        received, emitted = kernels.attention_sums(query, key, attention_mask, causal, scaling, modality)
+    else:
+        scaled = query * scaling
+        output, received, emitted = _in_chunks(scaled, key, value, attention_mask, causal, softcap, modality)
+    if meter is not None:
+        meter.keep(layer, received, emitted, meter.visible(attention_mask, causal, query.device))
+    return output, None
+
+
+def _in_chunks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    softcap: float | None,
+    modality: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output [B, T, H, D] for queries that are scaled already; received and emitted, 0 without a `modality`."""
+    b, h, t, d = query.shape
+    h_kv, k = key.shape[1], key.shape[2]
     received, emitted = query.new_zeros(b, 2, k, dtype=torch.float32), query.new_zeros(b, 2, t, dtype=torch.float32)
-    grouped = query.reshape(b, h_kv, h // h_kv, t, d) * (d**-0.5 if scaling is None else scaling)
-    outputs, modality = [], None if meter is None else meter.modality_on(query.device)
+    grouped = query.reshape(b, h_kv, h // h_kv, t, d)
+    outputs = []
     chunk = CHUNK if query.device.type == "cpu" else LARGE_CHUNK
     for start in range(0, t, chunk):
         stop = min(start + chunk, t)
         seen = stop if causal and t == k else k
-        score = _scores(grouped[..., start:stop, :], key[:, :, :seen], options.get("softcap"))
+        score = _scores(grouped[..., start:stop, :], key[:, :, :seen], softcap)
         hidden = None
-        if attention_mask is not None:
-            hidden = ~attention_mask[:, :, None, start:stop, :seen]
+        if mask is not None:
+            hidden = ~mask[:, :, None, start:stop, :seen]
         elif causal:
             hidden = torch.ones(stop - start, seen, dtype=torch.bool, device=query.device).triu(1 + start)
         if hidden is not None:
@@ -164,9 +195,7 @@ def measured_attention(
             emitted[..., start:stop] = modality[..., :seen] @ mean.mT
         p = p.to(value.dtype).view(b, h_kv, -1, seen)
         outputs.append((p @ value[:, :, :seen]).view(b, h, stop - start, -1))
-    if meter is not None:
-        meter.keep(layer, received, emitted, meter.visible(attention_mask, causal, query.device))
-    return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
+    return torch.cat(outputs, 2).transpose(1, 2).contiguous(), received, emitted
 
 
 def _is_causal(module: Any, mask: Tensor | None, t: int, asked: bool | None) -> bool:

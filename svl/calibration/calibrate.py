@@ -6,7 +6,7 @@ model does not depend on the number of samples; selectors, ratios and strategies
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from svl.calibration.hooks import cosine_hooks, run_decoder, state_hooks, sublay
 from svl.core import Stats, TokenSelector, TokenTrace, checked_weights, no_selected_token
 from svl.core.errors import out_of_memory
 from svl.data.samples import Sample, Samples
+from svl.models.devices import fetched
 from svl.models.lvlm import Lvlm, Progress
 from svl.processes import all_or_none, my_share
 
@@ -58,7 +59,8 @@ def calibrate(
 
     def measure() -> Iterator[list[TokenTrace]]:
         mine = [batches[n] for n in numbers]
-        return lvlm.map(lambda model, batch: measure_batch(model, batch, statistics), mine, show, "calibrate")
+        measured = lvlm.map(lambda model, batch: measure_batch(model, batch, statistics), mine, show, "calibrate")
+        return (batch.traces() for batch in _one_behind(measured))
 
     def write(folder: Path) -> None:
         for number, batch in zip(numbers, measure(), strict=True):
@@ -114,9 +116,37 @@ class TraceFolder:
                 yield TokenTrace(index=index, **fields)
 
 
+def _one_behind(measured: Iterable[MeasuredBatch]) -> Iterator[MeasuredBatch]:
+    """The same, each when the next has been asked of the device: so it need not wait for what is done with the last."""
+    last: MeasuredBatch | None = None
+    for batch in measured:
+        if last is not None:
+            yield last
+        last = batch
+    if last is not None:
+        yield last
+
+
+@dataclass(frozen=True)
+class MeasuredBatch:
+    """What one forward pass measured of a batch, on its way to the CPU."""
+
+    samples: Sequence[Sample]
+    values: Callable[[], dict[str, Tensor]]
+
+    def traces(self) -> list[TokenTrace]:
+        """Traces of the samples, on the CPU; the device is waited for."""
+        values = self.values()
+        present, visual = values.pop("present"), values.pop("visual")
+        return [
+            TokenTrace(sample.row, visual[b][here], **{name: value[b][..., here] for name, value in values.items()})
+            for b, (sample, here) in enumerate(zip(self.samples, present, strict=True))
+        ]
+
+
 @torch.inference_mode()
-def measure_batch(lvlm: Lvlm, batch: Sequence[Sample], statistics: Sequence[str]) -> list[TokenTrace]:
-    """Traces of one batch of samples (on the CPU), from one forward pass."""
+def measure_batch(lvlm: Lvlm, batch: Sequence[Sample], statistics: Sequence[str]) -> MeasuredBatch:
+    """Statistics of one batch of samples, from one forward pass."""
     cosines: dict[int, Tensor] = {}
     states: dict[int, Tensor] = {}
     parts: dict[int, Tensor] = {}
@@ -136,25 +166,20 @@ def measure_batch(lvlm: Lvlm, batch: Sequence[Sample], statistics: Sequence[str]
     for measured in filter(None, (cosines, parts)):
         for i in set(layers) - set(measured):  # it did not run, so what enters it leaves it
             measured[i] = torch.ones_like(next(iter(measured.values())))
-    whole: dict[str, Tensor] = {}  # [B, L, ..., T]
+    whole = {"present": present, "visual": visual}  # statistics: [B, L, ..., T]
     if cosines:
-        whole["cosine"] = torch.stack([cosines[i].to(lvlm.device) for i in layers], 1).cpu()
+        whole["cosine"] = torch.stack([cosines[i].to(lvlm.device) for i in layers], 1)
     if parts:
-        whole["sublayers"] = torch.stack([parts[i].to(lvlm.device) for i in layers], 2).cpu()
+        whole["sublayers"] = torch.stack([parts[i].to(lvlm.device) for i in layers], 2)
     if states:
-        whole["windows"] = window_cosines([states[i] for i in range(len(layers) + 1)]).cpu()
+        whole["windows"] = window_cosines([states[i] for i in range(len(layers) + 1)])
     if meter is not None:
         meter.check_layers(len(layers))
         for name in ("received", "emitted", "queries", "keys"):
             per_layer = {i: x.to(lvlm.device) for i, x in getattr(meter, name).items()}
             same = name in ("queries", "keys") and all(_equal(per_layer[0], per_layer[i]) for i in layers)
-            whole[name] = torch.stack([per_layer[i] for i in (range(1) if same else layers)], 1).cpu()
-    traces = []
-    for b, sample in enumerate(batch):
-        here = present[b].cpu()
-        fields = {name: values[b][..., here] for name, values in whole.items()}
-        traces.append(TokenTrace(sample.row, visual[b].cpu()[here], **fields))
-    return traces
+            whole[name] = torch.stack([per_layer[i] for i in (range(1) if same else layers)], 1)
+    return MeasuredBatch(batch, fetched(whole, lvlm.device))
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

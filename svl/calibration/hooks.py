@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from svl.core import SvlError, one_of
+from svl.models.devices import runs_triton
 from svl.models.lvlm import Lvlm
 
 
@@ -40,26 +41,42 @@ def first_output(output: Any) -> Tensor:
 @contextmanager
 def cosine_hooks(lvlm: Lvlm, cosines: dict[int, Tensor]) -> Iterator[None]:
     """Within the block, forward passes put cos(h_i, h_{i+1}) [B, T] (fp32) into `cosines[i]`, if layer i runs."""
-    newest: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []  # a state, and itself in fp32 with its norms
-
-    def widened(x: Tensor) -> tuple[Tensor, Tensor]:
-        if not newest or newest[0][0] is not x:  # what leaves layer i enters layer i + 1
-            wide = x.float()
-            newest[:] = [(x, (wide, torch.linalg.vector_norm(wide, dim=-1)))]
-        return newest[0][1]
+    cosine_of = _RowCosines()
 
     def hook(i: int) -> Callable[..., None]:
         def measure_cosine(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            before, size_before = widened(first_argument(args, kwargs))
-            after, size_after = widened(first_output(output))
-            before, size_before = before.to(after.device), size_before.to(after.device)  # the layer's own
-            size = (size_before * size_after).clamp(min=torch.finfo(torch.float32).tiny)  # 0 for zero states
-            cosines[i] = torch.linalg.vecdot(before, after) / size
+            cosines[i] = cosine_of(first_argument(args, kwargs), first_output(output))
 
         return measure_cosine
 
     with hooked(layer.register_forward_hook(hook(i), with_kwargs=True) for i, layer in enumerate(lvlm.layers)):
         yield
+
+
+class _RowCosines:
+    """Cosines [B, T] of states [B, T, d] that follow each other, in fp32 on the device of the later; 0 for zero states.
+
+    In one reading of both on CUDA; elsewhere a state is widened once, though it leaves one layer and enters the next.
+    """
+
+    def __init__(self) -> None:
+        self._newest: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
+
+    def __call__(self, before: Tensor, after: Tensor) -> Tensor:
+        if runs_triton(after.device):
+            from svl.calibration import kernels
+
+            return kernels.row_cosines(before.to(after.device), after)
+        wide, size = (x.to(after.device) for x in self._widened(before))
+        wide_after, size_after = self._widened(after)
+        return torch.linalg.vecdot(wide, wide_after) / (size * size_after).clamp(min=torch.finfo(torch.float32).tiny)
+
+    def _widened(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """A state in fp32, and the norms of its vectors."""
+        if self._newest is None or self._newest[0] is not x:
+            wide = x.float()
+            self._newest = (x, (wide, torch.linalg.vector_norm(wide, dim=-1)))
+        return self._newest[1]
 
 
 @contextmanager

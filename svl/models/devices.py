@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import platform
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import torch
@@ -71,6 +73,32 @@ def moved(value: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and value.device.type == "cpu":
         return value.pin_memory().to(device, non_blocking=True)
     return value.to(device)
+
+
+def fetched(values: dict[str, Tensor], device: torch.device) -> Callable[[], dict[str, Tensor]]:
+    """Starts to copy what a device computes to the CPU; calling what it gives waits for the copies.
+
+    On CUDA the device works on meanwhile. On others, everything is waited for at once.
+    """
+    if device.type != "cuda":
+        copies = {name: value.cpu() for name, value in values.items()}
+        return lambda: copies
+    copies = {name: value.to("cpu", non_blocking=True) for name, value in values.items()}
+    with torch.cuda.device(device):
+        arrived = torch.cuda.Event()
+        arrived.record()
+
+    def wait() -> dict[str, Tensor]:
+        arrived.synchronize()
+        return copies
+
+    return wait
+
+
+@cache
+def runs_triton(device: torch.device) -> bool:
+    """Whether kernels in Triton, which comes with PyTorch's CUDA builds, run on a device."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def device_facts(device: torch.device, batch_size: int) -> dict[str, Any]:

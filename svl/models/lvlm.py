@@ -197,10 +197,10 @@ class Lvlm:
         """What the processor is given for images: a list per prompt, which every processor takes, or nothing."""
         if images and (len(images) != len(texts) or not all(isinstance(given, list | tuple) for given in images)):
             raise SvlError(f"images must come as one list for each of the {len(texts)} prompts, empty for none")
-        from svl.models.processors import PICTURE_FIRST
+        from svl.models.processors import puts_picture_first
 
         counts = [len(given) for given in images]
-        if isinstance(self.processor, PICTURE_FIRST) and set(counts) - {1}:
+        if puts_picture_first(self.processor) and set(counts) - {1}:
             raise SvlError(f"'{self.name}' takes one image before every prompt; these have {counts}")
         if self.needs_equal_images and len(set(counts)) > 1:
             raise SvlError(
@@ -217,9 +217,9 @@ class Lvlm:
             return {}
         if getattr(self.processor, "video_processor", None) is None:
             raise SvlError(f"'{self.name}' takes no videos: its processor has no part for them")
-        from svl.models.processors import IMAGES_OR_VIDEOS
+        from svl.models.processors import reads_images_or_videos
 
-        if any(images) and isinstance(self.processor, IMAGES_OR_VIDEOS):
+        if any(images) and reads_images_or_videos(self.processor):
             raise SvlError(f"'{self.name}' takes no images beside videos in one batch; give it one by one")
         shown = [list(map(open_picture, frames)) for frames in videos if frames]
         times = [

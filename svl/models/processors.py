@@ -9,16 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import (
     AutoProcessor,
-    Blip2Processor,
-    FuyuProcessor,
-    Glm4vProcessor,
     InstructBlipProcessor,
     Kosmos2_5Processor,
     MllamaProcessor,
-    Molmo2Processor,
     PaliGemmaProcessor,
     ProcessorMixin,
-    SmolVLMProcessor,
 )
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
@@ -30,10 +25,23 @@ if TYPE_CHECKING:
 
 KIND = "image_processor_type"  # the setting that names another class
 CLASS_TOKEN = ("clip_vision_model",)  # towers that put a token of their own before those of the patches
-# These put a picture before the prompt themselves; no mark in its text says where.
-PICTURE_FIRST = (Blip2Processor, FuyuProcessor, InstructBlipProcessor, Kosmos2_5Processor)
-# Of these, or of their models, one call reads images or videos.
-IMAGES_OR_VIDEOS = (Glm4vProcessor, Molmo2Processor, SmolVLMProcessor)
+# By name, as not every version of transformers has all of them.
+PICTURE_FIRST = {"Blip2Processor", "FuyuProcessor", "InstructBlipProcessor", "Kosmos2_5Processor"}
+IMAGES_OR_VIDEOS = {"Glm4vProcessor", "Molmo2Processor", "SmolVLMProcessor"}
+
+
+def puts_picture_first(processor: Any) -> bool:
+    """Whether a processor puts a picture before the prompt itself; no mark in the text says where."""
+    return _is_one_of(processor, PICTURE_FIRST)
+
+
+def reads_images_or_videos(processor: Any) -> bool:
+    """Whether one call of a processor, or of its model, reads images or videos, and not both."""
+    return _is_one_of(processor, IMAGES_OR_VIDEOS)
+
+
+def _is_one_of(processor: Any, names: Collection[str]) -> bool:
+    return any(kind.__name__ in names for kind in type(processor).__mro__)
 
 
 def read_processor(

@@ -16,7 +16,7 @@ from typing import Any
 
 from svl.core.errors import one_of
 from svl.models.lvlm import Lvlm
-from svl.models.processors import PICTURE_FIRST, with_settings
+from svl.models.processors import puts_picture_first, with_settings
 
 TEMPLATES = Path(__file__).parent / "prompt_templates"
 STYLES = ("chat", "paligemma", "plain", "vicuna_v1")  # chat: the checkpoint's own
@@ -45,7 +45,7 @@ def with_prompt_style(lvlm: Lvlm, style: str, image_processor: Mapping[str, Any]
     one_of("model.prompt", style, STYLES)
     processor = copy.copy(lvlm.processor)
     if style != "chat":
-        mark = "" if isinstance(processor, PICTURE_FIRST) else getattr(processor, "image_token", None) or "<image>"
+        mark = "" if puts_picture_first(processor) else getattr(processor, "image_token", None) or "<image>"
         processor.chat_template = style_template(style, mark)
     if image_processor:
         images: Any = getattr(processor, "image_processor", None)

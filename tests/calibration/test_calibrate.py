@@ -273,7 +273,7 @@ def test_massive_activations_in_half_precision_give_correct_cosines(dtype, llava
     states: list[torch.Tensor] = []
     for layer in lvlm.layers:
         layer.register_forward_hook(lambda _, args, out: states.extend([args[0][0], out[0]]))
-    (trace,) = measure_batch(lvlm, samples.samples[:1], STATISTICS)
+    (trace,) = measure_batch(lvlm, samples.samples[:1], STATISTICS).traces()
     assert states[-1].dtype == dtype
     assert states[-1].abs().max() >= 1e4
     tokens = [[h.double().tolist() for h in state] for state in states]
@@ -287,7 +287,7 @@ def test_a_zero_state_has_cosine_zero(llama, make_samples):
     model = copy.deepcopy(llama.model)
     model.get_input_embeddings().weight.data[2] = 0
     lvlm = Lvlm(model, llama.processor, llama.anatomy)
-    (trace,) = measure_batch(lvlm, make_samples([4], image=False).samples, ["cosine"])
+    (trace,) = measure_batch(lvlm, make_samples([4], image=False).samples, ["cosine"]).traces()
     assert trace.cosine is not None
     assert trace.cosine[0, 0] == 0
     assert trace.cosine.isfinite().all()
@@ -310,7 +310,7 @@ def test_results_do_not_depend_on_batch_size_or_padding(vlm, make_samples, lengt
 def test_samples_with_and_without_pictures_share_a_batch(vlm, make_samples):
     seen, unseen = make_samples([4, 8]).samples[0], make_samples([4, 8], image=False).samples[1]
     mixed = calibrate(vlm, Samples("mixed", (seen, unseen)))
-    alone = [measure_batch(vlm, [sample], ["cosine"])[0] for sample in (seen, unseen)]
+    alone = [measure_batch(vlm, [sample], ["cosine"]).traces()[0] for sample in (seen, unseen)]
     assert [bool(t.visual.any()) for t in mixed.traces] == [True, False]
     for a, b in zip(mixed.traces, alone, strict=True):
         torch.testing.assert_close(a.cosine, b.cosine, atol=1e-5, rtol=0)
@@ -345,7 +345,7 @@ def test_many_samples_keep_their_order_in_a_folder(llama, make_samples, tmp_path
 
 
 def test_only_what_is_asked_for_is_measured(llava, samples):
-    (a,), (b,) = (measure_batch(llava, samples.samples[:1], [what]) for what in ("cosine", "attention"))
+    (a,), (b,) = (measure_batch(llava, samples.samples[:1], [what]).traces() for what in ("cosine", "attention"))
     assert a.cosine is not None
     assert a.received is None
     assert b.received is not None
