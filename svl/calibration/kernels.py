@@ -49,10 +49,10 @@ def attention_sums(
     mask_strides = (seen.stride(0), seen.stride(2), seen.stride(3)) if mask is not None else (0, 0, 0)
     given = (query, key, seen, modality, normaliser)
     strides = (*query.stride(), *key.stride(), *mask_strides)
-    sizes = (h, h // key.shape[1], t, d, scaling)
+    sizes = (h // key.shape[1], t, d, scaling)
     options: dict[str, Any] = block_sizes(d, query.element_size())
     options |= {"masked": mask is not None, "causal": causal}
-    grid = (triton.cdiv(t, options["rows"]), b * h)
+    grid = (triton.cdiv(t, options["rows"]), h, b)
     with torch.cuda.device_of(query):
         emitted_by_head[grid](*given, emitted, *strides, *sizes, **options)
         received_by_head[grid](*given, received, *strides, *sizes, **options)
@@ -92,8 +92,7 @@ def _load_rows(start_at, stride_t, stride_d, at, t, d, width: tl.constexpr):
 
 
 @triton.jit
-def _scores(q, k, i, j, t, scaling, mask_at, mask_i, mask_j,
-            masked: tl.constexpr, causal: tl.constexpr):  # fmt: skip
+def _scores(q, k, i, j, t, scaling, mask_at, mask_i, mask_j, masked: tl.constexpr, causal: tl.constexpr):
     """Scores of queries `i` and keys `j`, -inf where a query does not look and beyond the last token."""
     score = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
     visible = (i[:, None] < t) & (j[None, :] < t)
@@ -106,14 +105,34 @@ def _scores(q, k, i, j, t, scaling, mask_at, mask_i, mask_j,
 
 @triton.jit
 def emitted_by_head(
-    q_at, k_at, mask_at, modality_at, normaliser_at, out_at,
-    q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d,
-    mask_b, mask_i, mask_j, heads, group, t, d, scaling,
-    width: tl.constexpr, rows: tl.constexpr, masked: tl.constexpr, causal: tl.constexpr,
-):  # fmt: skip
+    q_at,
+    k_at,
+    mask_at,
+    modality_at,
+    normaliser_at,
+    out_at,
+    q_b,
+    q_h,
+    q_t,
+    q_d,
+    k_b,
+    k_h,
+    k_t,
+    k_d,
+    mask_b,
+    mask_i,
+    mask_j,
+    group,
+    t,
+    d,
+    scaling,
+    width: tl.constexpr,
+    rows: tl.constexpr,
+    masked: tl.constexpr,
+    causal: tl.constexpr,
+):
     """A block of queries of one head: log of the sum of exp(score), and what they pay to each modality."""
-    b = (tl.program_id(1) // heads).to(tl.int64)
-    h = tl.program_id(1) % heads
+    h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     first = tl.program_id(0) * rows
     i = first + tl.arange(0, rows)
     q = _load_rows(q_at + b * q_b + h * q_h, q_t, q_d, i, t, d, width)
@@ -138,7 +157,7 @@ def emitted_by_head(
         visual = visual * shrink + tl.sum(p * is_visual[None, :], 1)
         textual = textual * shrink + tl.sum(p * is_textual[None, :], 1)
         top = higher
-    row = tl.program_id(1).to(tl.int64)
+    row = b * tl.num_programs(1) + h
     nothing = whole == 0.0
     tl.store(normaliser_at + row * t + i, tl.where(nothing, 0.0, top + tl.log(whole)), i < t)
     whole = tl.where(nothing, 1.0, whole)
@@ -148,15 +167,35 @@ def emitted_by_head(
 
 @triton.jit
 def received_by_head(
-    q_at, k_at, mask_at, modality_at, normaliser_at, out_at,
-    q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d,
-    mask_b, mask_i, mask_j, heads, group, t, d, scaling,
-    width: tl.constexpr, rows: tl.constexpr, masked: tl.constexpr, causal: tl.constexpr,
-):  # fmt: skip
+    q_at,
+    k_at,
+    mask_at,
+    modality_at,
+    normaliser_at,
+    out_at,
+    q_b,
+    q_h,
+    q_t,
+    q_d,
+    k_b,
+    k_h,
+    k_t,
+    k_d,
+    mask_b,
+    mask_i,
+    mask_j,
+    group,
+    t,
+    d,
+    scaling,
+    width: tl.constexpr,
+    rows: tl.constexpr,
+    masked: tl.constexpr,
+    causal: tl.constexpr,
+):
     """A block of keys of one head: what they get from each modality."""
-    b = (tl.program_id(1) // heads).to(tl.int64)
-    h = tl.program_id(1) % heads
-    row = tl.program_id(1).to(tl.int64)
+    h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    row = b * tl.num_programs(1) + h
     first = tl.program_id(0) * rows
     j = first + tl.arange(0, rows)
     k = _load_rows(k_at + b * k_b + (h // group) * k_h, k_t, k_d, j, t, d, width)
