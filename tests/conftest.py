@@ -78,6 +78,7 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     gc.freeze()  # what was imported stays: the collector need not look at it again and again
+    gc.set_threshold(20_000)  # nor at every thousandth object that a configuration is made of
 
 
 @pytest.fixture

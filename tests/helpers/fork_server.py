@@ -62,6 +62,7 @@ SERVER = textwrap.dedent("""
     where = ("benchmark=demo", "tracker=none", "paths.store=store", "paths.outputs=out")
     run_svl("strategy=short_lvlm", "benchmark.limit=1", *where, *SMALL, cwd=sys.argv[1])
     gc.freeze()
+    gc.set_threshold(20_000)
     print("ready", flush=True)
     for line in sys.stdin:
         question = json.loads(line)
