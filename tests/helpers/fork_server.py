@@ -21,7 +21,7 @@ from helpers.paths import ROOT
 SERVER = textwrap.dedent("""
     import atexit, gc, json, os, signal, sys, threading
     import svl.cli
-    from helpers.commands import SMALL, run_svl
+    from helpers.commands import SMALL, hydra_not_asked_for_its_mode, run_svl
 
     CHANGES = ("os.rename", "os.mkdir", "os.remove", "os.rmdir")
     WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -44,7 +44,8 @@ SERVER = textwrap.dedent("""
         sys.addaudithook(count)
         status = 0
         try:
-            svl.cli.main()
+            with hydra_not_asked_for_its_mode():
+                svl.cli.main()
         except SystemExit as end:
             status = end.code
         with open(f"events-{os.getpid()}", "w") as file:
