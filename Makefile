@@ -24,10 +24,10 @@ demo: .venv/.demo  ## prune the bundled LVLM at three ratios with six strategies
 	$(BIN)/svl-report experiment=demo
 
 test: .venv/.ready lint  ## lint, type check and the whole test suite
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 coverage: .venv/.ready  ## the test suite with the coverage of every module (slower)
-	$(BIN)/python -m pytest -n 2 --cov
+	$(BIN)/python -m pytest -n 2 --dist worksteal --cov
 
 lint: .venv/.ready  ## ruff, mypy and the contracts on imports
 	$(BIN)/ruff check .

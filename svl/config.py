@@ -14,6 +14,7 @@ import inspect
 import os
 import typing
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,9 @@ def _accelerators() -> int:
     return max(1, accelerator.device_count())
 
 
+_type_hints = cache(typing.get_type_hints)  # evaluating them takes a millisecond
+
+
 def build_method(node: DictConfig, group: str, where: str | None = None) -> Any:
     """The object that a method group describes: its `_target_` dataclass with the node's other keys as fields.
 
@@ -124,7 +128,7 @@ def _build_inner(node: Any, group: str, by_name: bool, where: str) -> Any:
 def _method_fields(cls: type) -> dict[str, tuple[str, bool]]:
     """The fields of a method that hold methods themselves -> their group, and whether they are several by name."""
     groups = {kind: group for group, kind in METHODS.items()}
-    hints, found = typing.get_type_hints(cls), {}
+    hints, found = _type_hints(cls), {}
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
         by_name = typing.get_origin(hint) is Mapping
@@ -165,7 +169,7 @@ def _find_class(target: str, group: str, where: str) -> type[Method]:
 
 def _schema(cls: type) -> type:
     """A mutable twin of a frozen dataclass, with tuples as lists and without methods: what OmegaConf can type-check."""
-    hints, inner = typing.get_type_hints(cls), _method_fields(cls)
+    hints, inner = _type_hints(cls), _method_fields(cls)
     fields: list[Any] = []
     for f in dataclasses.fields(cls):
         if not f.init or f.name in inner:
@@ -314,7 +318,7 @@ def check_known(cfg: DictConfig, kind: type = Svl, where: str = "") -> None:
             known = [where + name for name in fields]
             hint = did_you_mean(where + key, known)
             raise SvlError(f"there is no setting '{where}{key}'{hint}; known here: {', '.join(known)}")
-        if dataclasses.is_dataclass(inner := typing.get_type_hints(kind)[key]):
+        if dataclasses.is_dataclass(inner := _type_hints(kind)[key]):
             check_known(cfg[key], typing.cast(type, inner), f"{where}{key}.")
 
 

@@ -18,6 +18,7 @@ import importlib.util
 import os
 import sys
 from dataclasses import dataclass
+from functools import cache
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
@@ -51,8 +52,7 @@ def find_plugins() -> list[Plugin]:
     """
     entries = [entry.strip() for entry in os.environ.get(VARIABLE, "").split(",")]
     plugins = [_plugin_of_folder(entry) if _is_path(entry) else _plugin_of_module(entry) for entry in entries if entry]
-    installed = importlib.metadata.entry_points(group=ENTRY_POINTS)
-    plugins += [_plugin_of_module(point.value.partition(":")[0]) for point in installed]
+    plugins += map(_plugin_of_module, _installed(tuple(sys.path)))
     return list({plugin.name: plugin for plugin in reversed(plugins)}.values())[::-1]
 
 
@@ -85,6 +85,12 @@ def plugin_folder(name: str) -> str:
             return str(plugin.folder)
     known = ", ".join(plugin.name for plugin in plugins) or "none"
     raise SvlError(f"there is no folder of a plugin '{name}'; plugins are: {known} (see {VARIABLE})")
+
+
+@cache
+def _installed(path: tuple[str, ...]) -> list[str]:
+    """The modules that entry points name. Kept for each `sys.path`: the metadata of every package is read for it."""
+    return [point.value.partition(":")[0] for point in importlib.metadata.entry_points(group=ENTRY_POINTS)]
 
 
 def _is_path(entry: str) -> bool:

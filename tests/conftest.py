@@ -8,6 +8,7 @@ start at once.
 from __future__ import annotations
 
 import atexit
+import gc
 import io
 import json
 import os
@@ -73,6 +74,11 @@ def pytest_collection_modifyitems(items):
             name = parameters.get("family") or parameters["name"]
             if family := FAMILIES.get(name, name):
                 item.user_properties.append(("column", [family, list(mark.args)]))
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what was imported stays: the collector need not look at it again and again
+    gc.set_threshold(20_000)  # nor at every thousandth object that a configuration is made of
 
 
 @pytest.fixture

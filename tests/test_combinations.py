@@ -36,15 +36,17 @@ COMBINATIONS = [row for row in ROWS.values() if (row["model"], row["selector"]) 
 
 @pytest.fixture(scope="module")
 def calibrated(request, make_samples):
-    """A model, its samples and their statistics, by name."""
+    """A model, its samples, their statistics (with sub-layers if asked for) and their probe, by the model's name."""
     kept = {}
 
-    def of(name: str):
-        if name not in kept:
+    def of(name: str, sublayers: bool):
+        if (name, sublayers) not in kept:
             lvlm = request.getfixturevalue(name)
             samples = make_samples([13] * 6, image=False) if name == "llama" else make_samples([3, 9, 5, 7])
-            kept[name] = (lvlm, samples, calibrate(lvlm, samples))
-        return kept[name]
+            more = {"statistics": ("cosine", "windows", "sublayers", "attention")} if sublayers else {}
+            measured = calibrate(lvlm, samples, **more)
+            kept[name, sublayers] = (lvlm, samples, measured, ModelProbe(lvlm, samples))
+        return kept[name, sublayers]
 
     return of
 
@@ -53,10 +55,8 @@ def calibrated(request, make_samples):
 def test_the_pruned_model_is_the_dense_one_that_skips_layers_and_adds_the_patch(chosen, calibrated, encode):
     """Folding equals doing on the way what the patch says: see helpers.references.compensated."""
     strategy, selector, compensation = (method(group, chosen[group]) for group in GROUPS)
-    lvlm, samples, measured = calibrated(chosen["model"])
-    if "sublayers" in strategy.needs:
-        measured = calibrate(lvlm, samples, statistics=("cosine", "windows", "sublayers", "attention"))
-    stats = replace(select(measured, selector), probe=ModelProbe(lvlm, samples))
+    lvlm, samples, measured, probe = calibrated(chosen["model"], "sublayers" in strategy.needs)
+    stats = replace(select(measured, selector), probe=probe)
     hidden = Activations(lvlm, samples, stats)
     plan = strategy.plan(replace(stats, rescoring=ModelRescoring(hidden, compensation)), 2)
     joint = chosen["strategy"] in ("sublayer_cosine", "block_pruner")  # attention and MLP of one layer are the layer

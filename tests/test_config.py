@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -58,20 +60,35 @@ def test_every_file_is_looked_at():
     assert [p.name for p in config.CONF.glob("*.yaml")] == ["config.yaml"]
 
 
-@pytest.mark.parametrize(("group", "choice"), CHOICES)
-def test_every_choice_composes_and_binds(group, choice):
-    cfg = compose(f"{group}={choice}")
-    if group in config.METHODS:
-        assert cfg[group]["_target_"].startswith("svl.")
-        for method in config.METHODS:  # a strategy brings others
-            config.build_method(cfg[method], method)
-    assert OmegaConf.missing_keys(cfg) == ({f"{group}.path"} if choice == "local" else set())  # to be given by the user
+def rows_of_choices() -> Iterator[dict[str, str]]:
+    """A choice of many groups at once, each in one of the rows; experiments alone, and apart from strategies what these
+    bring themselves."""
+    brought = {"selector", "compensation"}
+    for groups in (brought, {"experiment"}, {group for group, _ in CHOICES} - brought - {"experiment"}):
+        columns = ([choice for choice in CHOICES if choice[0] == group] for group in sorted(groups))
+        for row in itertools.zip_longest(*columns):
+            yield dict(choice for choice in row if choice)
+
+
+@pytest.mark.parametrize("row", rows_of_choices(), ids=lambda row: "-".join(row.values()))
+def test_every_choice_composes_and_binds(row):
+    cfg = compose(*(f"{group}={choice}" for group, choice in row.items()))
+    for method in config.METHODS:  # a strategy brings others
+        assert cfg[method]["_target_"].startswith("svl.")
+        config.build_method(cfg[method], method)
+    to_be_given = {f"{group}.path" for group, choice in row.items() if choice == "local"}
+    assert OmegaConf.missing_keys(cfg) == to_be_given
 
 
 @cache
 def experiment(name: str) -> DictConfig:
     """An experiment with its `hydra` part, to be read."""
     return compose(f"experiment={name}", with_hydra=True)
+
+
+def sweep(name: str) -> dict[str, str]:
+    """What an experiment sweeps over."""
+    return dict(experiment(name).hydra.sweeper.get("params") or {})
 
 
 def swept_values(key: str, values: str) -> list[str]:
@@ -87,10 +104,11 @@ def test_every_experiment_and_every_value_it_sweeps_over_is_valid(name):
     cfg = experiment(name)
     assert cfg.name != "run"  # or its runs would end up in the report of single runs
     assert cfg.hydra.mode is None  # run with -m; Hydra 1.4 refuses a mode in a file
-    swept = [swept_values(key, values) for key, values in (cfg.hydra.sweeper.get("params") or {}).items()]
-    jobs = max(map(len, swept), default=1)
+    swept = {key: swept_values(key, values) for key, values in sweep(name).items()}
+    alike = sweep(name.removesuffix("_demo")) if name in TWINS else {}  # whose values are valid there
+    jobs = max((len(words) for key, words in swept.items() if sweep(name)[key] != alike.get(key)), default=1)
     for job in range(jobs):  # every value in one of them
-        config.validate_config(compose(f"experiment={name}", *(words[job % len(words)] for words in swept)))
+        config.validate_config(compose(f"experiment={name}", *(words[job % len(words)] for words in swept.values())))
 
 
 PAGES = {page.parent.name: page.read_text() for page in (ROOT / "experiments").glob("*/README.md")}

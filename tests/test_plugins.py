@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import sys
 import textwrap
@@ -107,9 +106,11 @@ def test_wrong_folder_is_one_line_on_the_command_line(tmp_path):
 
 
 def test_installed_packages_are_found_by_their_entry_points(folder, monkeypatch):
+    installed = folder / "mine-1.0.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    (installed / "entry_points.txt").write_text("[svl.plugins]\nmine = my_methods\n")
     monkeypatch.syspath_prepend(str(folder))
-    point = importlib.metadata.EntryPoint("mine", "my_methods", plugins.ENTRY_POINTS)
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [point] if group == "svl.plugins" else [])
     monkeypatch.delenv("SVL_PLUGINS", raising=False)
     (found,) = plugins.find_plugins()
     assert (found.name, found.folder) == ("my_methods", folder / "my_methods")

@@ -27,7 +27,7 @@ SCRIPT = """
     if sys.argv[1] == "wait":
         processes.gather_values(sys.stdin.readline())
     elif processes.process_rank() == 0:
-        time.sleep(2 * processes.SILENCE)
+        time.sleep(1.5 * processes.SILENCE)
 """
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.references import rebuilt_loss
+from helpers.references import rebuilt_losses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,14 +28,16 @@ def plain(make_samples):
     return Samples("plain", tuple(replace(e, plain=True, images=()) for e in make_samples([5, 9, 12]).samples))
 
 
-@pytest.mark.parametrize("memory", [0, 2**31])
-def test_losses_are_those_of_rebuilt_models(lm, samples, memory):
-    probe = ModelProbe(lm, samples, memory=memory)
+def test_losses_are_those_of_rebuilt_models(lm, samples):
+    """With and without the memory to keep states."""
+    probes = [ModelProbe(lm, samples, memory=memory) for memory in (0, 2**31)]
     for removed in ((), (1,), (1, 3), (0, 3), (2,)):  # deeper, and back again
-        rest = [i for i in range(4) if i not in removed]
-        base, losses = probe.losses(removed, rest[:-1])
-        assert base == pytest.approx(rebuilt_loss(lm, samples, removed), abs=1e-5)
-        assert losses == pytest.approx({i: rebuilt_loss(lm, samples, (*removed, i)) for i in rest[:-1]}, abs=1e-5)
+        tried = [i for i in range(4) if i not in removed][:-1]
+        expected, *without = rebuilt_losses(lm, samples, [removed, *((*removed, i) for i in tried)])
+        for probe in probes:
+            base, losses = probe.losses(removed, tried)
+            assert base == pytest.approx(expected, abs=1e-5)
+            assert losses == pytest.approx(dict(zip(tried, without, strict=True)), abs=1e-5)
 
 
 def test_losses_of_text_count_every_next_token(llama, plain):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.families import lvlm_of
-from helpers.references import rebuilt_loss
+from helpers.references import rebuilt_losses
 
 from svl.calibration.hooks import state_hooks
 from svl.calibration.layer_replay import record_replay
@@ -23,9 +23,9 @@ BLOCKS = [(i, role) for i in range(4) for role in ("attn", "mlp")]
 def test_losses_are_those_of_rebuilt_models(lm, samples, removed):
     rest = [block for block in BLOCKS if block not in removed]
     base, losses = ModelProbe(lm, samples).sublayer_losses(removed, rest)
-    assert base == pytest.approx(rebuilt_loss(lm, samples, (), removed), abs=1e-5)
-    expected = {block: rebuilt_loss(lm, samples, (), (*removed, block)) for block in rest}
-    assert losses == pytest.approx(expected, abs=1e-5)
+    expected, *without = rebuilt_losses(lm, samples, [removed, *((*removed, block) for block in rest)])
+    assert base == pytest.approx(expected, abs=1e-5)
+    assert losses == pytest.approx(dict(zip(rest, without, strict=True)), abs=1e-5)
     assert len(set(losses.values())) == len(losses)
 
 

@@ -72,8 +72,17 @@ def test_both_key_layouts_are_kept(name, family, tmp_path):
     assert names[0] != names[1]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "aria", "qwen3_5", "gemma4"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("llava", torch.bfloat16),
+        ("llava", torch.float16),
+        ("qwen2_5_vl", torch.float16),
+        ("aria", torch.bfloat16),
+        ("qwen3_5", torch.float16),
+        ("gemma4", torch.bfloat16),
+    ],
+)
 def test_half_precision_sources_in_shards(name, dtype, family, tmp_path):
     source = family(name, dtype, max_shard_size="30KB")
     assert len(list(source.glob("*.safetensors"))) > 2

@@ -9,8 +9,6 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,19 +82,25 @@ def test_commands_run(fork_server, tmp_path):
             assert fork_server.wait(run) == 0, f"{command}\n{fork_server.log(run)}"
 
 
-def test_a_local_llava_is_pruned_scored_and_exported_as_the_readme_says(mimic, tmp_path):
-    """Its commands, in processes of their own, in an empty folder, on a checkpoint with the files of LLaVA-1.5."""
+def test_a_local_llava_is_pruned_scored_and_exported_as_the_readme_says(mimic, fork_server, tmp_path, monkeypatch):
+    """Its commands, in an empty folder, on a checkpoint with the files of LLaVA-1.5."""
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"## Your own model and data\n\n```bash.*?\n(.*?)```", page, re.DOTALL)
     shutil.copy(ROOT / "svl" / "demo" / "data" / "calibration.parquet", tmp_path / "samples.parquet")
     outputs = []
     for line in block.replace("=DIR", f"={mimic('llava_15_7b')}").splitlines():
         program, *words = shlex.split(line, comments=True)
-        start = [sys.executable] if program == "python" else [Path(sys.executable).with_name(program)]
-        done = subprocess.run([*start, *words], cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{line}\n{done.stderr}"
-        outputs.append(done.stdout)
-    doctor, run, report, _ = outputs
+        if program == "svl":
+            started = fork_server.start(*words, cwd=tmp_path)
+            assert fork_server.wait(started) == 0, f"{line}\n{fork_server.log(started)}"
+            outputs.append(fork_server.output(started))
+        elif program == "svl-report":
+            outputs.append(run_command(svl.report.main, *words, cwd=tmp_path).stdout)
+        else:
+            assert (program, words[0]) == ("python", "-c")
+            monkeypatch.chdir(tmp_path)
+            exec(words[1], {})
+    doctor, run, report = outputs
     assert "nothing found that would end a run" in doctor
     assert "svl_demo_existence" in run
     assert "dense" in report

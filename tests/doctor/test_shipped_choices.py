@@ -35,6 +35,12 @@ def standins(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch):
+    """datasets waits for five seconds when it has read a stream, lest its threads outlive the interpreter."""
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)
+
+
 @pytest.fixture
 def doctor(tmp_path):
     """The page for these settings; `code` is the exit status that is expected."""

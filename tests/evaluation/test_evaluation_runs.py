@@ -107,7 +107,7 @@ def test_order_of_questions_does_not_matter(demo, tmp_path):
 
 
 COMMON = ("tracker=none", "strategy=manual", "strategy.layers=[3,9]", "selector=all", "compensation=none", "name=x",
-          "benchmark=demo", "benchmark.limit=17", "benchmark.batch_size=4",
+          "benchmark=demo", "benchmark.limit=9", "benchmark.batch_size=4",
           "paths.outputs=out", "paths.store=store")  # fmt: skip
 
 
@@ -147,7 +147,7 @@ def test_two_processes_give_what_one_gives(alone, demo, fork_server, tmp_path):
     found = stored(tmp_path)
     likely = {key: taken_out(output["metrics"], "likelihood_") for key, (output, _) in found.items()}
     assert found == stored(alone)
-    plain, _ = score_task(demo, "svl_demo_choice", tmp_path, limit=17, likelihood=True)
+    plain, _ = score_task(demo, "svl_demo_choice", tmp_path, limit=9, likelihood=True)
     assert likely["svl_demo_choice", ()] == taken_out(plain["metrics"], "likelihood_") != {}
     # By torchrun itself, when everything is stored: nothing to do together.
     start = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "svl")
@@ -159,7 +159,7 @@ def test_two_processes_give_what_one_gives(alone, demo, fork_server, tmp_path):
     pages = [file.read_text() for file in (tmp_path / "out").rglob("flips.md")]
     assert len(pages) == 2  # of the first process only
     assert pages[0] == pages[1]
-    assert "limit=17" in pages[0]
+    assert "limit=9" in pages[0]
 
 
 def test_tables_for_papers_refuse_limits(alone, tmp_path):
@@ -167,8 +167,8 @@ def test_tables_for_papers_refuse_limits(alone, tmp_path):
 
     words = ["experiment=x", f"store={alone / 'store'}", f"out={tmp_path / 'report'}"]
     assert report.main(words) == 0
-    assert "(limit=17)" in (tmp_path / "report" / "table.md").read_text()
-    assert ",17," in (tmp_path / "report" / "results.csv").read_text()
+    assert "(limit=9)" in (tmp_path / "report" / "table.md").read_text()
+    assert ",9," in (tmp_path / "report" / "results.csv").read_text()
     assert report.main([*words, f"paper={tmp_path / 'paper.csv'}"]) == 1
     assert not (tmp_path / "paper.csv").exists()
 

@@ -61,7 +61,7 @@ def test_answers_in_lock_step_are_those_alone(family):
         with pytest.raises(SvlError, match=REFUSED[family]):
             LockStep(lvlm, models, plans).generate(made.inputs, settings())
         return
-    check(lvlm, models, plans, made.inputs, settings())
+    check(lvlm, models, plans, made.inputs, settings(5))
     for k, found in LockStep(lvlm, models, plans).logits(made.inputs, last=3):
         torch.testing.assert_close(found, logits(models[k].model, made.inputs)[:, -3:], atol=5e-5, rtol=0)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
@@ -31,7 +32,7 @@ ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
 def run_svl(*arguments: str, cwd: Path, code: int = 0, **environment: str) -> Finished:
     """`svl` to its end, in this process: without the seconds that imports take."""
     try:
-        with hydra_left_as_it_was():
+        with hydra_left_as_it_was(), hydra_not_asked_for_its_mode():
             return run_command(svl.cli.main, *arguments, cwd=cwd, code=code, **environment)
     finally:
         GlobalHydra.instance().clear()
@@ -85,6 +86,13 @@ def hydra_left_as_it_was() -> Iterator[None]:
             logger.handlers[:] = handlers
             logger.propagate = propagate
             logger.setLevel(level)
+
+
+@contextmanager
+def hydra_not_asked_for_its_mode() -> Iterator[None]:
+    """Hydra composes everything one more time to see whether a file sets `hydra.mode`, which none of svl's does."""
+    with patch.object(Hydra, "get_mode", lambda *args, **kwargs: None):
+        yield
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any], str]:

@@ -23,7 +23,6 @@ from transformers import (
     Phi4MultimodalConfig,
     PreTrainedModel,
     SiglipVisionConfig,
-    TimmWrapperConfig,
 )
 
 import svl.models.ports  # noqa: F401 # makes its models known
@@ -207,6 +206,8 @@ def ovis2() -> Family:
 @family
 def perception_lm() -> Family:
     """A tower of timm."""
+    from transformers import TimmWrapperConfig  # here, since timm takes seconds to import
+
     sizes = {"embed_dim": 16, "depth": 2, "num_heads": 2, "img_size": [16, 16], "patch_size": 4, "global_pool": ""}
     tower = TimmWrapperConfig(architecture="vit_tiny_patch16_224", model_args=sizes, initializer_range=0.02)
     tower.num_features = tower.hidden_size = 16
@@ -217,6 +218,8 @@ def perception_lm() -> Family:
 @family
 def fast_vlm() -> Family:
     """A convolutional tower of timm."""
+    from transformers import TimmWrapperConfig
+
     tower = TimmWrapperConfig(architecture="test_resnet", initializer_range=0.02)
     tower.num_features = tower.hidden_size = 96
     return plain("fast_vlm", config("qwen2", **LLAMA), tower, 4, pixel_values=pixels(1, 3, 64, 64))

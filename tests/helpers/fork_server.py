@@ -21,7 +21,7 @@ from helpers.paths import ROOT
 SERVER = textwrap.dedent("""
     import atexit, gc, json, os, signal, sys, threading
     import svl.cli
-    from helpers.commands import SMALL, run_svl
+    from helpers.commands import SMALL, hydra_not_asked_for_its_mode, run_svl
 
     CHANGES = ("os.rename", "os.mkdir", "os.remove", "os.rmdir")
     WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -44,7 +44,8 @@ SERVER = textwrap.dedent("""
         sys.addaudithook(count)
         status = 0
         try:
-            svl.cli.main()
+            with hydra_not_asked_for_its_mode():
+                svl.cli.main()
         except SystemExit as end:
             status = end.code
         with open(f"events-{os.getpid()}", "w") as file:
@@ -62,6 +63,7 @@ SERVER = textwrap.dedent("""
     where = ("benchmark=demo", "tracker=none", "paths.store=store", "paths.outputs=out")
     run_svl("strategy=short_lvlm", "benchmark.limit=1", *where, *SMALL, cwd=sys.argv[1])
     gc.freeze()
+    gc.set_threshold(20_000)
     print("ready", flush=True)
     for line in sys.stdin:
         question = json.loads(line)

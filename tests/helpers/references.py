@@ -159,13 +159,27 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-4) -> None:
     torch.testing.assert_close(a, b, atol=tolerance * float(b.abs().max()), rtol=0)
 
 
-def rebuilt_loss(lvlm, examples, removed, blocks=()) -> float:
-    """Loss of the rebuilt model, without layers and (layer, role) blocks, over answer tokens, one sample at a time."""
-    attn, mlp = (tuple(i for i, found in blocks if found == role) for role in ("attn", "mlp"))
-    plan = Plan(lvlm.anatomy.n_layers, tuple(removed), removed_attn=attn, removed_mlp=mlp)
-    model, total, n = apply(lvlm, plan).model, 0.0, 0
-    for example in examples.samples:
-        inputs, answer = encode_answer(lvlm, example)
+def rebuilt_losses(lvlm, examples, removals) -> list[float]:
+    """Losses of rebuilt models, each without some layers or (layer, role) blocks, over answer tokens, one sample at a
+    time."""
+    encoded = [encode_answer(lvlm, example) for example in examples.samples]
+    return [_loss(apply(lvlm, _plan(lvlm.anatomy.n_layers, removed)).model, encoded) for removed in removals]
+
+
+def rebuilt_loss(lvlm, examples, removed) -> float:
+    """The same of one model."""
+    return rebuilt_losses(lvlm, examples, [removed])[0]
+
+
+def _plan(n: int, removed) -> Plan:
+    layers = tuple(part for part in removed if isinstance(part, int))
+    attn, mlp = (tuple(part[0] for part in removed if part not in layers and part[1] == r) for r in ("attn", "mlp"))
+    return Plan(n, layers, removed_attn=attn, removed_mlp=mlp)
+
+
+def _loss(model, encoded) -> float:
+    total, n = 0.0, 0
+    for inputs, answer in encoded:
         with torch.inference_mode():
             logits = model(**inputs).logits[0].float()
         where = [i for i in range(1, len(answer)) if answer[i]]

@@ -15,7 +15,7 @@ def test_search_is_the_slow_one(llava, samples, targets):
     removed = []
     for _ in range(2):
         rest = [(i, role) for role in targets for i in (1, 2, 3) if (i, role) not in removed]
-        removed.append(min(rest, key=lambda block: rebuilt_loss(llava, samples, (), (*removed, block))))
+        removed.append(min(rest, key=lambda block: rebuilt_loss(llava, samples, (*removed, block))))
     attn, mlp = (tuple(i for i, found in removed if found == role) for role in ("attn", "mlp"))
     stats = Stats(4, (1, 2, 3), probe=ModelProbe(llava, samples))
     assert BlockPruner(targets).plan(stats, 1) == Plan(4, (), removed_attn=attn, removed_mlp=mlp)
