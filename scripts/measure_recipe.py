@@ -122,6 +122,7 @@ def main() -> None:
     parser.add_argument("--store", type=Path, default=Path("outputs/store"))
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     new = not options.out.exists()
     with options.out.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
