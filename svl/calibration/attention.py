@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from svl.calibration.hooks import fused_kernels
 from svl.core import SvlError
-from svl.models.devices import runs_triton
 from svl.models.transformers_internals import swap_decoder_attention
 
 if TYPE_CHECKING:
@@ -146,9 +146,8 @@ def measured_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     softcap = options.get("softcap")
     modality = None if meter is None else meter.modality_on(query.device)
-    if modality is not None and softcap is None and runs_triton(query.device):
-        from svl.calibration import kernels
-
+    kernels = None if modality is None or softcap is not None else fused_kernels(query.device)
+    if kernels is not None:
         sdpa = AttentionInterface()["sdpa"]
         asked = {"scaling": scaling, "is_causal": options.get("is_causal")}
         output, _ = sdpa(module, query, key, value, attention_mask, **asked)

@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from svl.core import SvlError, one_of
-from svl.models.devices import runs_triton
+from svl.core.errors import reason_of
 from svl.models.lvlm import Lvlm
+
+log = logging.getLogger(__name__)
+
+
+@cache
+def fused_kernels(device: torch.device) -> ModuleType | None:
+    """`svl.calibration.kernels`, if they run on a device; None elsewhere, with a warning where they should run.
+
+    They need Triton, which comes with PyTorch's CUDA builds, and a C compiler, by which it reaches the device.
+    """
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    try:
+        from svl.calibration import kernels
+
+        ones = torch.ones(1, 2, device=device)
+        kernels.row_cosines(ones, ones).item()
+    except Exception as error:  # noqa: BLE001 (whatever Triton, a compiler or a driver raises)
+        log.warning("fused kernels do not run on '%s', so calibration is slower: %s", device, reason_of(error))
+        return None
+    return kernels
 
 
 class EnoughError(Exception):
@@ -63,10 +88,9 @@ class _RowCosines:
         self._newest: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
 
     def __call__(self, before: Tensor, after: Tensor) -> Tensor:
-        if runs_triton(after.device):
-            from svl.calibration import kernels
-
-            return kernels.row_cosines(before.to(after.device), after)
+        if kernels := fused_kernels(after.device):
+            cosines: Tensor = kernels.row_cosines(before.to(after.device), after)
+            return cosines
         wide, size = (x.to(after.device) for x in self._widened(before))
         wide_after, size_after = self._widened(after)
         return torch.linalg.vecdot(wide, wide_after) / (size * size_after).clamp(min=torch.finfo(torch.float32).tiny)

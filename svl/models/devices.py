@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import platform
 from collections.abc import Callable, Iterable
-from functools import cache
 from typing import Any
 
 import torch
@@ -93,12 +91,6 @@ def fetched(values: dict[str, Tensor], device: torch.device) -> Callable[[], dic
         return copies
 
     return wait
-
-
-@cache
-def runs_triton(device: torch.device) -> bool:
-    """Whether kernels in Triton, which comes with PyTorch's CUDA builds, run on a device."""
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def device_facts(device: torch.device, batch_size: int) -> dict[str, Any]:

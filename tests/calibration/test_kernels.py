@@ -13,7 +13,6 @@ import torch
 from svl.calibration import attention, calibrate, hooks
 from svl.calibration.calibrate import FIELDS
 from svl.data.samples import Samples
-from svl.models import devices
 
 triton = pytest.importorskip("triton", reason="Triton comes with CUDA builds of torch")
 from svl.calibration import kernels  # noqa: E402 (needs Triton)
@@ -95,7 +94,7 @@ def test_calibration_by_kernels_measures_what_it_does_without(qwen, samples, mon
         work = getattr(kernels, name)
         monkeypatch.setattr(kernels, name, lambda *args, work=work: called.append(work) or work(*args))
     for module in (attention, hooks):
-        monkeypatch.setattr(module, "runs_triton", lambda _: True)
+        monkeypatch.setattr(module, "fused_kernels", lambda _: kernels)
     found = list(calibrate.calibrate(qwen, few, batch_size=2).traces)
     assert len(called) == 2 * 4 * 2  # kernels, layers, batches
     for here, there in zip(found, expected, strict=True):
@@ -122,4 +121,13 @@ def test_kernels_compile_for_devices(device, dtype, d):
 
 @pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="as always")
 def test_the_cpu_runs_no_kernels():
-    assert not devices.runs_triton(torch.device("cpu"))
+    assert hooks.fused_kernels(torch.device("cpu")) is None
+
+
+@pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="as always")
+def test_kernels_that_do_not_run_are_done_without(monkeypatch, caplog):
+    """As on a machine without a C compiler, or without a device of that name, as here."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert hooks.fused_kernels(torch.device("cuda", 7)) is None
+    (record,) = caplog.records
+    assert "fused kernels do not run on 'cuda:7', so calibration is slower: " in record.getMessage()

@@ -18,6 +18,7 @@ from PIL import Image
 
 import svl
 from svl.calibration.encoding import encode_samples
+from svl.calibration.hooks import fused_kernels
 from svl.calibration.removal_probe import ModelProbe
 from svl.compensation.linear_cosine import LinearCosine
 from svl.compensation.regression import Regression
@@ -124,6 +125,13 @@ def test_statistics_do_not_depend_on_the_batch(half, data):
 def test_plans_are_those_of_the_cpu(strategy, lvlm, on_cpu, data):
     plans = [strategy.plan(svl.select(svl.calibrate(m, data), Tis()), 3).removed for m in (lvlm, on_cpu)]
     assert plans[0] == plans[1]
+
+
+def test_calibration_has_its_kernels(device):
+    pytest.importorskip("triton")
+    if device.type != "cuda":
+        pytest.skip("kernels are for CUDA")
+    assert fused_kernels(device) is not None
 
 
 def test_measured_attention_computes_what_sdpa_computes(half, data):
