@@ -132,6 +132,12 @@ class Plan:
         return tuple(sorted([(i, "attn") for i in self.removed_attn] + [(i, "mlp") for i in self.removed_mlp]))
 
     @property
+    def removal_names(self) -> tuple[str, ...]:
+        """What goes, by layer: "6" for a whole layer, "9.attn" or "9.mlp" for a part of one that stays."""
+        gone = [(i, "") for i in self.removed] + [(i, f".{role}") for i, role in self.sublayers]
+        return tuple(f"{i}{part}" for i, part in sorted(gone))
+
+    @property
     def is_empty(self) -> bool:
         """Whether nothing is removed."""
         return not (self.removed or self.sublayers)

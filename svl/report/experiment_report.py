@@ -151,7 +151,7 @@ class Report:
         for run in self.runs:
             result = run.result
             data = result["settings"].get("calibration", {})
-            removed = " ".join(map(str, result["plan"]["removed"]))
+            removed = " ".join(run.plan.removal_names)
             known = [*(result.get(name, "none") for name in about), *(data.get(name) for name in calibration), removed]
             for line in run.numbers():
                 yield [self.name, run.key, *known, *line]
@@ -191,7 +191,7 @@ def _plans_table(section: Section) -> str:
             result = run.result
             cells = [row.label, result["selector"] or "–", result["compensation"] or "–"]
             cells += [result.get("recovery") or "–"] if section.recovers else []
-            cells += [f"{100 * row.ratio:g} %", result["seed"], ", ".join(map(str, result["plan"]["removed"])) or "–"]
+            cells += [f"{100 * row.ratio:g} %", result["seed"], ", ".join(run.plan.removal_names) or "–"]
             lines.append([for_markdown(cell) for cell in cells])
     methods = ["strategy", "selector", "compensation", *(["recovery"] if section.recovers else [])]
     head = [*methods, "ratio", "seed", "layers removed"]

@@ -119,8 +119,9 @@ function layers(a, b) {
     const strip = element("ol", {className: "plan flat"}), step = Math.max(1, Math.ceil(row.layers / 16));
     strip.style.gridTemplateColumns = `repeat(${row.layers}, minmax(0, 1fr))`;
     for (let i = 0; i < row.layers; i++) {
-      const gone = row.removed.includes(i);
-      strip.append(element("li", {className: gone ? "gone" : "kept", title: `layer ${i}: ${gone ? "removed" : "kept"}`},
+      const name = row.removed.find(name => name.split(".")[0] === String(i)), part = name?.split(".")[1];
+      const [fate, word] = part ? ["part", `without its ${part}`] : name ? ["gone", "removed"] : ["kept", "kept"];
+      strip.append(element("li", {className: fate, title: `layer ${i}: ${word}`},
         element("i"), element("b"), ...(i % step ? [] : [element("small", {textContent: i})])));
     }
     return [element("p", {className: "name", textContent: `${name}: ${row.name}`}), strip];

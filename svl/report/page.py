@@ -76,7 +76,7 @@ def render_page(
                 "name": for_terminal(f"{row.label} {100 * row.ratio:g} %"),
                 "settings": settings[row_id(row)],
                 "seeds": len(row.runs),
-                "removed": row.first.plan.removed,
+                "removed": row.first.plan.removal_names,
                 "layers": row.first.plan.n_layers,
             }
             for section in sections
@@ -182,7 +182,7 @@ def _details(section: Section, line: Line, row: Row, store: Store, images: dict[
                 "seed": other.result["seed"],
                 "layers": _layers(other.plan),
                 "has_importance": bool(other.plan.importance),
-                "removed": ", ".join(map(str, other.plan.removed)) or "none",
+                "removed": ", ".join(other.plan.removal_names) or "none",
             }
             for other in row.runs
         ],
@@ -193,6 +193,14 @@ def _details(section: Section, line: Line, row: Row, store: Store, images: dict[
     }
 
 
+def _fate(plan: Plan, i: int) -> tuple[str, str]:
+    """What becomes of a layer, as a class of page.css and in words."""
+    if i in plan.removed:
+        return "gone", "removed"
+    lost = next((role for layer, role in plan.sublayers if layer == i), None)
+    return ("part", f"without its {lost}") if lost else ("kept", "kept")
+
+
 def _layers(plan: Plan) -> list[dict[str, Any]]:
     """The layers in a row, with the height of a bar for their importance in percent of the largest."""
     values = plan.importance or (0.0,) * plan.n_layers
@@ -201,11 +209,9 @@ def _layers(plan: Plan) -> list[dict[str, Any]]:
     layers = []
     for i, value in enumerate(values):
         height = 100 * (value - low) / (high - low) if high > low else 0.0
-        title = f"layer {i}: {'removed' if i in plan.removed else 'kept'}"
-        title += f", importance {value:.4g}" if plan.importance else ""
-        layers.append(
-            {"removed": i in plan.removed, "height": f"{height:.1f}", "title": title, "numbered": i % step == 0}
-        )
+        fate, word = _fate(plan, i)
+        title = f"layer {i}: {word}" + (f", importance {value:.4g}" if plan.importance else "")
+        layers.append({"fate": fate, "height": f"{height:.1f}", "title": title, "numbered": i % step == 0})
     return layers
 
 

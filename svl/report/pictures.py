@@ -141,10 +141,12 @@ def _removed_drawing(section: Section, plans: Plans) -> Iterator[Drawing]:
     """Which layers go."""
     from svl.report.figures import layers
 
-    if not any(plan.removed for ratios in plans.values() for found in ratios.values() for plan in found):
+    if not any(plan.removal_names for ratios in plans.values() for found in ratios.values() for plan in found):
         return
     caption = "Layers removed by every method and ratio"
     caption += "; above, how many methods remove each layer." if len(plans) > 1 else "."
+    if any(plan.sublayers for ratios in plans.values() for found in ratios.values() for plan in found):
+        caption += " Half as dark: its attention or its MLP alone."
     caption += " Of several seeds, the paler a layer the fewer of them remove it." if _seed_note(section.rows) else ""
     yield Drawing("removed_layers", layers.removed_layers(plans, title=section.title), caption)
 

@@ -76,11 +76,26 @@ def problem_of(result: Any) -> str | None:
     if not 0 <= result["ratio"] < 1:
         return f"the ratio is {result['ratio']:g}"
     try:
-        plan = result["plan"]
-        Plan(plan["n_layers"], tuple(plan["removed"]), tuple(plan["importance"] or ()))
+        plan_of(result)
     except (SvlError, TypeError) as error:
         return str(error)
     return _problem_of_parts(result)
+
+
+def plan_of(result: Mapping[str, Any]) -> Plan:
+    """What a run removed.
+
+    Raises:
+        SvlError, TypeError: if its result holds no plan.
+    """
+    plan = result["plan"]
+    return Plan(
+        plan["n_layers"],
+        tuple(plan["removed"]),
+        tuple(plan["importance"] or ()),
+        removed_attn=tuple(plan.get("removed_attn") or ()),
+        removed_mlp=tuple(plan.get("removed_mlp") or ()),
+    )
 
 
 def _value_at(tree: Any, path: str) -> Any:

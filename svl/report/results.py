@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from svl.core import Plan, SvlError, did_you_mean
-from svl.report.result_check import problem_of
+from svl.report.result_check import plan_of, problem_of
 from svl.store.artifacts import Entry, Store
 from svl.text.escaping import for_terminal
 
@@ -40,8 +40,7 @@ class Run:
     @property
     def plan(self) -> Plan:
         """What it removed."""
-        plan = self.result["plan"]
-        return Plan(plan["n_layers"], tuple(plan["removed"]), tuple(plan["importance"] or ()))
+        return plan_of(self.result)
 
     @property
     def tasks(self) -> list[str]:
@@ -50,13 +49,13 @@ class Run:
 
     @property
     def weights(self) -> tuple[Any, ...]:
-        """Equal for runs whose pruned models are the same: the layers they keep, and what was stored under which key.
+        """Equal for runs whose pruned models are the same: what they remove, and what was stored under which key.
 
         A score is stored once for equal layers and weights, whatever led to them.
         """
         keys = self.result.get("keys") or {}
         stored = keys.get("evaluate") or keys.get("recover") or keys.get("compensate") or [self.key]
-        return (tuple(self.result["plan"]["removed"]), *stored)
+        return (self.plan.removal_names, *stored)
 
     def main_metric(self, task: str | None) -> Mapping[str, Any]:
         """A benchmark's main metric, or the average over all (None): value, stderr, dense and so on.

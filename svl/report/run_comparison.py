@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from svl.core import SvlError
+from svl.core import Plan, SvlError
 from svl.evaluation import score_statistics
 from svl.report.flips_page import flips_page
 from svl.report.result_check import problem_of
@@ -132,14 +132,25 @@ def _layers(a: Run, b: Run) -> str:
     ruler = "".join(f"{i:<10}" for i in range(0, max(plan.n_layers for plan in plans), 10)).rstrip()
     lines = [f"   {ruler}"]
     for name, plan in zip("AB", plans, strict=True):
-        lines.append(f"{name}  " + "".join("#" if i in plan.removed else "." for i in range(plan.n_layers)))
+        lines.append(f"{name}  " + _line(plan))
     drawn = "```\n" + "\n".join(lines) + "\n```"
     if plans[0].n_layers != plans[1].n_layers:
         return f"The models have different depths.\n\n{drawn}"
-    ours, theirs = (set(plan.removed) for plan in plans)
+    ours, theirs = (set(plan.removal_names) for plan in plans)
     listed = {"only A": ours - theirs, "only B": theirs - ours, "both": ours & theirs}
-    found = "; ".join(f"{who}: {', '.join(map(str, sorted(layers))) or 'none'}" for who, layers in listed.items())
-    return f"{drawn}\n\nRemoved (#) by {found}."
+    found = "; ".join(f"{who}: {', '.join(_by_layer(names)) or 'none'}" for who, names in listed.items())
+    parts = "; a: without attention, m: without MLP" if any(plan.sublayers for plan in plans) else ""
+    return f"{drawn}\n\nRemoved (#{parts}) by {found}."
+
+
+def _line(plan: Plan) -> str:
+    """A letter for every layer."""
+    marks = dict.fromkeys(plan.removed, "#") | {i: role[0] for i, role in plan.sublayers}
+    return "".join(marks.get(i, ".") for i in range(plan.n_layers))
+
+
+def _by_layer(names: Iterable[str]) -> list[str]:
+    return sorted(names, key=lambda name: int(name.partition(".")[0]))
 
 
 # ------------------------------------------------------------------------------------------------- metrics

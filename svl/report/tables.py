@@ -107,8 +107,10 @@ def _plan_columns(section: Section) -> Iterator[Filled]:
     layers = section.last.result["cost"]["layers_dense"]
 
     def removed(row: Row) -> Cell:
-        n = row.first.result["n_remove"]
-        return Cell(f"{n} / {row.first.result['cost']['layers_dense']}", n)
+        plan = row.first.plan
+        n, parts = len(plan.removed), len(plan.sublayers)
+        also = f" + {parts} sub-layers" if parts else ""
+        return Cell(f"{n} / {row.first.result['cost']['layers_dense']}{also}", n + parts / 2)
 
     yield Filled(Column("strategy"), Cell("dense", "dense"), lambda row: Cell(row.label, row.label))
     if any(len(row.runs) > 1 for row in section.rows):

@@ -229,6 +229,23 @@ def test_methods_that_choose_layers_together_are_marked(tmp_path):
     assert len(set(pictures)) == 2
 
 
+def test_the_cover_counts_a_part_of_a_layer_as_half_of_it():
+    plans = {"a": {0.3: [Plan(3, (0,), removed_attn=(1,))]}, "b": {0.3: [Plan(3, (), removed_mlp=(1,))]}}
+    (bars,) = layers.removed_layers(plans).axes[1].containers
+    assert [bar.get_height() for bar in bars] == [1.0, 1.0, 0.0]
+
+
+def test_ratios_that_are_close_have_one_number_below_the_axis():
+    """Of 12.5 and 13 %, the one that more methods have; their points stand where they belong."""
+    points = {
+        "a": [Point(0.125, 0.5, 0.4, 0.6), Point(0.3, 0.4, 0.3, 0.5)],
+        "b": [Point(0.125, 0.5, 0.4, 0.6)],
+        "c": [Point(0.13, 0.6, 0.5, 0.7)],
+    }
+    ax = curves.accuracy_vs_ratio(points, 0.9).axes[0]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "12.5", "30"]
+
+
 def test_the_cover_counts_how_many_methods_remove_each_layer():
     plans = {
         "a": {0.3: [Plan(3, (0,)), Plan(3, (1,))]},  # two seeds: half a method each

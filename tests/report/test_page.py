@@ -261,16 +261,36 @@ def test_the_page_is_used_by_keyboard_linked_to_filtered_and_downloaded(store, c
     assert lightness[1][1] < 200 < 600 < lightness[1][0]
 
 
+def test_a_layer_without_its_attention_is_neither_kept_nor_removed(store, chromium):
+    parts = result("block_pruner", n_remove=0)
+    parts["plan"] = {**parts["plan"], "removed": [7], "removed_attn": [2], "removed_mlp": [3]}
+    store.add(result("tail"), parts)
+    address, _ = written_page(store)
+    tab = chromium.new_page()
+    tab.goto(address)
+    assert tab.locator("tr.row td", has_text="1 / 8 + 2 sub-layers").count() == 1
+    for name in ("tail", "block_pruner"):
+        tab.get_by_label(f"compare {name} 25 %").check()
+    strips = tab.locator(".compare .plan")
+    titles = [strips.nth(i).locator(".part, .gone").evaluate_all("all => all.map(x => x.title)") for i in range(2)]
+    assert sorted(titles) == [
+        ["layer 2: without its attn", "layer 3: without its mlp", "layer 7: removed"],
+        ["layer 6: removed", "layer 7: removed"],
+    ]
+
+
 def test_a_page_that_is_read_again_shows_what_was_chosen(store, chromium):
     scored(store)
-    address, _ = written_page(store, page.Live(1, "3 runs have finished."))
+    address, _ = written_page(store, page.Live(1000, "3 runs have finished."))
     tab = chromium.new_page()
+    tab.clock.install()  # the page's seconds pass when the test says so, however slow the machine is
     tab.goto(address)
     assert tab.locator("[role=status]").first.inner_text() == "Live: 3 runs have finished."
     tab.locator(".chip", has_text="tail").click()
     tab.locator("tr.row:visible button.open").click()
     for _ in range(2):
-        tab.wait_for_event("load")
+        with tab.expect_event("load"):
+            tab.clock.run_for(1_000_500)
         assert open_rows(tab) == ["tail"]
         assert tab.locator(".count").inner_text() == "1 of 3 rows"
 

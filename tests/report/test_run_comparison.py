@@ -37,6 +37,18 @@ def test_compare(store, capsys, tmp_path):
     assert capsys.readouterr().out == text
 
 
+def test_parts_of_layers_are_told_from_layers(store, capsys):
+    """Of runs that remove attentions and MLPs; a layer that lost either is none that is gone."""
+    whole, parts = result("tail"), result("block_pruner", n_remove=0)
+    parts["plan"] = {**parts["plan"], "removed": [7], "removed_attn": [2, 4], "removed_mlp": [3]}
+    store.add(whole, parts)
+    assert main(["compare", *(entry.key for entry in store.entries("run"))]) == 0
+    text = capsys.readouterr().out
+    assert "A  ......##\nB  ..ama..#" in text
+    assert "Removed (#; a: without attention, m: without MLP) by only A: 6; " in text
+    assert "only B: 2.attn, 3.mlp, 4.attn; both: 7." in text
+
+
 def test_compare_says_what_cannot_be_compared(store, capsys):
     runs = [answers(store, range(5), benchmark=name) for name in ("one", "two")]
     scores = {"t": {"metric": "accuracy", "n": 20, "metrics": {"accuracy": {"value": 0.2, "stderr": 0, "dense": 1.0}}}}

@@ -78,7 +78,8 @@ def accuracy_vs_ratio(curves: Mapping[str, Sequence[Point]], dense: float | None
             ax.axhline(dense, **dashed, zorder=1)
             ax.plot([0], [dense], marker="o", ms=6, **dashed, zorder=5, clip_on=False)
             ends.append(LineEnd(right, dense, "dense (none removed)", Look("black", "o", "--")))
-        ax.set_xticks(ratios, [f"{ratio:g}" for ratio in ratios])
+        ticks = _ticks(ratios, [round(100 * point.ratio, 2) for points in curves.values() for point in points])
+        ax.set_xticks(ticks, [f"{ratio:g}" for ratio in ticks])
         edge = 0.03 * max(ratios[-1], 1)
         ax.set_xlim(-edge, right + edge)
         ax.set_xlabel("decoder layers removed (%)")
@@ -87,6 +88,16 @@ def accuracy_vs_ratio(curves: Mapping[str, Sequence[Point]], dense: float | None
         add_title(figure, labels.title)
         label_line_ends(ax, ends)
     return figure
+
+
+def _ticks(ratios: Sequence[float], used: Sequence[float]) -> list[float]:
+    """The ratios whose numbers have room beside each other, those of most points first."""
+    room = 0.05 * ratios[-1]
+    ticks: list[float] = []
+    for ratio in sorted(ratios, key=lambda ratio: (ratio > 0, -used.count(ratio))):
+        if all(abs(ratio - other) >= room for other in ticks):
+            ticks.append(ratio)
+    return sorted(ticks)
 
 
 def _draw_seeds(ax: Axes, x: Sequence[float], points: Sequence[Point], look: Look) -> None:

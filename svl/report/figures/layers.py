@@ -59,8 +59,12 @@ def _ranks(plan: Plan) -> np.ndarray:
 
 
 def _share_removed(plans: Plans) -> np.ndarray:
-    """Share of the plans that remove each layer. [n_layers]"""
-    return np.mean([[i in plan.removed for i in range(plan.n_layers)] for plan in plans], 0)
+    """Share of the plans that remove each layer; its attention or its MLP alone is half of it. [n_layers]"""
+    shares = np.zeros((len(plans), plans[0].n_layers))
+    for row, plan in zip(shares, plans, strict=True):
+        row[list(plan.removed)] = 1
+        row[[i for i, _ in plan.sublayers]] = 0.5
+    return np.array(shares.mean(0))
 
 
 def _edges(cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
