@@ -1,22 +1,37 @@
 #!/bin/bash
-# The matrix of experiments/recovery/README.md: bash experiments/recovery/run.sh [demo_lvlm|smol_lvlm] [SECONDS ...]
+# What experiments/recovery/README.md reports: bash experiments/recovery/run.sh [smol_lvlm|demo_lvlm|smollm2_135m]
 set -eu
 cd "$(dirname "$0")/../.."
-model=${1:-demo_lvlm}
-shift || true
-budgets=${*:-60 300 900}
+model=${1:-smol_lvlm}
 data=data/recovery
-[ -f $data/demo_train.parquet ] || python scripts/make_recovery_data.py --out $data --questions 16384
+text=recovery.data.path=svl/demo/text/calibration.jsonl
 case $model in
   demo_lvlm) kind=demo ;;
   smol_lvlm) kind=smol ;;
-  *) echo "demo_lvlm or smol_lvlm, not $model" >&2; exit 1 ;;
+  smollm2_135m) kind=prose ;;
+  *) echo "smol_lvlm, demo_lvlm or smollm2_135m, not $model" >&2; exit 1 ;;
 esac
-about="model=$model calibration=$kind benchmark=$kind name=recovery_$model tracker=none"
-svl -m experiment=recovery recovery=none $about
-for seconds in $budgets; do
-  svl -m experiment=recovery recovery=projector,lora,distill,interlace recovery.budget_s=$seconds \
-    recovery.data.path=$data/${kind}_train.parquet recovery.batch_size=16 recovery.accumulate=1 \
-    recovery.learning_rate=1e-3 $about
-done
+sweep() {
+  svl -m experiment=recovery model=$model calibration=$kind benchmark=$kind name=recovery_$model seed=${seed:-0} \
+    model.dtype=float32 tracker=none "$@"
+}
+train() {
+  sweep ratio=${ratio:-0.3} recovery.batch_size=16 recovery.learning_rate=${rate:-1e-3} "$@"
+}
+
+if [ $model = smollm2_135m ]; then
+  sweep recovery=none strategy=runs,sleb,shortgpt
+  train recovery=distill,lora strategy=runs,sleb recovery.steps=100 $text
+else
+  [ -f $data/${kind}_train.parquet ] || python scripts/make_recovery_data.py --out $data --questions 6144
+  scenes=recovery.data.path=$data/${kind}_train.parquet
+  sweep recovery=none
+  train recovery=projector,lora,distill strategy=runs recovery.steps=20,100,300 $scenes
+  train recovery=interlace recovery.accumulate=1 strategy=runs recovery.steps=20,100,300 $scenes
+  train recovery=lora strategy=shortgpt,interlace recovery.steps=100 $scenes
+  rate=3e-4 train recovery=distill strategy=runs compensation=refit recovery.steps=300 $scenes
+  seed=1 train recovery=distill strategy=runs compensation=refit recovery.steps=300 $scenes
+  ratio=0.2 train recovery=distill strategy=runs compensation=none recovery.steps=300 $scenes
+  train recovery=distill strategy=runs recovery.steps=100 $text # text alone
+fi
 svl-report experiment=recovery_$model

@@ -20,8 +20,8 @@ from svl.calibration.encoding import encode_samples
 from svl.data.samples import Sample, Samples
 from svl.doctor.data_checks import examine_benchmarks, examine_calibration, longest_text
 from svl.doctor.findings import Section, can_work, page
-from svl.doctor.memory import Load, Need, in_words, stage_needs
-from svl.doctor.model_checks import Examined, asked_removals, examine_model
+from svl.doctor.memory import Load, Need, Training, in_words, stage_needs
+from svl.doctor.model_checks import Examined, asked_removals, asked_training, examine_model
 from svl.models.devices import find_device
 from svl.plugins import import_plugins
 from svl.run.keys import versions
@@ -122,8 +122,21 @@ def _examine_memory(
     section.note(f"lower bounds in these terms; {told}, calibration.batch_size={load.calibration_batch}")
     n_remove = asked_removals(cfg, examined.shape.layers)
     room = _room(cfg)
-    for need in stage_needs(examined.shape, load, n_remove):
+    for need in stage_needs(examined.shape, load, n_remove, _training(cfg, examined, sample, n_remove)):
         _compare(need, room[need.place], section)
+
+
+def _training(cfg: DictConfig, examined: Examined, sample: Sample | None, n_remove: int) -> Training | None:
+    """What recovery does, with answers as long as that of `sample`; None if nothing is trained."""
+    recovery = config.build_method(cfg.recovery, "recovery")
+    if not recovery.heals:
+        return None
+    answer = GUESSED_ANSWER
+    if sample is not None and sample.plain:
+        answer = _count_tokens(examined, sample)
+    elif sample is not None and sample.answer:
+        answer = len(examined.lvlm.tokenizer(sample.answer).input_ids)
+    return asked_training(examined.lvlm, recovery, n_remove, answer)
 
 
 def _compare(need: Need, room: int | None, section: Section) -> None:

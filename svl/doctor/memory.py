@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from svl.calibration.calibrate import CHUNK
 from svl.calibration.removal_probe import MEMORY
 
+LOGITS = 3  # of them at once in fp32: those of answers, their log-softmax, its gradient
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -65,6 +67,25 @@ class Load:
 
 
 @dataclass(frozen=True)
+class Training:
+    """What recovery does.
+
+    Attributes:
+        parameters: that are trained.
+        batch: samples in a pass.
+        answer_tokens: of the longest answer; of plain text, every token.
+        states: that are compared with the dense model's; 0 without.
+        checkpointing: whether activations are computed again in the backward pass.
+    """
+
+    parameters: int
+    batch: int
+    answer_tokens: int
+    states: int = 0
+    checkpointing: bool = False
+
+
+@dataclass(frozen=True)
 class Need:
     """What a stage needs: bytes, where ("device", "host": the CPU's memory, or "disk"), and how they come about."""
 
@@ -74,7 +95,7 @@ class Need:
     formula: str
 
 
-def stage_needs(model: ModelShape, load: Load, n_remove: int) -> list[Need]:
+def stage_needs(model: ModelShape, load: Load, n_remove: int, training: Training | None = None) -> list[Need]:
     """The stages of a run, in order."""
     kept = 1 - n_remove / model.layers
     return [
@@ -83,6 +104,7 @@ def stage_needs(model: ModelShape, load: Load, n_remove: int) -> list[Need]:
         *([_probing(model, load)] if load.probes else []),
         *([_gradients(model, load)] if load.gradients else []),
         *_least_squares(model, load, round(kept * model.layers)),
+        *([_recovery(model, load, training, round(kept * model.layers))] if training else []),
         _evaluation(model, load),
         Need("export", int(kept * model.weights), "disk", "weights without the removed layers, at least"),
     ]
@@ -141,6 +163,26 @@ def _least_squares(model: ModelShape, load: Load, kept: int) -> list[Need]:
             "d (n + d) numbers per kept layer",
         ),
     ]
+
+
+def _recovery(model: ModelShape, load: Load, training: Training, kept: int) -> Need:
+    """What is trained is held in fp32, with its gradient and AdamW's two moments; all else is the dense model's."""
+    tokens = training.batch * load.tokens
+    layer = tokens * (8 * model.hidden + model.cache_width + 4 * model.mlp_width) * model.bytes_each
+    inputs = tokens * model.hidden * model.bytes_each
+    activations = kept * inputs + layer if training.checkpointing else kept * layer
+    compared = training.states * tokens * model.hidden * (model.bytes_each + 4)
+    logits = LOGITS * training.batch * training.answer_tokens * model.vocabulary * 4
+    formula = "weights, shared with the teacher + 16 bytes for each of {:.3g} M trained numbers + {} + {}".format(
+        training.parameters / 1e6,
+        "a state of each kept layer and one layer's activations"
+        if training.checkpointing
+        else "kept layers' activations",
+        "logits of a batch's answers" + (", compared states" if training.states else ""),
+    )
+    return Need(
+        "recover", model.weights + 16 * training.parameters + activations + compared + logits, "device", formula
+    )
 
 
 def _evaluation(model: ModelShape, load: Load) -> Need:

@@ -15,6 +15,7 @@ from svl.core import Plan
 from svl.report.notes import error_meaning
 from svl.report.results import Run
 from svl.report.rows import Row, Section
+from svl.report.training_curves import training_panels
 from svl.store.artifacts import Store
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def _drawings(section: Section, store: Store) -> Iterator[Drawing]:
     plans = _plans(section)
     yield from _removed_drawing(section, plans)  # the cover: what all methods do, in one picture
     yield from _score_drawings(section)
+    yield from _training_drawing(section)
     yield from _importance_drawing(section, plans)
     yield from _token_drawings(section)
     yield from _compensation_drawings(section, store)
@@ -122,6 +124,27 @@ def _point(section: Section, row: Row) -> Point | None:
     point = Point(row.ratio, estimate.value, *estimate.bar(estimate.value, section.limits(None)), seeds=seeds)
     speed = section.speed(row)
     return point if speed is None else point._replace(speed=speed)
+
+
+def _training_drawing(section: Section) -> Iterator[Drawing]:
+    """Scores against what recovery cost, where the same was trained for several budgets."""
+    from svl.report.figures import training
+    from svl.report.figures.curves import Labels
+
+    found = training_panels(section)
+    if not found.panels:
+        return
+    scale, dense = section.scale(None), section.dense(None)
+    reference = None if dense is None else scale * dense
+    labels = Labels(section.title, "average over the benchmarks" + (" (%)" if scale == 100 else ""))
+    figure = training.accuracy_vs_training(found.panels, reference, found.unit, labels)
+    caption = (
+        f"Average over the benchmarks against what recovery cost, in {found.unit}; solid: after a compensation, "
+        f"dashed: without. Bars: one {error_meaning(section)}.{_seed_note(section.rows)}"
+    )
+    if found.others:
+        caption += f" Left out: {found.others} rows with one budget only, which are in the table."
+    yield Drawing("accuracy_vs_training", figure, caption)
 
 
 # ------------------------------------------------------------------------------------------------- layers

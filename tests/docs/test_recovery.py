@@ -57,8 +57,9 @@ def test_derived_memory_follows_from_the_formula():
     layer = 4 * d * d + 3 * d * m
     adapters = 16 * kept * (4 * 2 * d + 3 * (d + m))
     projector = 1024 * d + d + d * d + d
-    saved, all_of_it = 2 * d * tokens * kept / 1e9, 2 * (10 * d + 4 * m) * tokens * kept / 1e9
-    teacher = 2 * d * tokens * 25 / 1e9
+    one = 2 * (10 * d + 4 * m) * tokens / 1e9  # layer's activations
+    saved, all_of_it = 2 * d * tokens * kept / 1e9 + one, one * kept
+    teacher = (2 + 4) * d * tokens * 25 / 1e9  # its states, and their distances in fp32
     expected = {
         "projector": (projector, saved, all_of_it),
         "lora": (adapters, saved, all_of_it),

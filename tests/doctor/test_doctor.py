@@ -135,6 +135,12 @@ def test_plans_take_what_their_strategy_does(strategy, listed, doctor, checkpoin
     assert re.findall(r"plan, by ([a-z ]+):", memory) == listed
 
 
+def test_recovery_is_among_the_stages_only_where_something_is_trained(doctor, checkpoint):
+    model = ("model=local", f"model.path={checkpoint('llava')}")
+    assert "recover:" not in section(doctor(*model), "memory")
+    assert "recover:" in section(doctor(*model, "recovery=projector"), "memory")
+
+
 def test_protected_layers_are_listed_with_the_reason(doctor, mimic):
     page = doctor("model=local", f"model.path={mimic('qwen3_vl_8b')}")
     assert re.search(r"note  stay: 0-\d: visual features enter after it, by its position \(DeepStack\)", page)

@@ -16,8 +16,14 @@ import svl
 from svl.calibration.removal_probe import ModelProbe
 from svl.compensation.refit import Refit
 from svl.data.samples import Sample, Samples
-from svl.doctor.memory import Load, stage_needs
-from svl.doctor.model_checks import model_shape
+from svl.doctor.memory import Load, Training, stage_needs
+from svl.doctor.model_checks import asked_training, model_shape
+from svl.recovery.distill import Distill
+from svl.recovery.interlace import Interlace
+from svl.recovery.lora import Lora
+from svl.recovery.projector import Projector
+from svl.recovery.student import Student
+from svl.recovery.training import recover
 
 sys.path.append(str(ROOT / "scripts"))
 from random_llava import Shape, random_llava
@@ -92,6 +98,31 @@ def test_a_stage_takes_what_the_formula_says(work, stages, windows, lvlm, data):
     with tensor_memory() as peak:
         work(lvlm, data)
     assert 0.7 * said <= peak.most <= 1.3 * said
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("method", "compared"), [(Lora, 0), (Distill, 4)])
+def test_recovery_takes_what_the_formula_says(method, compared, checkpointing, lvlm, data, tmp_path):
+    """The second step has all at once: activations, gradients, and moments of the first."""
+    pytest.importorskip("peft")
+    recovery = method(steps=2, batch_size=4, gradient_checkpointing=checkpointing)
+    with tensor_memory() as peak:
+        trained = recover(lvlm, PLAN, None, data, recovery, tmp_path)
+    tokens = trained.spent.tokens // trained.spent.samples
+    training = Training(trained.parameters, 4, 2, compared, checkpointing)
+    shape = model_shape(lvlm, torch.float32)
+    needs = stage_needs(shape, Load(16, tokens, 4, 4, 32, False), 2, training)
+    said = next(need.bytes for need in needs if need.stage == "recover") - shape.weights
+    assert 0.7 * said <= peak.most <= 1.3 * said
+
+
+@pytest.mark.parametrize(("method", "states"), [(Projector, 0), (Lora, 0), (Distill, 7), (Interlace, 0)])
+def test_the_doctor_counts_what_training_trains(method, states, lvlm):
+    """With the first two layers removed: states before the other six, and at the end."""
+    pytest.importorskip("peft")
+    training = asked_training(lvlm, method(), 2, 5)
+    assert training.parameters == Student(lvlm, svl.Plan(8, (0, 1)), None, method()).trained_parameters
+    assert training.states == states
 
 
 def test_windows_are_the_only_reason_to_hold_all_states(lvlm):
