@@ -227,6 +227,9 @@ def check_first(cfg: DictConfig) -> None:
         SvlError: on a setting that there is not, a ratio or number of layers out of range, or a setting without value.
     """
     check_known(cfg)
+    if 2 <= cfg.ratio < 100:
+        meant = f"{cfg.ratio:g} % is ratio={cfg.ratio / 100:g}"
+        raise SvlError(f"ratio is {cfg.ratio:g}, but must lie in [0, 1): it is a fraction of the layers; {meant}")
     layers_to_remove(cfg.ratio, 1)
     if cfg.n_remove is not None and cfg.n_remove < 0:
         raise SvlError(f"n_remove is {cfg.n_remove}, but must be at least 0")

@@ -91,7 +91,7 @@ MISTAKES = {
     "ratio=half": ["ratio", "'half'", "Float"],
     "ratio=0.25,0.5": ["ratio=0.25,0.5", "add -m"],
     "ratio=1": ["ratio is 1", "[0, 1)"],
-    "ratio=20": ["ratio is 20", "20 % is ratio=0.2"],
+    "ratio=20": ["ratio is 20", "[0, 1)", "20 % is ratio=0.2"],
     "ratio=-0.25": ["ratio is -0.25", "[0, 1)"],
     "model=local": ["error: model.path is not set: add model.path="],
     "model.path=/no/such/model": ["model.path", "'/no/such/model'"],

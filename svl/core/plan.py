@@ -21,10 +21,7 @@ def layers_to_remove(ratio: float, n_layers: int) -> int:
         SvlError: if `ratio` lies outside [0, 1).
     """
     if not 0 <= ratio < 1:
-        hint = f"; {ratio:g} % is ratio={ratio / 100:g}" if 2 <= ratio < 100 else ""
-        raise SvlError(
-            f"ratio is {ratio:g}, but must lie in [0, 1): it is the fraction of decoder layers removed{hint}"
-        )
+        raise SvlError(f"ratio is {ratio:g}, but must lie in [0, 1): it is the fraction of decoder layers removed")
     return math.floor(ratio * n_layers + 0.5)
 
 
