@@ -39,7 +39,7 @@ def find_command(words: list[str]) -> Callable[[], object]:
 
 def _doctor() -> None:
     if not set(sys.argv) & {*HELP}:
-        print("examining libraries, settings, model and data; a minute at most", flush=True)
+        print("examining libraries, settings, model and data ...", flush=True)  # before torch is imported
     from svl.doctor.command import run_doctor
 
     run_doctor()
