@@ -12,7 +12,7 @@ The Python API is the pipeline's own stages. Names are imported on first use, so
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _MODULES = {
     "Activations": "calibration.activations",

@@ -38,6 +38,8 @@ def find_command(words: list[str]) -> Callable[[], object]:
 
 
 def _doctor() -> None:
+    if not set(sys.argv) & {*HELP}:
+        print("examining libraries, settings, model and data ...", flush=True)  # before torch is imported
     from svl.doctor.command import run_doctor
 
     run_doctor()

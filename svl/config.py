@@ -103,7 +103,7 @@ def build_method(node: DictConfig, group: str, where: str | None = None) -> Any:
     known = [f.name for f in dataclasses.fields(cls) if f.init]
     for key in map(str, values):
         if key not in known:
-            listing = ", ".join(known) or "-"
+            listing = ", ".join(known) or "none"
             raise SvlError(f"{where} has no setting '{key}'{did_you_mean(key, known)}; it has: {listing}")
     kinds = _method_fields(cls).items()
     inner = {name: _build_inner(node[name], *kind, f"{where}.{name}") for name, kind in kinds if name in values}
@@ -220,6 +220,24 @@ def round_ratio(cfg: DictConfig) -> DictConfig:
     return rounded
 
 
+def check_first(cfg: DictConfig) -> None:
+    """What a beginner gets wrong, checked before torch is imported, which takes seconds.
+
+    Raises:
+        SvlError: on a setting that there is not, a ratio or number of layers out of range, or a setting without value.
+    """
+    check_known(cfg)
+    if 2 <= cfg.ratio < 100:
+        meant = f"{cfg.ratio:g} % is ratio={cfg.ratio / 100:g}"
+        raise SvlError(f"ratio is {cfg.ratio:g}, but must lie in [0, 1): it is a fraction of the layers; {meant}")
+    layers_to_remove(cfg.ratio, 1)
+    if cfg.n_remove is not None and cfg.n_remove < 0:
+        raise SvlError(f"n_remove is {cfg.n_remove}, but must be at least 0")
+    for group in ("model", "calibration", "benchmark"):
+        for key in sorted(OmegaConf.missing_keys(cfg[group])):
+            raise SvlError(f"{key} is not set: add {key}=...")
+
+
 def validate_config(cfg: DictConfig) -> dict[str, Any]:
     """Check everything that can be checked without loading the model; the method objects by group.
 
@@ -227,16 +245,10 @@ def validate_config(cfg: DictConfig) -> dict[str, Any]:
         SvlError: the first mistake, as one line.
         OmegaConfBaseException: if a value refers to something that is not there.
     """
-    check_known(cfg)
+    check_first(cfg)
     for name in cfg:
         if name != HYDRA:
             resolved_setting(cfg, name)  # what refers to nothing is found now, not when it is first used
-    layers_to_remove(cfg.ratio, 1)
-    if cfg.n_remove is not None and cfg.n_remove < 0:
-        raise SvlError(f"n_remove is {cfg.n_remove}, but must be at least 0")
-    for group in ("model", "calibration", "benchmark"):
-        for key in OmegaConf.missing_keys(cfg[group]):
-            raise SvlError(f"{group}.{key} is not set")
     _check_mappings(cfg)
     _check_numbers(cfg)
     load_options(cfg.model)

@@ -240,7 +240,7 @@ def test_seed_reaches_what_is_random():
         (["calibration=local"], ["calibration.path is not set"]),
         (["selector.pp=0.5"], ["selector has no setting 'pp'", "did you mean 'p'?", "rule", "pool"]),
         (["compensation.rnk=1"], ["compensation has no setting 'rnk'", "did you mean 'rank'?", "gain"]),
-        (["strategy=tail", "strategy.seed=1"], ["strategy has no setting 'seed'", "it has: -"]),
+        (["strategy=tail", "strategy.seed=1"], ["strategy has no setting 'seed'", "it has: none"]),
         (["selector.p=many"], ["selector", "'many'", "Float", "setting 'p'"]),
         (["compensation.targets=[1]", "compensation.rank=4.5"], ["compensation", "Integer", "setting 'rank'"]),
         (["selector.visible=perhaps"], ["selector", "setting 'visible'"]),

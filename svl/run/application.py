@@ -50,6 +50,7 @@ def app(cfg: DictConfig) -> float | None:
     folder = Path(info.runtime.output_dir)
     announce_job(cfg, info, sweep is not None)
     try:
+        config.check_first(cfg)
         from svl.run.parallel import lease_accelerator
         from svl.run.pipeline import run_configuration
         from svl.run.stages import StageLog

@@ -44,6 +44,8 @@ from svl.store.files import write_text_whole
 from svl.text.progress import show_progress
 
 log = logging.getLogger(__name__)
+log_file = logging.getLogger("details")  # goes to run.log only
+FEW_NOTES = 4  # of a compensation; more of them are told in run.log
 
 Output = dict[str, Any]
 
@@ -287,8 +289,7 @@ class Run:
         entry = make_stage(setup, "patch", inputs, build)
         if not setup.compensates:
             return entry
-        for note in entry.output["notes"]:
-            log.warning("  compensation: %s", note)
+        tell_notes(entry.output["notes"])
         return self.log.stage("compensate", entry, f"changes {', '.join(entry.output['changed']) or 'nothing'}")
 
     def recover(self, plan: Plan, patch: Entry | None) -> Entry | None:
@@ -366,3 +367,12 @@ class Run:
         run = self.setup.store.make("run", {**inputs, "code": stage_code("run")}, build)
         write_text_whole(self.folder / "result.json", json.dumps(run.output, indent=1) + "\n")
         return run
+
+
+def tell_notes(notes: list[str]) -> None:
+    """Log what a compensation notes; the console has the first of many."""
+    for note in notes if len(notes) <= FEW_NOTES else [f"{notes[0]} ({len(notes) - 1} more in run.log)"]:
+        log.warning("  compensation: %s", note)
+    if len(notes) > FEW_NOTES:
+        for note in notes:
+            log_file.info("  compensation: %s", note)

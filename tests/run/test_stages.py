@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from svl.run.pipeline import tell_notes
 from svl.run.stages import StageLog
 
 
@@ -45,3 +46,13 @@ def test_work_is_shared_or_a_runs_own():
     assert (log.shared, log.computed) == (5.0, False)
     log.stage("plan", entry(work=1.0))
     assert (log.shared, log.computed) == (5.0, True)
+
+
+@pytest.mark.parametrize(("count", "shown"), [(4, ["0", "1", "2", "3"]), (5, ["0 (4 more in run.log)"])])
+def test_of_many_notes_the_console_has_the_first_and_run_log_all(count, shown, caplog):
+    caplog.set_level(logging.INFO)
+    tell_notes([str(note) for note in range(count)])
+    console = [r.getMessage() for r in caplog.records if r.name.startswith("svl.")]
+    assert console == [f"  compensation: {note}" for note in shown]
+    everything = " ".join(record.getMessage() for record in caplog.records).split()
+    assert {str(note) for note in range(count)} <= set(everything)

@@ -120,7 +120,7 @@ def test_experiments_that_sweep_cannot_be_swept_over(tmp_path):
 def test_a_misspelt_method_setting_of_the_last_job_is_found_before_the_first_one_starts(tmp_path):
     done = run_svl("-m", "strategy=tail,random", "strategy.seed=0", *QUIET, cwd=tmp_path, code=1)
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: strategy has no setting 'seed'; it has: - (in the job strategy=tail")
+    assert line.startswith("error: strategy has no setting 'seed'; it has: none (in the job strategy=tail")
     assert not list(tmp_path.rglob("run.log"))
 
 
