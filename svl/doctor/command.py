@@ -28,8 +28,10 @@ from svl.run.keys import versions
 from svl.run.messages import config_folders
 from svl.store.artifacts import Store
 
-LIBRARIES = ("torch", "transformers", "datasets", "lmms_eval", "accelerate", "vllm", "wandb")
-LIBRARIES += ("mlflow-skinny", "torchao")  # the extra, which the whole mlflow brings, too
+LIBRARIES = (
+    *("torch", "transformers", "datasets", "lmms_eval", "accelerate", "vllm", "wandb", "torchao"),
+    "mlflow-skinny",  # the extra, which the whole of MLflow brings, too
+)
 GUESSED_TOKENS = 1024  # of a sample with one picture, where none is here to be counted
 GUESSED_ANSWER = 32  # tokens, where the benchmark does not say
 USAGE = """svl doctor: what of a configuration will work, found out before anything heavy.

@@ -115,7 +115,7 @@ def check_marked(root: Path) -> None:
 def _first_foreign(root: Path) -> Path | None:
     """Something in a folder that no store has; hidden files do not count."""
     for folder in sorted(root.glob("*")):
-        if folder.name.startswith("."):
+        if folder.name.startswith(".") or folder.name == MARKER:  # which another process may have written just now
             continue
         if folder.name not in _NAMES or not folder.is_dir():
             return folder
