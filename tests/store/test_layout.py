@@ -3,6 +3,7 @@
 import pytest
 
 from svl.core import SvlError
+from svl.store import layout
 from svl.store.artifacts import Store
 from svl.store.layout import MARKER
 
@@ -17,6 +18,19 @@ def test_new_and_empty_folders_are_marked(tmp_path):
     for name in ("new", "empty", "a/b/c"):
         Store(tmp_path / name).make("plan", {}, nothing)
         assert (tmp_path / name / MARKER).read_text() == '{"format": 1}\n'
+
+
+def test_a_mark_that_another_process_sets_meanwhile_is_nothing_foreign(tmp_path, monkeypatch):
+    """Between looking for a mark and looking for what no store has."""
+
+    def looked_too_early(root):
+        (root / MARKER).write_text('{"format": 1}')
+        return False
+
+    monkeypatch.setattr(layout, "is_marked", looked_too_early)
+    layout.mark_store(tmp_path)
+    monkeypatch.undo()
+    assert layout.is_marked(tmp_path)
 
 
 def test_reading_marks_nothing(tmp_path):
