@@ -88,9 +88,9 @@ def plugin_folder(name: str) -> str:
 
 
 @cache
-def _installed(path: tuple[str, ...]) -> list[str]:
+def _installed(path: tuple[str, ...]) -> tuple[str, ...]:
     """The modules that entry points name. Kept for each `sys.path`: the metadata of every package is read for it."""
-    return [point.value.partition(":")[0] for point in importlib.metadata.entry_points(group=ENTRY_POINTS)]
+    return tuple(point.value.partition(":")[0] for point in importlib.metadata.entry_points(group=ENTRY_POINTS))
 
 
 def _is_path(entry: str) -> bool:

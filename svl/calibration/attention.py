@@ -1,9 +1,9 @@
 """Attention that also measures itself: per-token sums by modality, without ever holding a T x T x heads map.
 
-Registered with transformers as attention implementation "svl". On CUDA, a fused kernel takes the sums beside "sdpa".
-Elsewhere queries are taken in chunks: each chunk's softmax gives the output *and*, while it is at hand, how much
-attention every key received and every query paid, per modality and averaged over heads. Keys to the right of a causal
-chunk are skipped. The maps are those of eager attention (softmax in fp32), so the statistics equal
+Registered with transformers as attention implementation "svl". On CUDA, fused kernels take the sums beside "sdpa", but
+for capped scores. Elsewhere queries are taken in chunks: each chunk's softmax gives the output *and*, while it is at
+hand, how much attention every key received and every query paid, per modality and averaged over heads. Keys to the
+right of a causal chunk are skipped. The maps are those of eager attention (softmax in fp32), so the statistics equal
 `output_attentions=True` with `attn_implementation="eager"`.
 """
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 NAME = "svl"
 CHUNK = 64  # queries at a time on the CPU: fast, and temporary memory of B x H x 64 x T
-LARGE_CHUNK = 256  # on other accelerators than CUDA, which small products leave idle
+LARGE_CHUNK = 256  # on accelerators, which small products leave idle
 WAY_OUT = "choose a selector that needs none and set calibration.statistics=[cosine]"
 
 
@@ -146,7 +146,9 @@ def measured_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     softcap = options.get("softcap")
     modality = None if meter is None else meter.modality_on(query.device)
-    kernels = None if modality is None or softcap is not None else fused_kernels(query.device)
+    kernels = (
+        None if modality is None or softcap is not None else fused_kernels(query.device, query.dtype, query.shape[-1])
+    )
     if kernels is not None:
         sdpa = AttentionInterface()["sdpa"]
         asked = {"scaling": scaling, "is_causal": options.get("is_causal")}

@@ -172,7 +172,7 @@ def measure_batch(lvlm: Lvlm, batch: Sequence[Sample], statistics: Sequence[str]
     if parts:
         whole["sublayers"] = torch.stack([parts[i].to(lvlm.device) for i in layers], 2)
     if states:
-        whole["windows"] = window_cosines([states[i] for i in range(len(layers) + 1)])
+        whole["windows"] = window_cosines([states[i] for i in range(len(layers) + 1)]).to(lvlm.device)
     if meter is not None:
         meter.check_layers(len(layers))
         for name in ("received", "emitted", "queries", "keys"):

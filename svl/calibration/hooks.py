@@ -22,20 +22,23 @@ log = logging.getLogger(__name__)
 
 
 @cache
-def fused_kernels(device: torch.device) -> ModuleType | None:
+def fused_kernels(device: torch.device, dtype: torch.dtype = torch.float32, d: int = 16) -> ModuleType | None:
     """`svl.calibration.kernels`, if they run on a device; None elsewhere, with a warning where they should run.
 
-    They need Triton, which comes with PyTorch's CUDA builds, and a C compiler, by which it reaches the device.
+    They need Triton, which comes with PyTorch's CUDA builds, a C compiler, by which it reaches the device, and memory
+    on the device's chip for heads of size `d`. They are tried out once.
     """
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return None
     try:
         from svl.calibration import kernels
 
-        ones = torch.ones(1, 2, device=device)
-        kernels.row_cosines(ones, ones).item()
+        ones = torch.ones(1, 1, 16, d, device=device, dtype=dtype)
+        kernels.row_cosines(ones, ones).sum().item()
+        kernels.attention_sums(ones, ones, None, True, 1.0, torch.ones(1, 2, 16, device=device))[0].sum().item()
     except Exception as error:  # noqa: BLE001 (whatever Triton, a compiler or a driver raises)
-        log.warning("fused kernels do not run on '%s', so calibration is slower: %s", device, reason_of(error))
+        what = f"in {dtype} with heads of size {d} on '{device}'"
+        log.warning("fused kernels do not run %s, so calibration is slower: %s", what, reason_of(error))
         return None
     return kernels
 

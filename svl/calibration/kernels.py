@@ -60,9 +60,11 @@ def attention_sums(
 
 
 def block_sizes(d: int, itemsize: int) -> dict[str, int]:
-    """Tokens and numbers of a block: what is kept of it takes at most 70 KB of a multiprocessor's memory."""
+    """Tokens and numbers of a block: together they take at most 99 KB, which multiprocessors have since Ampere."""
     width = max(16, triton.next_power_of_2(d))
-    return {"width": width, "rows": 64 if width * itemsize <= 256 else 32, "num_warps": 4, "num_stages": 2}
+    size = width * itemsize
+    rows = 64 if size <= 256 else 32 if size <= 1024 else 16
+    return {"width": width, "rows": rows, "num_warps": 4, "num_stages": 2}
 
 
 @triton.jit

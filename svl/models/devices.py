@@ -76,12 +76,13 @@ def moved(value: Tensor, device: torch.device) -> Tensor:
 def fetched(values: dict[str, Tensor], device: torch.device) -> Callable[[], dict[str, Tensor]]:
     """Starts to copy what a device computes to the CPU; calling what it gives waits for the copies.
 
-    On CUDA the device works on meanwhile. On others, everything is waited for at once.
+    On CUDA the device works on meanwhile. On others, and for values that lie elsewhere, everything is waited for at
+    once.
     """
     if device.type != "cuda":
         copies = {name: value.cpu() for name, value in values.items()}
         return lambda: copies
-    copies = {name: value.to("cpu", non_blocking=True) for name, value in values.items()}
+    copies = {name: value.to("cpu", non_blocking=value.device == device) for name, value in values.items()}
     with torch.cuda.device(device):
         arrived = torch.cuda.Event()
         arrived.record()

@@ -143,7 +143,9 @@ def _training_drawing(section: Section) -> Iterator[Drawing]:
         f"dashed: without. Bars: one {error_meaning(section)}.{_seed_note(section.rows)}"
     )
     if found.others:
-        caption += f" Left out: {found.others} rows with one budget only, which are in the table."
+        caption += (
+            f" Left out: {found.others} rows with one budget only or of further choices of layers (see the table)."
+        )
     yield Drawing("accuracy_vs_training", figure, caption)
 
 

@@ -109,7 +109,7 @@ def _plan_columns(section: Section) -> Iterator[Filled]:
     def removed(row: Row) -> Cell:
         plan = row.first.plan
         n, parts = len(plan.removed), len(plan.sublayers)
-        also = f" + {parts} sub-layers" if parts else ""
+        also = f" + {parts} sub-layer{'s' * (parts > 1)}" if parts else ""
         return Cell(f"{n} / {row.first.result['cost']['layers_dense']}{also}", n + parts / 2)
 
     yield Filled(Column("strategy"), Cell("dense", "dense"), lambda row: Cell(row.label, row.label))

@@ -60,9 +60,9 @@ class TrainingPanels:
     """What the figure shows.
 
     Attributes:
-        panels: by heading, one for every choice of layers that was trained.
+        panels: by heading, one for every choice of layers that was trained; PANELS at most.
         unit: of budgets: seconds of training where all of them were limited by seconds, else steps.
-        others: rows that were trained, but with one budget only.
+        others: rows that were trained and are not shown: with one budget only, or in further panels.
     """
 
     panels: dict[str, Panel]
@@ -80,12 +80,14 @@ def training_panels(section: Section) -> TrainingPanels:
             ways.setdefault(way, []).append(row)
         else:
             untrained[way[:3]] = row
+    ways = {way: [row for row in rows if row.score(None).value is not None] for way, rows in ways.items()}
     curves = {way: rows for way, rows in ways.items() if len(rows) > 1}
     every = [row for rows in curves.values() for row in rows]
     in_seconds = all(dict(row.first.settings()).get(SECONDS, "null") != "null" for row in every)
     measure = "seconds" if in_seconds else "steps"
     unit = f"seconds of training ({_devices(every)})" if in_seconds else "steps of the optimiser"
-    places = sorted({way[:2] for way in curves}, key=lambda place: -sum(way[:2] == place for way in curves))[:PANELS]
+    places = sorted(sorted({way[:2] for way in curves}), key=lambda place: -sum(way[:2] == place for way in curves))
+    places = places[:PANELS]
     headings = {
         (ratio, layers): f"{100 * ratio:g} % of the layers removed by {layers.label([p[1] for p in places])}"
         for ratio, layers in sorted(places)
@@ -94,7 +96,8 @@ def training_panels(section: Section) -> TrainingPanels:
         heading: _panel(section, {way: curves[way] for way in curves if way[:2] == place}, untrained, measure)
         for place, heading in headings.items()
     }
-    return TrainingPanels(panels, unit, sum(map(len, ways.values())) - len(every))
+    shown = sum(len(rows) for way, rows in curves.items() if way[:2] in places)
+    return TrainingPanels(panels, unit, sum(map(len, ways.values())) - shown)
 
 
 def _panel(
@@ -107,10 +110,11 @@ def _panel(
     found, levels = [], {}
     for way, rows in sorted(curves.items()):
         begin, after = untrained.get(way[:3]), way.start.label(starts)
-        points = [cost for row in (begin, *rows) if row and (cost := _cost(section, row, measure))]
-        found.append(Training(way.training.label(trainings), after, tuple(sorted(points))))
-        if begin and points:
-            levels[after] = min(points).value
+        start = _cost(section, begin, measure) if begin else None
+        points = [start, *(_cost(section, row, measure) for row in rows)]
+        found.append(Training(way.training.label(trainings), after, tuple(sorted(filter(None, points)))))
+        if start:
+            levels[after] = start.value
     return Panel(found, levels)
 
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+REMOVALS = {"removed": 1.0, "removed_attn": 0.5, "removed_mlp": 0.5}  # lists of layers in a plan: the share that goes
+
 
 class NotTrackedError(Exception):
     """A tracker failed."""
@@ -100,7 +102,7 @@ def describe_run(setup: RunSetup, folder: Path, stages: RunStages, run: Entry) -
         flips=flips,
         figures=draw_run_figures(result, folder),
         files={"plan": [folder / "plan.json"], "report": [file for file in report if file.exists()]},
-        **labels(setup, folder, "prune" if plan["removed"] else "evaluate", **facts),
+        **labels(setup, folder, "prune" if any(plan.get(name) for name in REMOVALS) else "evaluate", **facts),
     )
 
 
@@ -135,7 +137,11 @@ def labels(setup: RunSetup, folder: Path, kind: str, **facts: Any) -> dict[str, 
 
 def layer_curves(setup: RunSetup, plan: dict[str, Any], stats: Entry | None) -> dict[str, list[float]]:
     """Numbers per decoder layer."""
-    curves: dict[str, list[float]] = {"removed": [int(i in plan["removed"]) for i in range(plan["n_layers"])]}
+    removed = [0.0] * plan["n_layers"]
+    for name, part in REMOVALS.items():
+        for i in plan.get(name) or ():
+            removed[i] = part
+    curves: dict[str, list[float]] = {"removed": removed}
     if plan["importance"]:
         curves["importance"] = plan["importance"]
     if stats and setup.selects and "cosine" in setup.statistics:

@@ -3,7 +3,7 @@
 from helpers.results import result
 
 from svl.report.figures.curves import Labels
-from svl.report.figures.training import accuracy_vs_training
+from svl.report.figures.training import Cost, Panel, Training, accuracy_vs_training
 from svl.report.results import read_runs
 from svl.report.rows import compared_runs
 from svl.report.training_curves import training_panels
@@ -58,6 +58,31 @@ def test_what_was_trained_alike_is_a_curve_from_its_start(store):
         "refit, no training",
         "dense (none removed)",
     }
+
+
+def test_what_has_no_average_is_in_no_curve(store):
+    """Neither as the score without training, nor as the only point of a curve."""
+    unknown = {"average": None, "retained": None}
+    panels = found(
+        store,
+        trained(0.3) | unknown,
+        trained(0.4, 20),
+        trained(0.5, 100),
+        trained(0.2, 20, method="distill") | unknown,
+        trained(0.2, 100, method="distill") | unknown,
+    )
+    (panel,) = panels.panels.values()
+    assert panel.untrained == {}
+    assert [[round(point.value) for point in curve.points] for curve in panel.curves] == [[40, 50]]
+    accuracy_vs_training(panels.panels, None, panels.unit, Labels())
+
+
+def test_seconds_that_nearly_agree_have_one_number(store):
+    curves = [
+        Training("lora", after, (Cost(s, 1, 0, 2), Cost(5 * s, 2, 1, 3))) for s, after in ((60.2, ""), (60.9, "refit"))
+    ]
+    (ax,) = accuracy_vs_training({"x": Panel(curves, {})}, None, "seconds", Labels()).axes
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "60", "301"]
 
 
 def test_budgets_in_seconds_lie_where_training_ended(store):

@@ -95,7 +95,11 @@ def _draw_curve(ax: Axes, curve: Training, method: Look) -> LineEnd:
 def _scale_budgets(ax: Axes, panel: Panel) -> None:
     spent = sorted({point.spent for curve in panel.curves for point in curve.points} | {0.0})
     ax.set_xscale("symlog", linthresh=spent[1], linscale=0.6)
-    ax.set_xticks(spent, [f"{value:,.0f}" for value in spent])
+    ticks = spent[:2]
+    for value in spent[2:]:
+        if value > 1.3 * ticks[-1]:  # seconds of several runs are never the same
+            ticks.append(value)
+    ax.set_xticks(ticks, [f"{value:,.0f}" for value in ticks])
     ax.minorticks_off()
     ax.set_xlim(-0.05 * spent[1], 1.06 * spent[-1])
     ax.grid(axis="y")
