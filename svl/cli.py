@@ -39,9 +39,7 @@ def find_command(words: list[str]) -> Callable[[], object]:
 
 def _doctor() -> None:
     if not set(sys.argv) & {*HELP}:
-        print(
-            "examining libraries, settings, model and data ...", file=sys.stderr, flush=True
-        )  # before torch is imported
+        print("examining libraries, settings, model and data ...\n", flush=True)  # before torch is imported
     from svl.doctor.command import run_doctor
 
     run_doctor()
