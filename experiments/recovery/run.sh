@@ -28,10 +28,11 @@ else
   sweep recovery=none
   train recovery=projector,lora,distill strategy=runs recovery.steps=20,100,300 $scenes
   train recovery=interlace recovery.accumulate=1 strategy=runs recovery.steps=20,100,300 $scenes
-  train recovery=lora strategy=shortgpt,interlace recovery.steps=100 $scenes
+  train recovery=lora strategy=shortgpt,interlace compensation=refit recovery.steps=20 $scenes
   rate=3e-4 train recovery=distill strategy=runs compensation=refit recovery.steps=300 $scenes
   seed=1 train recovery=distill strategy=runs compensation=refit recovery.steps=300 $scenes
   ratio=0.2 train recovery=distill strategy=runs compensation=none recovery.steps=300 $scenes
   train recovery=distill strategy=runs recovery.steps=100 $text # text alone
+  train recovery=distill strategy=bridge selector=tis compensation=refit recovery.projector=false recovery.budget_s=900 $scenes # the goal
 fi
 svl-report experiment=recovery_$model
