@@ -146,9 +146,9 @@ def measured_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     softcap = options.get("softcap")
     modality = None if meter is None else meter.modality_on(query.device)
-    kernels = (
-        None if modality is None or softcap is not None else fused_kernels(query.device, query.dtype, query.shape[-1])
-    )
+    kernels = None
+    if modality is not None and softcap is None:
+        kernels = fused_kernels(query.device, query.dtype, query.shape[-1])
     if kernels is not None:
         sdpa = AttentionInterface()["sdpa"]
         asked = {"scaling": scaling, "is_causal": options.get("is_causal")}

@@ -132,7 +132,7 @@ def _examine_memory(
 def _training(cfg: DictConfig, examined: Examined, sample: Sample | None, n_remove: int) -> Training | None:
     """What recovery does, with answers as long as that of `sample`; None if nothing is trained."""
     recovery = config.build_method(cfg.recovery, "recovery")
-    if not recovery.heals:
+    if not recovery.heals or not n_remove:
         return None
     answer = GUESSED_ANSWER
     if sample is not None and sample.plain:

@@ -116,11 +116,10 @@ function endComparison() {
 
 function layers(a, b) {
   const strips = [["A", a], ["B", b]].flatMap(([name, row]) => {
-    const strip = element("ol", {className: "plan flat"}), step = Math.max(1, Math.ceil(row.layers / 16));
-    strip.style.gridTemplateColumns = `repeat(${row.layers}, minmax(0, 1fr))`;
-    for (let i = 0; i < row.layers; i++) {
-      const name = row.removed.find(name => name.split(".")[0] === String(i)), part = name?.split(".")[1];
-      const [fate, word] = part ? ["part", `without its ${part}`] : name ? ["gone", "removed"] : ["kept", "kept"];
+    const strip = element("ol", {className: "plan flat"}), step = Math.max(1, Math.ceil(row.fates.length / 16));
+    strip.style.gridTemplateColumns = `repeat(${row.fates.length}, minmax(0, 1fr))`;
+    for (let i = 0; i < row.fates.length; i++) {
+      const [fate, word] = row.fates[i];
       strip.append(element("li", {className: fate, title: `layer ${i}: ${word}`},
         element("i"), element("b"), ...(i % step ? [] : [element("small", {textContent: i})])));
     }

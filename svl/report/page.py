@@ -77,7 +77,7 @@ def render_page(
                 "settings": settings[row_id(row)],
                 "seeds": len(row.runs),
                 "removed": row.first.plan.removal_names,
-                "layers": row.first.plan.n_layers,
+                "fates": [_fate(row.first.plan, i) for i in range(row.first.plan.n_layers)],
             }
             for section in sections
             for row in section.rows
