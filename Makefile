@@ -1,6 +1,8 @@
 # `make demo` and `make test` are all a newcomer needs; both set up .venv on first use.
 PYTHON ?= python3
 BIN := .venv/bin
+# One more than cores: many tests wait for processes that they start.
+PYTEST := $(BIN)/python -m pytest -n 3 --dist worksteal
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help demo test coverage lint docs size clean
@@ -24,10 +26,10 @@ demo: .venv/.demo  ## prune the bundled LVLM at three ratios with six strategies
 	$(BIN)/svl-report experiment=demo
 
 test: .venv/.ready lint  ## lint, type check and the whole test suite
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(PYTEST)
 
 coverage: .venv/.ready  ## the test suite with the coverage of every module (slower)
-	$(BIN)/python -m pytest -n 2 --dist worksteal --cov
+	$(PYTEST) --cov
 
 lint: .venv/.ready  ## ruff, mypy and the contracts on imports
 	$(BIN)/ruff check .

@@ -10,18 +10,19 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import hydra
 import torch
 from omegaconf import DictConfig
 
 from svl import config
-from svl.calibration.encoding import encode_samples
-from svl.data.samples import Sample, Samples
-from svl.doctor.data_checks import examine_benchmarks, examine_calibration, longest_text
+from svl.data.samples import Samples
+from svl.doctor.data_checks import examine_benchmarks, examine_samples, longest_text
 from svl.doctor.findings import Section, can_work, page
-from svl.doctor.memory import Load, Need, Training, in_words, stage_needs
-from svl.doctor.model_checks import Examined, asked_removals, asked_training, examine_model
+from svl.doctor.memory import GUESSED_ANSWER, GUESSED_TOKENS, Load, Need, in_words, stage_needs
+from svl.doctor.model_checks import Examined, asked_removals, examine_model
+from svl.doctor.recovery_checks import count_tokens, examine_training, examine_training_data
 from svl.models.devices import find_device
 from svl.plugins import import_plugins
 from svl.run.keys import versions
@@ -32,8 +33,6 @@ LIBRARIES = (
     *("torch", "transformers", "datasets", "lmms_eval", "accelerate", "vllm", "wandb", "torchao"),
     "mlflow-skinny",  # the extra, which the whole of MLflow brings, too
 )
-GUESSED_TOKENS = 1024  # of a sample with one picture, where none is here to be counted
-GUESSED_ANSWER = 32  # tokens, where the benchmark does not say
 USAGE = """svl doctor: what of a configuration will work, found out before anything heavy.
 
   svl doctor model=llava_15_7b
@@ -71,23 +70,33 @@ def compose(words: Sequence[str]) -> DictConfig:
 
 def examine(cfg: DictConfig) -> list[Section]:
     """Everything that can be said of a configuration."""
-    libraries, methods = Section("libraries"), Section("settings and methods")
+    libraries, settings = Section("libraries"), Section("settings and methods")
     model, memory = Section(f"model {cfg.model.path}"), Section("memory")
     calibration, benchmark = Section("calibration"), Section(f"benchmark {cfg.benchmark.name}")
+    recovery = Section("recovery")
     _examine_libraries(libraries)
-    needs: frozenset[str] = frozenset()
-    with methods.examined("the configuration"):
-        config.validate_config(cfg)
-        needs = config.build_method(cfg.strategy, "strategy").needs
-        methods.ok("every setting is known, and every method can be built")
+    methods: dict[str, Any] = {}
+    with settings.examined("the configuration"):
+        methods = config.validate_config(cfg)
+        settings.ok("every setting is known, and every method can be built")
     store = Store(cfg.paths.store, versions())
     examined = examine_model(cfg, store, model)
-    samples = examine_calibration(cfg, calibration)
+    samples = examine_samples(cfg, cfg.calibration, "calibration", calibration)
+    heals = bool(methods) and methods["recovery"].heals
+    trained_on = examine_training_data(cfg, samples, recovery) if heals else None
     if examined:
+        n_remove = asked_removals(cfg, examined.shape.layers)
+        training = None
+        if heals:
+            training = examine_training(examined.lvlm, methods["recovery"], n_remove, trained_on, recovery)
+        needs = methods["strategy"].needs if methods else frozenset()
         with memory.examined("memory"):
-            _examine_memory(cfg, examined, samples, needs, memory)
+            load = _count_load(cfg, examined, samples, needs, memory)
+            room = _room(cfg)
+            for need in stage_needs(examined.shape, load, n_remove, training):
+                _compare(need, room[need.place], memory)
     examine_benchmarks(cfg, benchmark)
-    return [libraries, methods, model, calibration, benchmark, memory]
+    return [libraries, settings, model, calibration, *([recovery] if heals else []), benchmark, memory]
 
 
 def _examine_libraries(section: Section) -> None:
@@ -99,18 +108,12 @@ def _examine_libraries(section: Section) -> None:
             section.note(f"{name} is not installed")
 
 
-def _count_tokens(examined: Examined, sample: Sample) -> int:
-    """Tokens of a sample, as the processor makes them."""
-    inputs, _, _ = encode_samples(examined.lvlm, [sample])
-    return int(inputs["input_ids"].shape[1])
-
-
-def _examine_memory(
+def _count_load(
     cfg: DictConfig, examined: Examined, samples: Samples | None, needs: frozenset[str], section: Section
-) -> None:
-    """What each stage needs, beside what there is; `needs` are the strategy's."""
+) -> Load:
+    """How much a run does, of which the section tells; `needs` are the strategy's."""
     sample = longest_text(samples)
-    tokens = GUESSED_TOKENS if sample is None else _count_tokens(examined, sample)
+    tokens = GUESSED_TOKENS if sample is None else count_tokens(examined.lvlm, sample)
     told = f"{tokens} tokens in the longest sample" if sample else f"samples are not here: {tokens} tokens are assumed"
     load = Load(
         samples=len(samples) if samples else cfg.calibration.samples or 0,
@@ -123,23 +126,7 @@ def _examine_memory(
         gradients="gradients" in needs,
     )
     section.note(f"lower bounds in these terms; {told}, calibration.batch_size={load.calibration_batch}")
-    n_remove = asked_removals(cfg, examined.shape.layers)
-    room = _room(cfg)
-    for need in stage_needs(examined.shape, load, n_remove, _training(cfg, examined, sample, n_remove)):
-        _compare(need, room[need.place], section)
-
-
-def _training(cfg: DictConfig, examined: Examined, sample: Sample | None, n_remove: int) -> Training | None:
-    """What recovery does, with answers as long as that of `sample`; None if nothing is trained."""
-    recovery = config.build_method(cfg.recovery, "recovery")
-    if not recovery.heals or not n_remove:
-        return None
-    answer = GUESSED_ANSWER
-    if sample is not None and sample.plain:
-        answer = _count_tokens(examined, sample)
-    elif sample is not None and sample.answer:
-        answer = len(examined.lvlm.tokenizer(sample.answer).input_ids)
-    return asked_training(examined.lvlm, recovery, n_remove, answer)
+    return load
 
 
 def _compare(need: Need, room: int | None, section: Section) -> None:

@@ -12,22 +12,24 @@ from svl.evaluation.settings import TaskOptions
 from svl.run.inputs import calibration_source, task_options
 
 
-def examine_calibration(cfg: DictConfig, section: Section) -> Samples | None:
-    """The calibration samples, if they are files here; of a data set of the hub, whether it can be had."""
+def examine_samples(cfg: DictConfig, settings: DictConfig, group: str, section: Section) -> Samples | None:
+    """The samples that the settings of a group describe, if they are files here; of a data set of the hub, whether it
+    can be had."""
     found: Samples | None = None
-    with section.examined(f"calibration.path={cfg.calibration.path}"):
+    with section.examined(f"{group}.path={settings.path}"):
         benchmarks.check_not_evaluated_on(
-            cfg.calibration.path,
-            cfg.calibration.split if cfg.calibration.format else None,
+            settings.path,
+            settings.split if settings.format else None,
             list(cfg.benchmark.tasks),
             cfg.benchmark.include_path,
+            group,
         )
-        source = calibration_source(cfg.calibration)
+        source = calibration_source(settings)
         if not source.on_hub:
             found = source.read()
             _describe(found, section)
         else:
-            _ask_hub(cfg.calibration, section)
+            _ask_hub(settings, section)
     return found
 
 
@@ -38,20 +40,20 @@ def _describe(samples: Samples, section: Section) -> None:
     text = f"{len(samples)} samples from '{samples.source}': {pictured} with a picture"
     section.ok(f"{text}, {several} with several, {sum(bool(s.frames) for s in samples)} with a video")
     if answered < len(samples):
-        section.note(f"{len(samples) - answered} have no answer: strategies that measure losses need answers")
+        section.note(f"{len(samples) - answered} have no answer: what measures losses or trains needs answers")
 
 
-def _ask_hub(calibration: DictConfig, section: Section) -> None:
+def _ask_hub(settings: DictConfig, section: Section) -> None:
     """Whether a data set and its split are there, by its description alone."""
     from datasets import load_dataset_builder
 
-    builder = load_dataset_builder(calibration.path, calibration.name, revision=calibration.revision)
-    if calibration.image_table:
-        load_dataset_builder(calibration.path, calibration.image_table.name, revision=calibration.revision)
+    builder = load_dataset_builder(settings.path, settings.name, revision=settings.revision)
+    if settings.image_table:
+        load_dataset_builder(settings.path, settings.image_table.name, revision=settings.revision)
     splits = sorted(builder.info.splits or builder.config.data_files or {})
-    if splits and calibration.split.partition("[")[0] not in splits:
-        raise SvlError(f"'{calibration.path}' has no split '{calibration.split}'; it has: {', '.join(splits)}")
-    section.ok(f"data set '{calibration.path}' on the hub or in its cache; rows are streamed, none was read")
+    if splits and settings.split.partition("[")[0] not in splits:
+        raise SvlError(f"'{settings.path}' has no split '{settings.split}'; it has: {', '.join(splits)}")
+    section.ok(f"data set '{settings.path}' on the hub or in its cache; rows are streamed, none was read")
     licence = builder.info.license
     section.note(f"licence: {licence}" if licence else "its card names no licence")
 

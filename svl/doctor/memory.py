@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from svl.calibration.calibrate import CHUNK
 from svl.calibration.removal_probe import MEMORY
 
+GUESSED_TOKENS = 1024  # of a sample with one picture, where none is here to be counted
+GUESSED_ANSWER = 32  # tokens, where the benchmark does not say
 LOGITS = 3  # of them at once in fp32: those of answers, their log-softmax, its gradient
 
 
@@ -73,6 +75,7 @@ class Training:
     Attributes:
         parameters: that are trained.
         batch: samples in a pass.
+        tokens: of the longest sample.
         answer_tokens: of the longest answer; of plain text, every token.
         states: that are compared with the dense model's; 0 without.
         checkpointing: whether activations are computed again in the backward pass.
@@ -80,6 +83,7 @@ class Training:
 
     parameters: int
     batch: int
+    tokens: int
     answer_tokens: int
     states: int = 0
     checkpointing: bool = False
@@ -104,7 +108,7 @@ def stage_needs(model: ModelShape, load: Load, n_remove: int, training: Training
         *([_probing(model, load)] if load.probes else []),
         *([_gradients(model, load)] if load.gradients else []),
         *_least_squares(model, load, round(kept * model.layers)),
-        *([_recovery(model, load, training, round(kept * model.layers))] if training else []),
+        *([_recovery(model, training, round(kept * model.layers))] if training else []),
         _evaluation(model, load),
         Need("export", int(kept * model.weights), "disk", "weights without the removed layers, at least"),
     ]
@@ -165,9 +169,9 @@ def _least_squares(model: ModelShape, load: Load, kept: int) -> list[Need]:
     ]
 
 
-def _recovery(model: ModelShape, load: Load, training: Training, kept: int) -> Need:
+def _recovery(model: ModelShape, training: Training, kept: int) -> Need:
     """What is trained is held in fp32, with its gradient and AdamW's two moments; all else is the dense model's."""
-    tokens = training.batch * load.tokens
+    tokens = training.batch * training.tokens
     layer = tokens * (8 * model.hidden + model.cache_width + 4 * model.mlp_width) * model.bytes_each
     inputs = tokens * model.hidden * model.bytes_each
     activations = kept * inputs + layer if training.checkpointing else kept * layer

@@ -11,11 +11,11 @@ import torch
 from omegaconf import DictConfig
 
 from svl.config import build_method, load_options, plain_values
-from svl.core import Plan, layers_to_remove
+from svl.core import layers_to_remove
 from svl.core.errors import SvlError, explained
 from svl.demo import bundled
 from svl.doctor.findings import Section
-from svl.doctor.memory import ModelShape, Training, in_words
+from svl.doctor.memory import ModelShape, in_words
 from svl.models.anatomy import Anatomy, find_anatomy
 from svl.models.hub_snapshot import HubSnapshot, find_hub_snapshot
 from svl.models.loading import load_processor, read_model_config
@@ -26,8 +26,6 @@ from svl.models.prompts import with_prompt_style
 from svl.models.transformers_internals import empty_model
 from svl.models.weight_files import PICKLES, check_index, find_weight_files
 from svl.pruning.folding import check_foldable
-from svl.recovery.base import Recovery
-from svl.recovery.losses import compared_states
 from svl.store.artifacts import Store
 
 PICKLED = "its weights are pickles: for export and vLLM, convert them once (svl-export convert)"
@@ -145,28 +143,6 @@ def model_shape(lvlm: Lvlm, dtype: torch.dtype) -> ModelShape:
 def asked_removals(cfg: DictConfig, n_layers: int) -> int:
     """How many of so many layers the configuration asks to remove."""
     return int(layers_to_remove(cfg.ratio, n_layers) if cfg.n_remove is None else cfg.n_remove)
-
-
-def asked_training(lvlm: Lvlm, recovery: Recovery, n_remove: int, answer_tokens: int) -> Training:
-    """What recovery trains of a model whose weights need not be there, with answers of so many tokens.
-
-    Which `n_remove` layers go is not known yet. The first that may are taken for them, which compares the most states.
-
-    Raises:
-        SvlError: if the model has no such parts.
-    """
-    plan = Plan(lvlm.anatomy.n_layers, tuple(lvlm.anatomy.removable[:n_remove]))
-    parts = recovery.parts(lvlm, plan)
-    trained = sum(lvlm.model.get_parameter(name).numel() for name in parts.tensors)
-    for path in parts.adapted:
-        trained += recovery.adapter.rank * sum(lvlm.model.get_parameter(f"{path}.weight").shape)
-    return Training(
-        parameters=trained,
-        batch=recovery.batch_size,
-        answer_tokens=answer_tokens,
-        states=len(compared_states(plan)) if recovery.losses.states else 0,
-        checkpointing=recovery.gradient_checkpointing,
-    )
 
 
 def _examine_layers(cfg: DictConfig, anatomy: Anatomy, section: Section) -> None:

@@ -141,6 +141,45 @@ def test_recovery_is_among_the_stages_only_where_something_is_trained(doctor, ch
     assert "recover:" in section(doctor(*model, "recovery=projector"), "memory")
 
 
+@pytest.mark.parametrize(
+    ("model", "words", "line"),
+    [
+        ("llava", ["recovery.data.path=none.jsonl"], "there is no file 'none.jsonl'"),
+        ("llava", ["recovery.data.path=asked.jsonl"], "recovery needs answers, but 1 samples have none"),
+        ("llava", ["recovery.data.path=told.jsonl", "n_remove=4"], "plan removes all 4 decoder layers"),
+        ("llama", ["recovery.data.path=told.jsonl"], "projector"),
+    ],
+)
+def test_what_ends_a_recovery_is_named_and_memory_is_told_all_the_same(model, words, line, doctor, checkpoint, tmp_path):
+    (tmp_path / "asked.jsonl").write_text(json.dumps({"prompt": "What?"}))
+    (tmp_path / "told.jsonl").write_text(json.dumps({"prompt": "What?", "answer": "red"}))
+    columns = "recovery.data.columns={image: null}"
+    page = doctor(
+        "model=local", f"model.path={checkpoint(model)}", "recovery=projector", f"+{columns}", *words, code=1
+    )
+    failing = [text for text in section(page, "recovery").splitlines() if text.startswith("  FAILS")]
+    assert any(line in text for text in failing), page
+    assert "calibrate:" in section(page, "memory")
+
+
+def test_what_recovery_trains_and_on_what_is_told(doctor, checkpoint, tmp_path):
+    """Longer samples than those of calibration take more."""
+    model = ("model=local", f"model.path={checkpoint('llava')}", "recovery=projector", "calibration.samples=4")
+    told = section(doctor(*model), "recovery")
+    assert "it trains on the calibration set" in told
+    projector = svl.load(checkpoint("llava"), device="cpu").model.get_submodule("model.multi_modal_projector")
+    numbers = sum(p.numel() for p in projector.parameters())
+    assert f"trains {numbers / 1e6:.3g} of " in told
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "what which " * 200, "answer": "red"}))
+    data = ("recovery.data.path=long.jsonl", "+recovery.data.columns={image: null}")
+    assert "1 samples from 'long.jsonl'" in section(doctor(*model, *data), "recovery")
+    needs = [
+        float(re.search(r"recover: ([\d.]+) MB", section(page, "memory"))[1])
+        for page in (doctor(*model), doctor(*model, *data))
+    ]
+    assert needs[1] > 1.5 * needs[0]
+
+
 def test_protected_layers_are_listed_with_the_reason(doctor, mimic):
     page = doctor("model=local", f"model.path={mimic('qwen3_vl_8b')}")
     assert re.search(r"note  stay: 0-\d: visual features enter after it, by its position \(DeepStack\)", page)

@@ -17,7 +17,8 @@ from svl.calibration.removal_probe import ModelProbe
 from svl.compensation.refit import Refit
 from svl.data.samples import Sample, Samples
 from svl.doctor.memory import Load, Training, stage_needs
-from svl.doctor.model_checks import asked_training, model_shape
+from svl.doctor.model_checks import model_shape
+from svl.doctor.recovery_checks import asked_training
 from svl.recovery.distill import Distill
 from svl.recovery.interlace import Interlace
 from svl.recovery.lora import Lora
@@ -109,7 +110,7 @@ def test_recovery_takes_what_the_formula_says(method, compared, checkpointing, l
     with tensor_memory() as peak:
         trained = recover(lvlm, PLAN, None, data, recovery, tmp_path)
     tokens = trained.spent.tokens // trained.spent.samples
-    training = Training(trained.parameters, 4, 2, compared, checkpointing)
+    training = Training(trained.parameters, 4, tokens, 2, compared, checkpointing)
     shape = model_shape(lvlm, torch.float32)
     needs = stage_needs(shape, Load(16, tokens, 4, 4, 32, False), 2, training)
     said = next(need.bytes for need in needs if need.stage == "recover") - shape.weights
@@ -120,7 +121,7 @@ def test_recovery_takes_what_the_formula_says(method, compared, checkpointing, l
 def test_the_doctor_counts_what_training_trains(method, states, lvlm):
     """With the first two layers removed: states before the other six, and at the end."""
     pytest.importorskip("peft")
-    training = asked_training(lvlm, method(), 2, 5)
+    training = asked_training(lvlm, method(), 2, None)
     assert training.parameters == Student(lvlm, svl.Plan(8, (0, 1)), None, method()).trained_parameters
     assert training.states == states
 
