@@ -10,14 +10,15 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from svl.core.errors import SvlError
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.distributed import Store
 
 T = TypeVar("T")
@@ -88,6 +89,17 @@ def _exchange_beats(beats: Store, rank: int, size: int, leaving: threading.Event
         leaving.wait(min(10.0, SILENCE / 3))
 
 
+@contextmanager
+def _others_listening() -> Iterator[None]:
+    """Within the block, gloo's word for a process that has gone becomes a plain one."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "gloo" not in str(error) and "onnection" not in str(error):
+            raise
+        raise SvlError("another process of this run has ended: what it printed, if it could, says why") from error
+
+
 def gather_values(value: Any) -> list[Any]:
     """The values of all processes, in their order."""
     if process_count() == 1:
@@ -95,7 +107,8 @@ def gather_values(value: Any) -> list[Any]:
     from torch import distributed
 
     values: list[Any] = [None] * process_count()
-    distributed.all_gather_object(values, value)
+    with _others_listening():
+        distributed.all_gather_object(values, value)
     return values
 
 
@@ -140,5 +153,30 @@ def broadcast_word(word: str = "") -> str:
     from torch import distributed
 
     words = [word]
-    distributed.broadcast_object_list(words, src=0)
+    with _others_listening():
+        distributed.broadcast_object_list(words, src=0)
     return words[0]
+
+
+def average_values(tensors: Sequence[Tensor]) -> None:
+    """Give every process, in place, the mean of each tensor over all of them; they must agree on shapes."""
+    if process_count() == 1:
+        return
+    from torch import distributed
+
+    for tensor in tensors:
+        total = tensor.detach().cpu()  # through gloo, like all that processes tell each other
+        with _others_listening():
+            distributed.all_reduce(total)
+        tensor.copy_(total / process_count())
+
+
+@contextmanager
+def seeming_alone() -> Iterator[None]:
+    """Within the block, libraries that look for other processes find none, and do not divide work themselves."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    kept = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)

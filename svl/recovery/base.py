@@ -71,7 +71,7 @@ class Recovery(Method, ABC):
         warmup: share of the budget (of steps or seconds, whichever is further) in which it rises from 0.
         schedule: after that: cosine (down to 0) | constant.
         batch_size: samples in a pass.
-        accumulate: passes for one step.
+        accumulate: passes for one step, which the processes that torchrun started share.
         weight_decay, max_grad_norm: as in AdamW, and of gradient clipping (0: none).
         gradient_checkpointing: compute activations again in the backward pass, to keep fewer of them.
         precision: of products: auto (float32, or bfloat16 where the weights are) | bfloat16. What is trained is kept
@@ -110,6 +110,19 @@ class Recovery(Method, ABC):
                 raise SvlError(f"recovery.{name} is {value}, but must be above 0")
         if not 0 <= self.warmup < 1:
             raise SvlError(f"recovery.warmup is {self.warmup}, but must lie in [0, 1): it is a share of the budget")
+
+    def passes_of_each(self, processes: int) -> int:
+        """Passes for one step that each of so many processes does.
+
+        Raises:
+            SvlError: if they cannot be shared out.
+        """
+        if self.accumulate % processes:
+            raise SvlError(
+                f"{processes} processes share the passes of a step, but recovery.accumulate is {self.accumulate}: set "
+                f"it to a multiple of {processes} (and lower recovery.batch_size to leave the step as large as it is)"
+            )
+        return self.accumulate // processes
 
     @property
     def losses(self) -> Losses:

@@ -25,20 +25,23 @@ def check_answers(samples: Samples) -> None:
 
 
 class TrainingOrder(Sequence[int]):
-    """Numbers of samples, pass after pass over all of them, each in an order of its own; long enough for any training.
+    """Numbers of samples, pass after pass over all of them, each in an order of its own; `n_batches` batches of them.
 
-    Position k has the same number in every process that asks for it.
+    Position k has the same number in every process that asks for it. Of `count` processes, number `rank` has every
+    `count`-th batch, so that together they see what one would.
     """
 
-    def __init__(self, n_samples: int, length: int, seed: int):
-        self.n_samples, self.length, self.seed = n_samples, length, seed
+    def __init__(self, n_samples: int, batch_size: int, n_batches: int, seed: int, rank: int = 0, count: int = 1):
+        self.n_samples, self.batch_size, self.n_batches, self.seed = n_samples, batch_size, n_batches, seed
+        self.rank, self.count = rank, count
         self._epoch, self._order = -1, [0]
 
     def __len__(self) -> int:
-        return self.length
+        return self.n_batches // self.count * self.batch_size
 
     def __getitem__(self, k: int) -> int:  # type: ignore[override]
-        epoch, place = divmod(k, self.n_samples)
+        batch, place = divmod(k, self.batch_size)
+        epoch, place = divmod((batch * self.count + self.rank) * self.batch_size + place, self.n_samples)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, list(range(self.n_samples))
             random.Random(f"{self.seed}/{epoch}").shuffle(self._order)

@@ -3,6 +3,9 @@
 The Trainer's own checkpoints appear piece by piece. Here each is renamed when it is whole, with the budget that was
 spent and the curve so far in it, and the one before goes; a run that is killed goes on from the last, and ends in the
 same weights as one that is not. (With a limit in seconds, in those of the steps that it got to.)
+
+Of processes that torchrun started, each takes its share of the `accumulate` passes of a step, and all take the step
+with the mean of their gradients: the step that one process would take. The Trainer knows nothing of the others.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +28,18 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from svl.core import Patch, Plan, SvlError, TensorChange
+from svl.core import Patch, Plan, TensorChange
 from svl.data.samples import Samples
 from svl.models.lvlm import Lvlm
-from svl.processes import process_count
+from svl.processes import (
+    all_or_none,
+    average_values,
+    gather_values,
+    join_processes,
+    process_count,
+    process_rank,
+    seeming_alone,
+)
 from svl.recovery.base import Recovery
 from svl.recovery.batches import Batches, TrainingOrder, check_answers
 from svl.recovery.student import Student
@@ -98,11 +109,12 @@ def recover(
         report: is told after each step.
 
     Raises:
-        SvlError: if this model cannot be trained, a sample has no answer, or the loss is not finite.
+        SvlError: if this model cannot be trained, a sample has no answer, the loss is not finite, or the processes that
+            torchrun started cannot share a step.
     """
-    if process_count() > 1:
-        raise SvlError("recovery trains in one process: run it without torchrun, which later runs may use again")
+    recovery.passes_of_each(process_count())
     check_answers(samples)
+    join_processes()
     with _random_state_kept(recovery.seed, dense.device):
         student = Student(dense, plan, patch, recovery)
         steps = planned_steps(recovery, len(samples))
@@ -127,17 +139,30 @@ def _random_state_kept(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def _train(student: Student, samples: Samples, steps: int, folder: Path, report: Report) -> Spent:
-    recovery = student.recovery
+    first = process_rank() == 0
     folder.mkdir(parents=True, exist_ok=True)
-    for remains in folder.glob("checkpoint-*"):  # of a run that was killed while it wrote
+    for remains in folder.glob("checkpoint-*") if first else ():  # of a run that was killed while it wrote
         shutil.rmtree(remains)
     last = max(folder.glob(f"{SAVED}*"), key=lambda path: int(path.name.removeprefix(SAVED)), default=None)
     ledger = _Ledger(student, steps, folder, report, last)
+    with seeming_alone():
+        trainer = _make_trainer(student, samples, ledger)
+    with _checkpointed_activations(student):
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    student.eval()
+    del trainer
+    if student.lvlm.device.type != "cpu":
+        gc.collect()  # the Trainer refers to itself, and holds the optimiser's memory
+    return ledger.spent
+
+
+def _make_trainer(student: Student, samples: Samples, ledger: _Ledger) -> _Trainer:
+    recovery, rank, count = student.recovery, ledger.rank, ledger.count
     arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
+        output_dir=str(ledger.folder),
+        max_steps=ledger.steps,
         per_device_train_batch_size=recovery.batch_size,
-        gradient_accumulation_steps=recovery.accumulate,
+        gradient_accumulation_steps=recovery.passes_of_each(count),
         learning_rate=recovery.learning_rate,
         weight_decay=recovery.weight_decay,
         max_grad_norm=recovery.max_grad_norm,
@@ -153,22 +178,17 @@ def _train(student: Student, samples: Samples, steps: int, folder: Path, report:
         use_cpu=student.lvlm.device.type == "cpu",
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # with more of them, the Trainer would copy the model to each
+    batches = ledger.steps * recovery.accumulate
     trainer = _Trainer(
         model=student,
         args=arguments,
         data_collator=Batches(student.lvlm, samples),
-        train_dataset=TrainingOrder(len(samples), steps * recovery.batch_size * recovery.accumulate, recovery.seed),
+        train_dataset=TrainingOrder(len(samples), recovery.batch_size, batches, recovery.seed, rank, count),
         callbacks=[ledger],
     )
     trainer.ledger = ledger
     trainer.remove_callback(PrinterCallback)
-    with _checkpointed_activations(student):
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    student.eval()
-    del trainer
-    if student.lvlm.device.type != "cpu":
-        gc.collect()  # the Trainer refers to itself, and holds the optimiser's memory
-    return ledger.spent
+    return trainer
 
 
 @contextmanager
@@ -188,9 +208,21 @@ def _checkpointed_activations(student: Student) -> Iterator[None]:
 
 
 class _Trainer(Trainer):
-    """With a learning rate that follows the share of the budget that is gone, of steps or seconds."""
+    """In step with the other processes, and with a learning rate that follows the share of the budget, of steps or
+    seconds, that is gone."""
 
     ledger: _Ledger
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's; a sample that fails in one process ends all."""
+        return all_or_none(lambda: super(_Trainer, self).get_batch_samples(*args, **kwargs))
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The Trainer's, whose gradients are the mean of all processes' behind the last pass of a step."""
+        loss: torch.Tensor = all_or_none(lambda: super(_Trainer, self).training_step(*args, **kwargs))
+        if self.accelerator.sync_gradients:
+            average_values([p.grad for p in self.ledger.student.parameters() if p.grad is not None])
+        return loss
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """Linear warm-up, then as `recovery.schedule` says."""
@@ -218,9 +250,9 @@ class _Ledger(TrainerCallback):
     def __init__(self, student: Student, steps: int, folder: Path, report: Report, last: Path | None):
         self.student, self.steps, self.folder, self.report = student, steps, folder, report
         self.budget_s, self.save_every = student.recovery.budget_s, student.recovery.save_every
+        self.rank, self.count = process_rank(), process_count()
         self.spent = Spent(**json.loads((last / PROGRESS).read_text())) if last else Spent()
-        student.samples, student.tokens = self.spent.samples, self.spent.tokens
-        self._before, self._began = self.spent.seconds, time.perf_counter()
+        self._before, self._began = replace(self.spent), time.perf_counter()
 
     def share_after(self, step: int) -> float:
         """The share of the budget that is gone after so many steps, at this time."""
@@ -231,21 +263,28 @@ class _Ledger(TrainerCallback):
         self._began = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Count; stop when time is up; ask for a checkpoint every so many steps."""
-        spent = self.spent
-        spent.steps, spent.samples, spent.tokens = state.global_step, self.student.samples, self.student.tokens
-        spent.seconds = self._before + time.perf_counter() - self._began
+        """Count what all processes did; stop when time is up by the first one's clock; ask that one for a checkpoint
+        every so many steps."""
+        spent, before = self.spent, self._before
+        seconds = time.perf_counter() - self._began
+        counts = gather_values((self.student.samples, self.student.tokens, seconds))
+        spent.steps = state.global_step
+        spent.samples = before.samples + sum(samples for samples, _, _ in counts)
+        spent.tokens = before.tokens + sum(tokens for _, tokens, _ in counts)
+        spent.seconds = before.seconds + counts[0][2]
         if self.budget_s is not None and spent.seconds >= self.budget_s:
             control.should_training_stop = True
         elif spent.steps % self.save_every == 0 and spent.steps < self.steps:
-            control.should_save = True
+            control.should_save = self.rank == 0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         """Add a point to the curve, and tell of it."""
         if not logs or "loss" not in logs:
             return
         spent = self.spent
-        point = {"step": spent.steps, "seconds": round(spent.seconds, 3), "loss": logs["loss"], **self.student.newest}
+        told = gather_values({"loss": logs["loss"], **self.student.newest})
+        terms = {name: sum(one[name] for one in told) / self.count for name in told[0]}
+        point = {"step": spent.steps, "seconds": round(spent.seconds, 3), **terms}
         every = 2 ** max(0, math.ceil(math.log2(spent.steps / CURVE)))  # a power of two, so that earlier points remain
         spent.curve = [p for p in spent.curve if p["step"] % every == 0]
         spent.curve.append({**point, "learning_rate": logs["learning_rate"]})

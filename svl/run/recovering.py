@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svl.core import Plan
+from svl.processes import process_count
 from svl.run.keys import identity_without, stage_code
+from svl.run.parallel import in_scratch
 from svl.run.stages import make_stage
 from svl.run.variants import PATCH, TRAINED, ModelVariant, content_of
 from svl.text.progress import progress_by_share
@@ -55,10 +57,11 @@ def train(setup: RunSetup, plan: Plan, patch: Entry | None) -> Entry | None:
         if found.trained:
             patch_file.save_trained(found.trained, folder / TRAINED)
         spent = dataclasses.asdict(found.spent)
-        device = setup.dense.device_facts(recovery.batch_size)
+        device, count = setup.dense.device_facts(recovery.batch_size), process_count()
+        device |= {"processes": count} if count > 1 else {}
         return {**spent, "parameters": found.parameters, "examples": len(samples), "device": device}
 
-    return make_stage(setup, "recover", inputs, build)
+    return make_stage(setup, "recover", inputs, build, help=in_scratch(build))
 
 
 def describe_training(spent: dict[str, Any]) -> str:

@@ -86,11 +86,8 @@ class RunSetup:
             export.check_export_path(cfg.export.path)
         self._find_tasks()
         self._find_needs()
-        if self.recovers and process_count() > 1:
-            raise SvlError(
-                f"recovery trains in one process, but torchrun started {process_count()}: run it without torchrun (or "
-                "with model.device_map, over several devices); what it made is then in the store"
-            )
+        if self.recovers:
+            self.recovery.passes_of_each(process_count())
         if self.needs_samples:
             self.samples  # noqa: B018 (read now, so that bad data is found before the model is loaded)
         if self.recovers:

@@ -150,13 +150,11 @@ def test_recovery_is_among_the_stages_only_where_something_is_trained(doctor, ch
         ("llama", ["recovery.data.path=told.jsonl"], "projector"),
     ],
 )
-def test_what_ends_a_recovery_is_named_and_memory_is_told_all_the_same(model, words, line, doctor, checkpoint, tmp_path):
+def test_what_ends_a_recovery_is_named_and_memory_told_all_the_same(model, words, line, doctor, checkpoint, tmp_path):
     (tmp_path / "asked.jsonl").write_text(json.dumps({"prompt": "What?"}))
     (tmp_path / "told.jsonl").write_text(json.dumps({"prompt": "What?", "answer": "red"}))
     columns = "recovery.data.columns={image: null}"
-    page = doctor(
-        "model=local", f"model.path={checkpoint(model)}", "recovery=projector", f"+{columns}", *words, code=1
-    )
+    page = doctor("model=local", f"model.path={checkpoint(model)}", "recovery=projector", f"+{columns}", *words, code=1)
     failing = [text for text in section(page, "recovery").splitlines() if text.startswith("  FAILS")]
     assert any(line in text for text in failing), page
     assert "calibrate:" in section(page, "memory")

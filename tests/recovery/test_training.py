@@ -243,7 +243,7 @@ def test_gradient_checkpointing_and_lower_precision(llava, samples):
 
 
 def test_every_pass_over_the_data_is_a_new_order_of_all():
-    order, again, other = (TrainingOrder(7, 70, seed) for seed in (1, 1, 2))
+    order, again, other = (TrainingOrder(7, 7, 10, seed) for seed in (1, 1, 2))
     passes = [tuple(order[k] for k in range(7 * e, 7 * e + 7)) for e in range(10)]
     assert all(sorted(found) == list(range(7)) for found in passes)
     assert len(set(passes)) > 5
@@ -252,11 +252,21 @@ def test_every_pass_over_the_data_is_a_new_order_of_all():
     assert [other[k] for k in range(70)] != [order[k] for k in range(70)]
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_processes_share_the_batches_of_every_step(count):
+    """Together, in turn, they have those of one process, and each as many."""
+    alone = TrainingOrder(7, 4, 12, 1)
+    shares = [TrainingOrder(7, 4, 12, 1, rank, count) for rank in range(count)]
+    assert {len(share) for share in shares} == {48 // count}
+    together = [share[4 * batch + k] for batch in range(12 // count) for share in shares for k in range(4)]
+    assert together == [alone[k] for k in range(48)]
+
+
 def test_the_budget_is_counted(llava, samples, tmp_path):
     """Five samples, three at a time, twice for a step."""
     recovery = Projector(steps=3, batch_size=3, accumulate=2)
     spent = recover(llava, PLAN, None, samples, recovery, tmp_path).spent
-    order = [TrainingOrder(5, 18, 0)[k] for k in range(18)]
+    order = [TrainingOrder(5, 3, 6, 0)[k] for k in range(18)]
     batches = Batches(llava, samples)
     tokens = sum(int(batches([n])["attention_mask"].sum()) for n in order)
     assert (spent.steps, spent.samples, spent.tokens) == (3, 18, tokens)
@@ -337,7 +347,7 @@ def test_models_and_data_that_cannot_be_trained_are_refused(llama, llava, make_s
     refused("has no samples to train on", llava, type(samples)("x", ()), Lora(steps=1))
     refused("lower recovery.learning_rate", llama, texts, Lora(steps=9, learning_rate=1e30, batch_size=2))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    refused("trains in one process", llava, samples, Lora(steps=1))
+    refused("share the passes of a step", llava, samples, Lora(steps=1))
 
 
 @pytest.mark.parametrize(

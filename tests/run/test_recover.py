@@ -130,9 +130,9 @@ def test_what_cannot_be_trained_on_is_refused_before_any_work(words, message, tm
     assert not (tmp_path / "store" / "stats").exists()
 
 
-def test_torchrun_is_refused(tmp_path):
+def test_processes_that_cannot_share_a_step_are_refused(tmp_path):
     shown = run_svl(*PRUNE, "recovery=lora", cwd=tmp_path, code=1, WORLD_SIZE="2", RANK="0")
-    assert "recovery trains in one process, but torchrun started 2" in shown.stderr
+    assert "2 processes share the passes of a step, but recovery.accumulate is 1: set it to a multiple" in shown.stderr
 
 
 def test_the_budget_is_in_tables_and_numbers(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 import socket
 from pathlib import Path
 
@@ -21,14 +22,28 @@ METHODS = {
 
 
 @pytest.fixture
-def together(fork_server):
-    """Run two processes, as torchrun starts them; gives them when they have ended."""
+def start_two(fork_server):
+    """Start two processes as torchrun does; the first is killed at its `last_event`th change of the disk."""
 
-    def run(*words: str, cwd: Path, code: int = 0):
+    def start(*words: str, cwd: Path, last_event: int | None = None):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-        both = [fork_server.start(*words, cwd=cwd, **meeting, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
+        limits = ({"last_event": last_event}, {}) if last_event else ({}, {})
+        return [
+            fork_server.start(*words, cwd=cwd, **limit, **meeting, RANK=rank, LOCAL_RANK=rank)
+            for rank, limit in zip("01", limits, strict=True)
+        ]
+
+    return start
+
+
+@pytest.fixture
+def together(start_two, fork_server):
+    """Run two processes; gives them when they have ended."""
+
+    def run(*words: str, cwd: Path, code: int = 0):
+        both = start_two(*words, cwd=cwd)
         assert [fork_server.wait(process) for process in both] == [code, code], "".join(map(fork_server.log, both))
         return both
 
@@ -60,6 +75,63 @@ def test_two_processes_store_what_one_stores(method, together, tmp_path):
     assert expected["plan"]
     assert bool(expected["probe"]) == (method in ("sleb", "laco", "taylor"))
     assert stored(tmp_path / "both") == expected
+
+
+TRAINING = ("recovery=distill", "recovery.steps=3", "recovery.batch_size=2", "recovery.accumulate=2")
+
+
+def test_two_processes_train_what_one_trains(together, tmp_path):
+    """Each has half of the passes of a step. Weights are equal bit for bit, as halving is exact."""
+    pytest.importorskip("peft")
+    words = ("strategy=tail", *TRAINING, *QUIET, *DATA)
+    found = []
+    for folder in (tmp_path / "alone", tmp_path / "both"):
+        folder.mkdir()
+        run = run_svl if folder.name == "alone" else together
+        run(*words, cwd=folder)
+        (trained,) = (folder / "store" / "recover").iterdir()
+        output = json.loads((trained / "manifest.json").read_text())["output"]
+        curve = [{name: value for name, value in p.items() if name != "seconds"} for p in output["curve"]]
+        counts = [output[name] for name in ("steps", "samples", "tokens", "parameters")]
+        found.append(((trained / "trained.safetensors").read_bytes(), counts))
+        assert output["device"].get("processes", 1) == (1 if folder.name == "alone" else 2)
+        assert [point["step"] for point in curve] == [1, 2, 3]
+    assert found[0] == found[1]
+    assert found[0][1][:2] == [3, 12]
+
+
+def test_what_two_processes_left_one_finishes(start_two, fork_server, tmp_path):
+    """The first is killed while it trains, with a checkpoint behind it, and the other one ends, too."""
+    pytest.importorskip("peft")
+    words = ("strategy=tail", *TRAINING, "recovery.save_every=1", *QUIET, *DATA)
+
+    def finish(folder: Path) -> tuple[bytes, int]:
+        run = fork_server.start(*words, cwd=folder)
+        assert fork_server.wait(run) == 0, fork_server.log(run)
+        (trained,) = folder.glob("store/recover/*/trained.safetensors")
+        return trained.read_bytes(), fork_server.events(run)
+
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    alone.mkdir()
+    both.mkdir()
+    weights, events = finish(alone)
+    first, other = start_two(*words, cwd=both, last_event=events - 60)
+    assert fork_server.wait(first) == -signal.SIGKILL, fork_server.log(first)
+    assert fork_server.wait(other) not in (0, -signal.SIGKILL)
+    assert list(both.glob("store/unfinished/*/step-*"))
+    assert "error: another process of this run has ended" in fork_server.errors(other)
+    assert finish(both)[0] == weights
+
+
+def test_a_training_sample_that_fails_in_one_process_ends_both_with_its_name(together, fork_server, tmp_path):
+    pytest.importorskip("peft")
+    rows = [{"prompt": "What is it?", "answer": "a circle"}] * 3 + [{"prompt": "Is <image> it?", "answer": "a circle"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = ("recovery.data.path=rows.jsonl", "+recovery.data.columns={image: null}")
+    both = together("strategy=tail", *TRAINING, *data, *QUIET, *DATA, cwd=tmp_path, code=1)
+    for process in both:
+        assert "row 3" in fork_server.errors(process)
+    assert not list((tmp_path / "store" / "recover").glob("*/manifest.json"))
 
 
 def test_a_sample_that_fails_in_one_process_ends_both_with_its_name(together, fork_server, tmp_path):
