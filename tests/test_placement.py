@@ -221,7 +221,7 @@ def test_gradients_in_a_process_of_their_own():
     environment = {**os.environ, "GRADIENTS_ON_FAKE_DEVICES": "1"}
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
-    assert "4 passed" in done.stdout
+    assert "5 passed" in done.stdout
 
 
 alone = pytest.mark.skipif("GRADIENTS_ON_FAKE_DEVICES" not in os.environ, reason="in a process of its own, see above")
@@ -244,6 +244,29 @@ def test_gradient_of_a_layer_is_that_of_one_device(llava, samples):
     expected = ModelProbe(llava, samples).taylor()
     assert isinstance(lvlm.layers[3].mlp.down_proj.weight, FakeTensor)
     assert ModelProbe(lvlm, samples).taylor() == pytest.approx(expected, rel=1e-4)
+
+
+@alone
+def test_gradient_steps_of_recovery_leave_the_model_on_its_device(checkpoint, samples, tmp_path, monkeypatch):
+    """Answers, states and logits of the dense model; with the same weights as on the CPU, but for rounding."""
+    pytest.importorskip("peft")
+    from svl.recovery import student
+    from svl.recovery.distill import Distill
+    from svl.recovery.training import recover
+
+    monkeypatch.setattr(student, "check_trainable", lambda lvlm, recovery: None)  # it takes fake tensors for quantised
+    name, trained = fake_devices()[0], []
+    for device in ("cpu", name):
+        lvlm, recovery = svl.load(checkpoint("llava"), device=device), Distill(steps=2, batch_size=2, logits=1.0)
+        found = recover(lvlm, PLAN, None, samples, recovery, tmp_path / device)
+        trained.append(
+            {name: change.value if change.left is None else change.left for name, change in found.trained.items()}
+        )
+        assert {str(p.device) for p in lvlm.model.parameters()} == {device}
+        assert {str(value.device) for value in trained[-1].values()} == {"cpu"}
+    assert trained[0].keys() == trained[1].keys()
+    for key, value in trained[0].items():
+        torch.testing.assert_close(trained[1][key], value, rtol=1e-3, atol=1e-4)
 
 
 def test_gradients_of_layers_that_are_elsewhere_are_refused(checkpoint, samples):

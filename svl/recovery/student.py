@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from svl.core import Patch, Plan, SvlError, TensorChange
 from svl.models.lvlm import Lvlm
-from svl.models.placement import device_map, is_spread
 from svl.pruning import surgery
 from svl.recovery import losses as terms
 from svl.recovery.adapters import add_adapters, added_products
@@ -49,8 +48,6 @@ class Student(nn.Module):
         self._points = terms.compared_states(plan) if recovery.losses.states else {}
         self._trained = self._make_trainable()
         self.model = self.lvlm.model
-        if is_spread(self.model):
-            self.hf_device_map = device_map(self.model)  # for the Trainer: leave it where it is
         self.tokens, self.samples, self.newest = 0, 0, dict[str, float]()
 
     def _make_trainable(self) -> dict[str, nn.Parameter]:

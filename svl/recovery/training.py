@@ -158,7 +158,7 @@ def _train(student: Student, samples: Samples, steps: int, folder: Path, report:
 
 def _make_trainer(student: Student, samples: Samples, ledger: _Ledger) -> _Trainer:
     recovery, rank, count = student.recovery, ledger.rank, ledger.count
-    arguments = TrainingArguments(
+    arguments = _Arguments(
         output_dir=str(ledger.folder),
         max_steps=ledger.steps,
         per_device_train_batch_size=recovery.batch_size,
@@ -175,9 +175,8 @@ def _make_trainer(student: Student, samples: Samples, ledger: _Ledger) -> _Train
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
-        use_cpu=student.lvlm.device.type == "cpu",
+        use_cpu=True,  # which is said of the Trainer's own numbers, not of the model
     )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # with more of them, the Trainer would copy the model to each
     batches = ledger.steps * recovery.accumulate
     trainer = _Trainer(
         model=student,
@@ -187,6 +186,7 @@ def _make_trainer(student: Student, samples: Samples, ledger: _Ledger) -> _Train
         callbacks=[ledger],
     )
     trainer.ledger = ledger
+    trainer.accelerator.device_placement = False
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -207,6 +207,15 @@ def _checkpointed_activations(student: Student) -> Iterator[None]:
         disable()
 
 
+class _Arguments(TrainingArguments):
+    """For a model that stays where it is, on whatever device: the Trainer would move it to the first one."""
+
+    @property
+    def place_model_on_device(self) -> bool:
+        """Never."""
+        return False
+
+
 class _Trainer(Trainer):
     """In step with the other processes, and with a learning rate that follows the share of the budget, of steps or
     seconds, that is gone."""
@@ -222,7 +231,11 @@ class _Trainer(Trainer):
         loss: torch.Tensor = all_or_none(lambda: super(_Trainer, self).training_step(*args, **kwargs))
         if self.accelerator.sync_gradients:
             average_values([p.grad for p in self.ledger.student.parameters() if p.grad is not None])
-        return loss
+        return loss.to(self.args.device)
+
+    def _prepare_inputs(self, inputs: dict[str, torch.Tensor | Any]) -> dict[str, torch.Tensor | Any]:
+        """They are where the model begins, as `Batches` makes them."""
+        return inputs
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """Linear warm-up, then as `recovery.schedule` says."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -79,6 +79,9 @@ def fake_devices() -> tuple[str, ...]:
     module.is_initialized = module.is_built = lambda: True
     module.current_device, module._is_in_bad_fork = (lambda: 0), (lambda: False)
     module.manual_seed_all = lambda seed: None
+    module.get_rng_state, module.set_rng_state = (lambda device: torch.zeros(1)), (lambda state, device: None)
+    module.device = lambda device: nullcontext()
+    module.get_amp_supported_dtype = lambda: [torch.bfloat16]
     torch._register_device_module("fake", module)
     private_use = torch._C._autograd.DeviceType.PrivateUse1
     guard = type("Guard", (torch._C._acc.DeviceGuard,), {"type_": lambda self: private_use})()
