@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from svl.core.errors import SvlError
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from torch.distributed import Store
+    from torch.nn import Parameter
 
 T = TypeVar("T")
 
+GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # what gloo says of it
 SILENCE = 300.0  # seconds without a sign of life after which a process counts as dead
 
 
@@ -95,7 +96,7 @@ def _others_listening() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "gloo" not in str(error) and "onnection" not in str(error):
+        if not any(words in str(error) for words in GONE):
             raise
         raise SvlError("another process of this run has ended: what it printed, if it could, says why") from error
 
@@ -140,9 +141,11 @@ def all_or_none(work: Callable[[], T]) -> T:
         result = work()
     except Exception as error:  # noqa: BLE001 (raised below, when the others know)
         failure = error
-    told = gather_values(None if failure is None else str(failure) or type(failure).__name__)
-    if failure is not None:
-        raise failure
+    try:
+        told = gather_values(None if failure is None else str(failure) or type(failure).__name__)
+    finally:
+        if failure is not None:
+            raise failure
     if failed := [f"process {rank}: {text}" for rank, text in enumerate(told) if text is not None]:
         raise SvlError(failed[0])
     return cast("T", result)
@@ -158,24 +161,33 @@ def broadcast_word(word: str = "") -> str:
     return words[0]
 
 
-def average_values(tensors: Sequence[Tensor]) -> None:
-    """Give every process, in place, the mean of each tensor over all of them; they must agree on shapes."""
+def average_gradients(parameters: Sequence[Parameter]) -> None:
+    """Give every process the mean of the gradients of all; a process that has none, where others do, counts as zeros.
+
+    They go through the CPU's memory, parameter by parameter.
+    """
     if process_count() == 1:
         return
-    from torch import distributed
+    from torch import distributed, zeros_like
 
-    for tensor in tensors:
-        total = tensor.detach().cpu()  # through gloo, like all that processes tell each other
+    who_has = zip(*gather_values([parameter.grad is not None for parameter in parameters]), strict=True)
+    for parameter, has in zip(parameters, who_has, strict=True):
+        if not any(has):
+            continue
+        if parameter.grad is None:
+            parameter.grad = zeros_like(parameter)
+        total = parameter.grad.cpu()
         with _others_listening():
             distributed.all_reduce(total)
-        tensor.copy_(total / process_count())
+        parameter.grad.copy_(total / process_count())
 
 
 @contextmanager
 def seeming_alone() -> Iterator[None]:
     """Within the block, libraries that look for other processes find none, and do not divide work themselves."""
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-    kept = {name: os.environ.pop(name) for name in names if name in os.environ}
+    of_torchrun = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    of_mpi = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+    kept = {name: os.environ.pop(name) for name in (*of_torchrun, *of_mpi) if name in os.environ}
     try:
         yield
     finally:

@@ -22,7 +22,7 @@ from svl.doctor.data_checks import examine_benchmarks, examine_samples, longest_
 from svl.doctor.findings import Section, can_work, page
 from svl.doctor.memory import GUESSED_ANSWER, GUESSED_TOKENS, Load, Need, in_words, stage_needs
 from svl.doctor.model_checks import Examined, asked_removals, examine_model
-from svl.doctor.recovery_checks import count_tokens, examine_training, examine_training_data
+from svl.doctor.recovery_checks import count_tokens, examine_recovery
 from svl.models.devices import find_device
 from svl.plugins import import_plugins
 from svl.run.keys import versions
@@ -82,17 +82,15 @@ def examine(cfg: DictConfig) -> list[Section]:
     store = Store(cfg.paths.store, versions())
     examined = examine_model(cfg, store, model)
     samples = examine_samples(cfg, cfg.calibration, "calibration", calibration)
-    heals = bool(methods) and methods["recovery"].heals
-    trained_on = examine_training_data(cfg, samples, recovery) if heals else None
+    n_remove = asked_removals(cfg, examined.shape.layers) if examined else 1
+    heals, training = bool(methods) and methods["recovery"].heals, None
+    if heals:
+        model_alone = examined.lvlm if examined else None
+        training = examine_recovery(cfg, methods["recovery"], model_alone, n_remove, samples, recovery)
     if examined:
-        n_remove = asked_removals(cfg, examined.shape.layers)
-        training = None
-        if heals:
-            training = examine_training(examined.lvlm, methods["recovery"], n_remove, trained_on, recovery)
         needs = methods["strategy"].needs if methods else frozenset()
         with memory.examined("memory"):
-            load = _count_load(cfg, examined, samples, needs, memory)
-            room = _room(cfg)
+            load, room = _count_load(cfg, examined, samples, needs, memory), _room(cfg)
             for need in stage_needs(examined.shape, load, n_remove, training):
                 _compare(need, room[need.place], memory)
     examine_benchmarks(cfg, benchmark)
@@ -112,9 +110,8 @@ def _count_load(
     cfg: DictConfig, examined: Examined, samples: Samples | None, needs: frozenset[str], section: Section
 ) -> Load:
     """How much a run does, of which the section tells; `needs` are the strategy's."""
-    sample = longest_text(samples)
-    tokens = GUESSED_TOKENS if sample is None else count_tokens(examined.lvlm, sample)
-    told = f"{tokens} tokens in the longest sample" if sample else f"samples are not here: {tokens} tokens are assumed"
+    tokens = count_tokens(examined.lvlm, longest_text(samples)) if samples else GUESSED_TOKENS
+    told = f"{tokens} tokens in the longest sample" if samples else f"samples are not here: {tokens} tokens are assumed"
     load = Load(
         samples=len(samples) if samples else cfg.calibration.samples or 0,
         tokens=tokens,

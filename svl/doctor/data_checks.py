@@ -77,8 +77,11 @@ def _where(task: str, options: TaskOptions) -> str:
     return f"{path} on the hub or in its cache" if benchmarks.is_hub_name(path) else "files beside its YAML"
 
 
-def longest_text(samples: Samples | None) -> Sample | None:
-    """The sample with the longest text among those with most pictures."""
-    if samples is None:
-        return None
-    return max(samples, key=lambda sample: (len(sample.images) + len(sample.frames), len(sample.prompt)), default=None)
+def longest_text(samples: Samples, answered: bool = False) -> Sample:
+    """The sample with the longest text among those with most pictures; if `answered`, its answer is text, too."""
+
+    def size(sample: Sample) -> tuple[int, int]:
+        text = sample.prompt + (sample.answer or "" if answered else "")
+        return len(sample.images) + len(sample.frames), len(text)
+
+    return max(samples, key=size)

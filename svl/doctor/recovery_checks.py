@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from svl.calibration.encoding import encode_samples
+from svl.calibration.encoding import encode_samples, encode_texts, sample_text
 from svl.config import training_data
 from svl.core import Plan
 from svl.data.samples import Sample, Samples
@@ -15,38 +15,45 @@ from svl.models.lvlm import Lvlm
 from svl.recovery.base import Recovery
 from svl.recovery.batches import check_answers
 from svl.recovery.losses import compared_states
+from svl.recovery.student import check_trainable_kind
 
 
-def examine_training_data(cfg: DictConfig, calibration: Samples | None, section: Section) -> Samples | None:
-    """What recovery trains on, if it is here: samples of its own, or those of the calibration set; all need answers."""
-    settings, samples = training_data(cfg.recovery), calibration
+def examine_recovery(
+    cfg: DictConfig,
+    recovery: Recovery,
+    model: Lvlm | None,
+    n_remove: int,
+    samples: Samples | None,
+    section: Section,
+) -> Training | None:
+    """What is trained of a model whose weights need not be there, and on what; None if that is unknown.
+
+    `samples` are those of the calibration set, which are trained on unless recovery has its own.
+    """
+    settings = training_data(cfg.recovery)
     if settings.path is None:
         section.note("recovery.data.path is null: it trains on the calibration set")
     else:
         samples = examine_samples(cfg, settings, "recovery.data", section)
-    with section.examined("recovery.data"):
-        if samples is not None:
-            check_answers(samples)
-    return samples
-
-
-def examine_training(
-    lvlm: Lvlm, recovery: Recovery, n_remove: int, samples: Samples | None, section: Section
-) -> Training | None:
-    """What is trained of a model whose weights need not be there; None if nothing is, or it cannot be."""
-    found: Training | None = None
     if not n_remove:
         section.note("no layer is removed, so nothing is trained")
-    if not 0 < n_remove <= len(lvlm.anatomy.removable):  # too many: what is said of the model says so
         return None
-    with section.examined("recovery"):
-        found = asked_training(lvlm, recovery, n_remove, longest_text(samples))
-        section.ok(f"trains {found.parameters / 1e6:.3g} of {lvlm.parameters() / 1e6:.3g} M parameters")
+    if samples is not None:
+        with section.examined("recovery.data"):
+            check_answers(samples)
+    found: Training | None = None
+    if model is not None and n_remove <= len(model.anatomy.removable):  # else, what is said of the model says why
+        with section.examined("recovery"):
+            check_trainable_kind(model, recovery)
+            found = asked_training(model, recovery, n_remove, samples)
+            told = f"{found.tokens} tokens in the longest sample, {found.answer_tokens} in the longest answer"
+            section.note(told if samples else f"samples are not here; assumed are {told}")
+            section.ok(f"trains {found.parameters / 1e6:.3g} of {model.parameters() / 1e6:.3g} M parameters")
     return found
 
 
-def asked_training(lvlm: Lvlm, recovery: Recovery, n_remove: int, longest: Sample | None) -> Training:
-    """What recovery trains, in batches of samples like `longest`; None: lengths are guessed.
+def asked_training(lvlm: Lvlm, recovery: Recovery, n_remove: int, samples: Samples | None) -> Training:
+    """What recovery trains, on which samples; None: lengths are guessed.
 
     Which `n_remove` layers go is not known yet. The first that may are taken for them, which compares the most states.
 
@@ -58,12 +65,12 @@ def asked_training(lvlm: Lvlm, recovery: Recovery, n_remove: int, longest: Sampl
     trained = sum(lvlm.model.get_parameter(name).numel() for name in parts.tensors)
     for path in parts.adapted:
         trained += recovery.adapter.rank * sum(lvlm.model.get_parameter(f"{path}.weight").shape)
-    tokens = GUESSED_TOKENS if longest is None else count_tokens(lvlm, longest)
+    tokens, answer = _lengths(lvlm, samples) if samples else (GUESSED_TOKENS, GUESSED_ANSWER)
     return Training(
         parameters=trained,
         batch=recovery.batch_size,
         tokens=tokens,
-        answer_tokens=_count_answer(lvlm, longest, tokens),
+        answer_tokens=answer,
         states=len(compared_states(plan)) if recovery.losses.states else 0,
         checkpointing=recovery.gradient_checkpointing,
     )
@@ -75,8 +82,12 @@ def count_tokens(lvlm: Lvlm, sample: Sample) -> int:
     return int(inputs["input_ids"].shape[1])
 
 
-def _count_answer(lvlm: Lvlm, sample: Sample | None, tokens: int) -> int:
-    """Tokens of a sample that count in the loss: of its answer, or, in running text, all of its `tokens`."""
-    if sample is not None and sample.plain:
-        return tokens
-    return GUESSED_ANSWER if sample is None or not sample.answer else len(lvlm.tokenizer(sample.answer).input_ids)
+def _lengths(lvlm: Lvlm, samples: Samples) -> tuple[int, int]:
+    """Tokens of the longest sample, with its answer, and of the longest answer, which running text is as a whole."""
+    longest = longest_text(samples, answered=True)
+    if longest.plain:
+        tokens = count_tokens(lvlm, longest)
+        return tokens, tokens
+    text = sample_text(lvlm, longest, answered=True)
+    answer = max((sample.answer for sample in samples if sample.answer), key=len, default="")
+    return encode_texts(lvlm, [text], [longest])["input_ids"].shape[1], len(lvlm.tokenizer(answer).input_ids)

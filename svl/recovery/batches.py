@@ -25,10 +25,10 @@ def check_answers(samples: Samples) -> None:
 
 
 class TrainingOrder(Sequence[int]):
-    """Numbers of samples, pass after pass over all of them, each in an order of its own; `n_batches` batches of them.
+    """Numbers of samples, pass after pass over all of them, each in an order of its own.
 
-    Position k has the same number in every process that asks for it. Of `count` processes, number `rank` has every
-    `count`-th batch, so that together they see what one would.
+    Position k has the same number whoever asks for it, and whenever. Of `n_batches` batches, number `rank` of `count`
+    processes has every `count`-th, so that together they see what one would.
     """
 
     def __init__(self, n_samples: int, batch_size: int, n_batches: int, seed: int, rank: int = 0, count: int = 1):

@@ -29,6 +29,7 @@ class Student(nn.Module):
     Attributes:
         lvlm: the pruned model.
         parts: what of it is trained.
+        trained: the parameters that are, by names.
         tokens, samples: that have gone through it.
         newest: the terms of the last loss, unweighted.
 
@@ -46,7 +47,7 @@ class Student(nn.Module):
         self.parts = recovery.parts(self.lvlm, plan)
         self._teacher = (dense,) if recovery.losses.need_teacher else ()  # not a module of this one
         self._points = terms.compared_states(plan) if recovery.losses.states else {}
-        self._trained = self._make_trainable()
+        self.trained = self._make_trainable()
         self.model = self.lvlm.model
         self.tokens, self.samples, self.newest = 0, 0, dict[str, float]()
 
@@ -112,20 +113,20 @@ class Student(nn.Module):
     @property
     def trained_parameters(self) -> int:
         """Number of numbers that are trained."""
-        return sum(parameter.numel() for parameter in self._trained.values())
+        return sum(parameter.numel() for parameter in self.trained.values())
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
         """What is trained, by names: all that checkpoints hold of the model."""
-        return {name: parameter.detach() for name, parameter in self._trained.items()}
+        return {name: parameter.detach() for name, parameter in self.trained.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Read what `state_dict` gave."""
-        missing = [name for name in self._trained if name not in state_dict]
-        unexpected = [name for name in state_dict if name not in self._trained]
+        missing = [name for name in self.trained if name not in state_dict]
+        unexpected = [name for name in state_dict if name not in self.trained]
         if missing or unexpected:
             raise RuntimeError(f"a checkpoint of recovery lacks {missing}, and has {unexpected}")
         with torch.no_grad():
-            for name, parameter in self._trained.items():
+            for name, parameter in self.trained.items():
                 parameter.copy_(state_dict[name])
         return SimpleNamespace(missing_keys=[], unexpected_keys=[])
 
@@ -133,7 +134,7 @@ class Student(nn.Module):
         """What training has made, by names in the dense model; whole tensors in the model's dtype."""
         dtype, found = self.model.dtype, {}
         for name in self.parts.tensors:
-            found[name] = TensorChange(self._trained[name].detach().to("cpu", dtype, copy=True))
+            found[name] = TensorChange(self.trained[name].detach().to("cpu", dtype, copy=True))
         for path, left, right in added_products(self.lvlm, self.parts.adapted):
             found[f"{path}.weight"] = TensorChange(left=left.cpu(), right=right.cpu())
         return {self._dense_name(name): change for name, change in found.items()}
@@ -154,10 +155,15 @@ def check_trainable(lvlm: Lvlm, recovery: Recovery) -> None:
             f"recovery needs all of '{lvlm.name}' on its devices, but model.device_map leaves layers elsewhere: choose "
             "another map, or recovery=none"
         )
-    if lvlm.model.dtype == torch.float16:
-        raise SvlError("recovery trains in float32 or bfloat16, not in float16: set model.dtype=bfloat16")
     if any(type(p.data) is not Tensor for p in lvlm.model.parameters()):
         raise SvlError(f"the weights of '{lvlm.name}' are quantised, and cannot be trained")
+    check_trainable_kind(lvlm, recovery)
+
+
+def check_trainable_kind(lvlm: Lvlm, recovery: Recovery) -> None:
+    """Raise SvlError if no model of this kind and dtype can be trained, wherever its weights are."""
+    if lvlm.model.dtype == torch.float16:
+        raise SvlError("recovery trains in float32 or bfloat16, not in float16: set model.dtype=bfloat16")
     if recovery.gradient_checkpointing and not lvlm.model.supports_gradient_checkpointing:
         raise SvlError(
             f"{type(lvlm.model).__name__} has no gradient checkpointing: set recovery.gradient_checkpointing=false"

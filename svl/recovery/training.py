@@ -5,7 +5,8 @@ spent and the curve so far in it, and the one before goes; a run that is killed 
 same weights as one that is not. (With a limit in seconds, in those of the steps that it got to.)
 
 Of processes that torchrun started, each takes its share of the `accumulate` passes of a step, and all take the step
-with the mean of their gradients: the step that one process would take. The Trainer knows nothing of the others.
+with the mean of their gradients: the step that one process would take, but for rounding and dropout. The Trainer knows
+nothing of the others.
 """
 
 from __future__ import annotations
@@ -25,15 +26,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from svl.core import Patch, Plan, TensorChange
+from svl.core import Patch, Plan, SvlError, TensorChange
 from svl.data.samples import Samples
 from svl.models.lvlm import Lvlm
+from svl.models.transformers_internals import without_report
 from svl.processes import (
     all_or_none,
-    average_values,
+    average_gradients,
     gather_values,
     join_processes,
     process_count,
@@ -106,7 +109,7 @@ def recover(
         samples: to train on, with their answers.
         recovery: what is trained, on what, for how long.
         folder: for checkpoints; training goes on from the last one in it.
-        report: is told after each step.
+        report: is told after each step, in the first process.
 
     Raises:
         SvlError: if this model cannot be trained, a sample has no answer, the loss is not finite, or the processes that
@@ -144,13 +147,16 @@ def _train(student: Student, samples: Samples, steps: int, folder: Path, report:
     for remains in folder.glob("checkpoint-*") if first else ():  # of a run that was killed while it wrote
         shutil.rmtree(remains)
     last = max(folder.glob(f"{SAVED}*"), key=lambda path: int(path.name.removeprefix(SAVED)), default=None)
+    if len(seen := set(gather_values(last and last.name))) > 1:
+        raise SvlError(f"processes see different checkpoints in {folder} ({seen}): all of them need the same store")
     ledger = _Ledger(student, steps, folder, report, last)
-    with seeming_alone():
+    with seeming_alone(), without_report():
         trainer = _make_trainer(student, samples, ledger)
     with _checkpointed_activations(student):
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     student.eval()
     del trainer
+    AcceleratorState._reset_state(reset_partial_state=True)  # it still thinks that there is one process, on the CPU
     if student.lvlm.device.type != "cpu":
         gc.collect()  # the Trainer refers to itself, and holds the optimiser's memory
     return ledger.spent
@@ -230,8 +236,17 @@ class _Trainer(Trainer):
         """The Trainer's, whose gradients are the mean of all processes' behind the last pass of a step."""
         loss: torch.Tensor = all_or_none(lambda: super(_Trainer, self).training_step(*args, **kwargs))
         if self.accelerator.sync_gradients:
-            average_values([p.grad for p in self.ledger.student.parameters() if p.grad is not None])
+            average_gradients(list(self.ledger.student.trained.values()))
         return loss.to(self.args.device)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """The Trainer's, by the first process, as one that is there whole or not at all."""
+
+        def save() -> None:
+            super(_Trainer, self)._save_checkpoint(*args, **kwargs)
+            self.ledger.keep(self.state.global_step)
+
+        all_or_none(lambda: save() if self.ledger.rank == 0 else None)
 
     def _prepare_inputs(self, inputs: dict[str, torch.Tensor | Any]) -> dict[str, torch.Tensor | Any]:
         """They are where the model begins, as `Batches` makes them."""
@@ -276,8 +291,8 @@ class _Ledger(TrainerCallback):
         self._began = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Count what all processes did; stop when time is up by the first one's clock; ask that one for a checkpoint
-        every so many steps."""
+        """Count what all processes did; stop when time is up by the first one's clock; ask for a checkpoint every so
+        many steps."""
         spent, before = self.spent, self._before
         seconds = time.perf_counter() - self._began
         counts = gather_values((self.student.samples, self.student.tokens, seconds))
@@ -288,7 +303,7 @@ class _Ledger(TrainerCallback):
         if self.budget_s is not None and spent.seconds >= self.budget_s:
             control.should_training_stop = True
         elif spent.steps % self.save_every == 0 and spent.steps < self.steps:
-            control.should_save = self.rank == 0
+            control.should_save = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         """Add a point to the curve, and tell of it."""
@@ -301,13 +316,14 @@ class _Ledger(TrainerCallback):
         every = 2 ** max(0, math.ceil(math.log2(spent.steps / CURVE)))  # a power of two, so that earlier points remain
         spent.curve = [p for p in spent.curve if p["step"] % every == 0]
         spent.curve.append({**point, "learning_rate": logs["learning_rate"]})
-        self.report(spent, min(self.share_after(spent.steps), 1.0))
+        share = min(self.share_after(spent.steps), 1.0)
+        all_or_none(lambda: self.report(spent, share) if self.rank == 0 else None)
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Make the Trainer's checkpoint one that is there whole or not at all."""
-        written = self.folder / f"checkpoint-{state.global_step}"
+    def keep(self, step: int) -> None:
+        """Make the Trainer's checkpoint one that is whole, in the place of the one before."""
+        written = self.folder / f"checkpoint-{step}"
         (written / PROGRESS).write_text(json.dumps(asdict(self.spent)))
         older = list(self.folder.glob(f"{SAVED}*"))
-        os.replace(written, self.folder / f"{SAVED}{state.global_step}")
+        os.replace(written, self.folder / f"{SAVED}{step}")
         for folder in older:
             shutil.rmtree(folder)

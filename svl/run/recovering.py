@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svl.core import Plan
-from svl.processes import process_count
+from svl.processes import process_count, process_rank
 from svl.run.keys import identity_without, stage_code
 from svl.run.parallel import in_scratch
 from svl.run.stages import make_stage
@@ -54,7 +54,7 @@ def train(setup: RunSetup, plan: Plan, patch: Entry | None) -> Entry | None:
                 show(share, f"step {spent.steps}, loss {spent.curve[-1]['loss']:.4f}")
 
             found = training.recover(setup.dense, plan, before, samples, recovery, kept, report)
-        if found.trained:
+        if found.trained and process_rank() == 0:
             patch_file.save_trained(found.trained, folder / TRAINED)
         spent = dataclasses.asdict(found.spent)
         device, count = setup.dense.device_facts(recovery.batch_size), process_count()

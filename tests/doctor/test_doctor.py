@@ -168,9 +168,16 @@ def test_what_recovery_trains_and_on_what_is_told(doctor, checkpoint, tmp_path):
     projector = svl.load(checkpoint("llava"), device="cpu").model.get_submodule("model.multi_modal_projector")
     numbers = sum(p.numel() for p in projector.parameters())
     assert f"trains {numbers / 1e6:.3g} of " in told
-    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "what which " * 200, "answer": "red"}))
+    rows = [{"prompt": "what which " * 200, "answer": "red"}, {"prompt": "what", "answer": "red blue " * 10}]
+    (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
     data = ("recovery.data.path=long.jsonl", "+recovery.data.columns={image: null}")
-    assert "1 samples from 'long.jsonl'" in section(doctor(*model, *data), "recovery")
+    told = section(doctor(*model, *data), "recovery")
+    assert "2 samples from 'long.jsonl'" in told
+    tokens, answer = map(
+        int, re.search(r"(\d+) tokens in the longest sample, (\d+) in the longest answer", told).groups()
+    )
+    assert 400 < tokens < 420
+    assert 20 <= answer < 24
     needs = [
         float(re.search(r"recover: ([\d.]+) MB", section(page, "memory"))[1])
         for page in (doctor(*model), doctor(*model, *data))

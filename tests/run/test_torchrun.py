@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers.commands import QUIET, run_svl
+from PIL import Image
 
 DATA = ("calibration.samples=7", "calibration.batch_size=2", "n_remove=2")
 METHODS = {
@@ -23,17 +24,13 @@ METHODS = {
 
 @pytest.fixture
 def start_two(fork_server):
-    """Start two processes as torchrun does; the first is killed at its `last_event`th change of the disk."""
+    """Start two processes as torchrun does."""
 
-    def start(*words: str, cwd: Path, last_event: int | None = None):
+    def start(*words: str, cwd: Path) -> list[int]:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-        limits = ({"last_event": last_event}, {}) if last_event else ({}, {})
-        return [
-            fork_server.start(*words, cwd=cwd, **limit, **meeting, RANK=rank, LOCAL_RANK=rank)
-            for rank, limit in zip("01", limits, strict=True)
-        ]
+        return [fork_server.start(*words, cwd=cwd, **meeting, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
 
     return start
 
@@ -42,7 +39,7 @@ def start_two(fork_server):
 def together(start_two, fork_server):
     """Run two processes; gives them when they have ended."""
 
-    def run(*words: str, cwd: Path, code: int = 0):
+    def run(*words: str, cwd: Path, code: int = 0) -> list[int]:
         both = start_two(*words, cwd=cwd)
         assert [fork_server.wait(process) for process in both] == [code, code], "".join(map(fork_server.log, both))
         return both
@@ -77,50 +74,60 @@ def test_two_processes_store_what_one_stores(method, together, tmp_path):
     assert stored(tmp_path / "both") == expected
 
 
-TRAINING = ("recovery=distill", "recovery.steps=3", "recovery.batch_size=2", "recovery.accumulate=2")
+TRAINING = ("recovery=distill", "recovery.batch_size=2", "recovery.accumulate=2", "strategy=tail", *QUIET, *DATA)
 
 
-def test_two_processes_train_what_one_trains(together, tmp_path):
-    """Each has half of the passes of a step. Weights are equal bit for bit, as halving is exact."""
+@pytest.fixture
+def mixed(tmp_path) -> str:
+    """The override for training on questions of which only the first two have a picture."""
     pytest.importorskip("peft")
-    words = ("strategy=tail", *TRAINING, *QUIET, *DATA)
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
+    rows = [{"prompt": "What is it?", "answer": "a circle", "image": "red.png" if i < 2 else None} for i in range(8)]
+    (tmp_path / "mixed.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return f"recovery.data.path={tmp_path / 'mixed.jsonl'}"
+
+
+def test_two_processes_train_what_one_trains(together, mixed, tmp_path):
+    """Each has one of the two passes of a step, often without a picture, so that its projector has no gradients.
+
+    Weights are equal bit for bit, as halving is exact.
+    """
     found = []
-    for folder in (tmp_path / "alone", tmp_path / "both"):
+    for folder, run, processes in ((tmp_path / "alone", run_svl, 1), (tmp_path / "both", together, 2)):
         folder.mkdir()
-        run = run_svl if folder.name == "alone" else together
-        run(*words, cwd=folder)
+        run(*TRAINING, "recovery.steps=5", mixed, cwd=folder)
         (trained,) = (folder / "store" / "recover").iterdir()
         output = json.loads((trained / "manifest.json").read_text())["output"]
-        curve = [{name: value for name, value in p.items() if name != "seconds"} for p in output["curve"]]
-        counts = [output[name] for name in ("steps", "samples", "tokens", "parameters")]
-        found.append(((trained / "trained.safetensors").read_bytes(), counts))
-        assert output["device"].get("processes", 1) == (1 if folder.name == "alone" else 2)
-        assert [point["step"] for point in curve] == [1, 2, 3]
-    assert found[0] == found[1]
-    assert found[0][1][:2] == [3, 12]
+        assert output["device"].get("processes", 1) == processes
+        found.append((trained / "trained.safetensors", output))
+    (weights, alone), (other_weights, both) = found
+    assert weights.read_bytes() == other_weights.read_bytes()
+    counts = ["steps", "samples", "tokens", "parameters"]
+    assert [both[name] for name in counts] == [alone[name] for name in counts]
+    assert both["samples"] == 20
+    losses = [[point["loss"] for point in output["curve"]] for output in (alone, both)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
-def test_what_two_processes_left_one_finishes(start_two, fork_server, tmp_path):
+def test_what_two_processes_left_one_finishes(start_two, fork_server, mixed, tmp_path):
     """The first is killed while it trains, with a checkpoint behind it, and the other one ends, too."""
-    pytest.importorskip("peft")
-    words = ("strategy=tail", *TRAINING, "recovery.save_every=1", *QUIET, *DATA)
+    words = (*TRAINING, "recovery.steps=12", "recovery.save_every=1", mixed)
 
-    def finish(folder: Path) -> tuple[bytes, int]:
+    def finish(folder: Path) -> bytes:
         run = fork_server.start(*words, cwd=folder)
         assert fork_server.wait(run) == 0, fork_server.log(run)
         (trained,) = folder.glob("store/recover/*/trained.safetensors")
-        return trained.read_bytes(), fork_server.events(run)
+        return trained.read_bytes()
 
     alone, both = tmp_path / "alone", tmp_path / "both"
     alone.mkdir()
     both.mkdir()
-    weights, events = finish(alone)
-    first, other = start_two(*words, cwd=both, last_event=events - 60)
-    assert fork_server.wait(first) == -signal.SIGKILL, fork_server.log(first)
+    first, other = start_two(*words, cwd=both)
+    assert fork_server.interrupt(first, signal.SIGKILL, at="store/unfinished/*/step-*") == -signal.SIGKILL
     assert fork_server.wait(other) not in (0, -signal.SIGKILL)
-    assert list(both.glob("store/unfinished/*/step-*"))
     assert "error: another process of this run has ended" in fork_server.errors(other)
-    assert finish(both)[0] == weights
+    assert list(both.glob("store/unfinished/*/step-*"))
+    assert finish(both) == finish(alone)
 
 
 def test_a_training_sample_that_fails_in_one_process_ends_both_with_its_name(together, fork_server, tmp_path):
@@ -128,7 +135,7 @@ def test_a_training_sample_that_fails_in_one_process_ends_both_with_its_name(tog
     rows = [{"prompt": "What is it?", "answer": "a circle"}] * 3 + [{"prompt": "Is <image> it?", "answer": "a circle"}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     data = ("recovery.data.path=rows.jsonl", "+recovery.data.columns={image: null}")
-    both = together("strategy=tail", *TRAINING, *data, *QUIET, *DATA, cwd=tmp_path, code=1)
+    both = together(*TRAINING, "recovery.steps=3", *data, cwd=tmp_path, code=1)
     for process in both:
         assert "row 3" in fork_server.errors(process)
     assert not list((tmp_path / "store" / "recover").glob("*/manifest.json"))
