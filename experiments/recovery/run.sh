@@ -26,6 +26,10 @@ else
   [ -f $data/${kind}_train.parquet ] || python scripts/make_recovery_data.py --out $data --questions 6144
   scenes=recovery.data.path=$data/${kind}_train.parquet
   sweep recovery=none
+fi
+if [ $model = demo_lvlm ]; then
+  train recovery=lora,distill recovery.steps=100 $scenes
+elif [ $model = smol_lvlm ]; then
   train recovery=projector,lora,distill strategy=runs recovery.steps=20,100,300 $scenes
   train recovery=interlace recovery.accumulate=1 strategy=runs recovery.steps=20,100,300 $scenes
   train recovery=lora strategy=shortgpt,interlace compensation=refit recovery.steps=20 $scenes

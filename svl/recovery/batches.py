@@ -27,21 +27,21 @@ def check_answers(samples: Samples) -> None:
 class TrainingOrder(Sequence[int]):
     """Numbers of samples, pass after pass over all of them, each in an order of its own.
 
-    Position k has the same number whoever asks for it, and whenever. Of `n_batches` batches, number `rank` of `count`
-    processes has every `count`-th, so that together they see what one would.
+    Position k has the same number whoever asks for it, and whenever. Of `n_batches` batches, number `rank` of so many
+    `processes` has every so manyth, so that together they see what one would.
     """
 
-    def __init__(self, n_samples: int, batch_size: int, n_batches: int, seed: int, rank: int = 0, count: int = 1):
+    def __init__(self, n_samples: int, batch_size: int, n_batches: int, seed: int, rank: int = 0, processes: int = 1):
         self.n_samples, self.batch_size, self.n_batches, self.seed = n_samples, batch_size, n_batches, seed
-        self.rank, self.count = rank, count
+        self.rank, self.processes = rank, processes
         self._epoch, self._order = -1, [0]
 
     def __len__(self) -> int:
-        return self.n_batches // self.count * self.batch_size
+        return self.n_batches // self.processes * self.batch_size
 
     def __getitem__(self, k: int) -> int:  # type: ignore[override]
         batch, place = divmod(k, self.batch_size)
-        epoch, place = divmod((batch * self.count + self.rank) * self.batch_size + place, self.n_samples)
+        epoch, place = divmod((batch * self.processes + self.rank) * self.batch_size + place, self.n_samples)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, list(range(self.n_samples))
             random.Random(f"{self.seed}/{epoch}").shuffle(self._order)
