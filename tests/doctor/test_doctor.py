@@ -168,7 +168,7 @@ def test_what_recovery_trains_and_on_what_is_told(doctor, checkpoint, tmp_path):
     projector = svl.load(checkpoint("llava"), device="cpu").model.get_submodule("model.multi_modal_projector")
     numbers = sum(p.numel() for p in projector.parameters())
     assert f"trains {numbers / 1e6:.3g} of " in told
-    rows = [{"prompt": "what which " * 200, "answer": "red"}, {"prompt": "what", "answer": "red blue " * 10}]
+    rows = [{"prompt": "what " * 300, "answer": "red"}, {"prompt": "what " * 100, "answer": "red " * 300}]
     (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
     data = ("recovery.data.path=long.jsonl", "+recovery.data.columns={image: null}")
     told = section(doctor(*model, *data), "recovery")
@@ -177,7 +177,7 @@ def test_what_recovery_trains_and_on_what_is_told(doctor, checkpoint, tmp_path):
         int, re.search(r"(\d+) tokens in the longest sample, (\d+) in the longest answer", told).groups()
     )
     assert 400 < tokens < 420
-    assert 20 <= answer < 24
+    assert 300 <= answer < 305
     needs = [
         float(re.search(r"recover: ([\d.]+) MB", section(page, "memory"))[1])
         for page in (doctor(*model), doctor(*model, *data))
