@@ -26,11 +26,12 @@ METHODS = {
 def start_two(fork_server):
     """Start two processes as torchrun does."""
 
-    def start(*words: str, cwd: Path) -> list[int]:
+    def start(*words: str, cwd: Path, **environment: str) -> list[int]:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-        return [fork_server.start(*words, cwd=cwd, **meeting, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
+        settings = {**meeting, **environment}
+        return [fork_server.start(*words, cwd=cwd, **settings, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
 
     return start
 
@@ -39,8 +40,8 @@ def start_two(fork_server):
 def together(start_two, fork_server):
     """Run two processes; gives them when they have ended."""
 
-    def run(*words: str, cwd: Path, code: int = 0) -> list[int]:
-        both = start_two(*words, cwd=cwd)
+    def run(*words: str, cwd: Path, code: int = 0, **environment: str) -> list[int]:
+        both = start_two(*words, cwd=cwd, **environment)
         assert [fork_server.wait(process) for process in both] == [code, code], "".join(map(fork_server.log, both))
         return both
 
@@ -130,30 +131,39 @@ def test_what_two_processes_left_one_finishes(start_two, fork_server, mixed, tmp
     assert finish(both) == finish(alone)
 
 
-def test_a_training_sample_that_fails_in_one_process_ends_both_with_its_name(together, fork_server, tmp_path):
-    pytest.importorskip("peft")
-    rows = [{"prompt": "What is it?", "answer": "a circle"}] * 3 + [{"prompt": "Is <image> it?", "answer": "a circle"}]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    data = ("recovery.data.path=rows.jsonl", "+recovery.data.columns={image: null}")
-    both = together(*TRAINING, "recovery.steps=3", *data, cwd=tmp_path, code=1)
-    for process in both:
-        assert "row 3" in fork_server.errors(process)
-    assert not list((tmp_path / "store" / "recover").glob("*/manifest.json"))
+FAILING = """
+import os
+from {module} import {owner} as owner
+from svl.core import SvlError
+
+plain, calls = owner.{name}, []
+
+def failing(*args, **kwargs):
+    calls.append(args)
+    if os.environ["RANK"] == "1" and len(calls) > 1:
+        raise SvlError("row 3 is bad")
+    return plain(*args, **kwargs)
+
+owner.{name} = failing
+"""
 
 
-def test_a_sample_that_fails_in_one_process_ends_both_with_its_name(together, fork_server, tmp_path):
-    """Row 2 is in the second batch, which is the second process's."""
-    rows = [{"prompt": "What is it?", "answer": "a circle"}] * 2 + [{"prompt": "Is <image> it?", "answer": "a circle"}]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    words = (
-        "calibration=local",
-        "calibration.path=rows.jsonl",
-        "calibration.columns={image: null}",
-        "calibration.batch_size=2",
-        "strategy=shortgpt",
-        *QUIET,
-    )
-    both = together(*words, "n_remove=2", cwd=tmp_path, code=1)
+@pytest.mark.parametrize(
+    ("module", "owner", "name", "words", "stage"),
+    [
+        ("svl.calibration", "calibrate", "measure_batch", ("strategy=shortgpt", *QUIET, *DATA), "stats"),
+        ("svl.recovery.batches", "Batches", "__call__", (*TRAINING, "recovery.steps=3"), "recover"),
+    ],
+)
+def test_what_fails_in_one_process_ends_both_with_its_reason(
+    module, owner, name, words, stage, together, fork_server, tmp_path
+):
+    """A plug-in makes the second process fail at its second batch."""
+    if stage == "recover":
+        pytest.importorskip("peft")
+    (tmp_path / "plugins").mkdir()
+    (tmp_path / "plugins" / "__init__.py").write_text(FAILING.format(module=module, owner=owner, name=name))
+    both = together(*words, cwd=tmp_path, code=1, SVL_PLUGINS=str(tmp_path / "plugins"))
     for process in both:
-        assert "row 2" in fork_server.errors(process)
-    assert not list((tmp_path / "store" / "stats").glob("*/manifest.json"))
+        assert "row 3 is bad" in fork_server.errors(process)
+    assert not list((tmp_path / "store" / stage).glob("*/manifest.json"))
