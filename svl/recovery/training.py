@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.state import AcceleratorState
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
@@ -155,8 +154,8 @@ def _train(student: Student, samples: Samples, steps: int, folder: Path, report:
     with _checkpointed_activations(student):
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     student.eval()
+    trainer.accelerator.state._reset_state(reset_partial_state=True)  # or others would be told: one process, on the CPU
     del trainer
-    AcceleratorState._reset_state(reset_partial_state=True)  # it still thinks that there is one process, on the CPU
     if student.lvlm.device.type != "cpu":
         gc.collect()  # the Trainer refers to itself, and holds the optimiser's memory
     return ledger.spent
