@@ -1,8 +1,7 @@
 # `make demo` and `make test` are all a newcomer needs; both set up .venv on first use.
 PYTHON ?= python3
 BIN := .venv/bin
-# One more than cores: many tests wait for processes that they start.
-PYTEST := $(BIN)/python -m pytest -n 3 --dist worksteal
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help demo test coverage lint docs size clean
