@@ -82,12 +82,17 @@ def count_tokens(lvlm: Lvlm, sample: Sample) -> int:
     return int(inputs["input_ids"].shape[1])
 
 
+def _count_answered(lvlm: Lvlm, sample: Sample) -> int:
+    """The same with its answer, and what ends it."""
+    text = sample_text(lvlm, sample, answered=not sample.plain)
+    return int(encode_texts(lvlm, [text], [sample])["input_ids"].shape[1])
+
+
 def _lengths(lvlm: Lvlm, samples: Samples) -> tuple[int, int]:
     """Tokens of the longest sample, with its answer, and of the longest answer, which running text is as a whole."""
     longest = longest_text(samples, answered=True)
+    tokens = _count_answered(lvlm, longest)
     if longest.plain:
-        tokens = count_tokens(lvlm, longest)
         return tokens, tokens
-    text = sample_text(lvlm, longest, answered=True)
-    answer = max((sample.answer for sample in samples if sample.answer), key=len, default="")
-    return encode_texts(lvlm, [text], [longest])["input_ids"].shape[1], len(lvlm.tokenizer(answer).input_ids)
+    last_words = max(samples, key=lambda sample: len(sample.answer or ""))
+    return tokens, _count_answered(lvlm, last_words) - count_tokens(lvlm, last_words)
