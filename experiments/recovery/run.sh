@@ -29,6 +29,8 @@ else
 fi
 if [ $model = demo_lvlm ]; then
   train recovery=lora,distill recovery.steps=100 $scenes
+  seed=1 train recovery=lora strategy=shortgpt,runs compensation=refit recovery.steps=100 $scenes
+  ratio=0.4 train recovery=lora compensation=refit recovery.steps=100 $scenes
 elif [ $model = smol_lvlm ]; then
   train recovery=projector,lora,distill strategy=runs recovery.steps=20,100,300 $scenes
   train recovery=interlace recovery.accumulate=1 strategy=runs recovery.steps=20,100,300 $scenes
