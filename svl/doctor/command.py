@@ -82,14 +82,15 @@ def examine(cfg: DictConfig) -> list[Section]:
     store = Store(cfg.paths.store, versions())
     examined = examine_model(cfg, store, model)
     samples = examine_samples(cfg, cfg.calibration, "calibration", calibration)
-    n_remove = asked_removals(cfg, examined.shape.layers) if examined else 1
     heals, training = bool(methods) and methods["recovery"].heals, None
     if heals:
+        asked = asked_removals(cfg, examined.shape.layers) if examined else 1
         model_alone = examined.lvlm if examined else None
-        training = examine_recovery(cfg, methods["recovery"], model_alone, n_remove, samples, recovery)
+        training = examine_recovery(cfg, methods["recovery"], model_alone, asked, samples, recovery)
     if examined:
         needs = methods["strategy"].needs if methods else frozenset()
         with memory.examined("memory"):
+            n_remove = asked_removals(cfg, examined.shape.layers)
             load, room = _count_load(cfg, examined, samples, needs, memory), _room(cfg)
             for need in stage_needs(examined.shape, load, n_remove, training):
                 _compare(need, room[need.place], memory)

@@ -119,6 +119,12 @@ def test_what_ends_a_run_is_named_and_the_rest_goes_on(words, title, line, docto
         assert section(page, other)
 
 
+def test_a_wrong_ratio_is_on_the_page_with_all_else(doctor):
+    page = doctor("ratio=1.5", "n_remove=null", "recovery=projector", code=1)
+    assert "FAILS ratio is 1.5, but must lie in [0, 1)" in section(page, "settings")
+    assert "  ok" in section(page, "calibration")
+
+
 def test_what_it_calls_impossible_fails_and_what_it_does_not_runs(doctor, checkpoint, tmp_path):
     """A run of the same settings agrees."""
     model = ("model=local", f"model.path={checkpoint('llama')}", "calibration.samples=4", "paths.outputs=out")
