@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from svl.data.picture_fields import as_list
 from svl.data.samples import IMAGE_MARK, VIDEO_MARK
 
 DESCRIBE = "Describe this image."  # what is asked about images without a question
-LETTERS = "ABCDEFGHIJ"
+LETTERS = string.ascii_uppercase
 TURNS = ("all", "first")
 ROLES = {
     "user": ("user", "human"),
@@ -149,6 +150,8 @@ def _choices(row: Row, options: RowOptions) -> RowContent | None:
         return None
     right = row["answer"] if "answer" in row else row["correct_choice_idx"]
     hint = f"Context: {row['hint']}\n" if row.get("hint") else ""
+    if len(row["choices"]) > len(LETTERS):
+        raise SvlError(f"a question has {len(row['choices'])} choices, more than there are letters ({len(LETTERS)})")
     choices = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, row["choices"], strict=False))
     ask = "Answer with the option's letter from the given choices directly."
     return RowContent(f"{hint}{_as_text(row, 'question')}\n{choices}\n{ask}", LETTERS[right], row["image"])

@@ -10,11 +10,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from svl.core import SvlError
 from svl.evaluation.reading import (
     LETTERS,
     is_off_format,
     normalise,
     read_choice,
+    read_number,
     read_short_answer,
     read_word,
     read_yes_no,
@@ -24,7 +26,7 @@ from svl.evaluation.reading import (
 Item = dict[str, Any]
 YES_NO_METRICS = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 
-_LISTED = re.compile(r"^\s*\(?([A-J])[.:)]\s+(.+?)\s*$", re.MULTILINE)
+_LISTED = re.compile(r"^\s*\(?([A-Z])[.:)]\s+(.+?)\s*$", re.MULTILINE)
 
 
 def scored(answer: str | None, right: str, /, **more: Any) -> Item:
@@ -32,9 +34,9 @@ def scored(answer: str | None, right: str, /, **more: Any) -> Item:
     return {"score": float(answer == right), "answer": answer, **more}
 
 
-def off_format(text: str, answer: str | None) -> dict[str, Item]:
-    """The item of an answer's form: 1 if it was read only because form was taken away."""
-    return {"off_format": {"score": float(is_off_format(text, answer)), "answer": answer}}
+def off_format(text: str, answer: str | None, labels: Sequence[str] = ("{}.",)) -> dict[str, Item]:
+    """The item of an answer's form: 1 if it was read only because form was taken away (see `is_off_format`)."""
+    return {"off_format": {"score": float(is_off_format(text, answer, labels)), "answer": answer}}
 
 
 def yes_no_items(text: str, target: str, **more: Any) -> dict[str, Item]:
@@ -49,19 +51,48 @@ def yes_no_items(text: str, target: str, **more: Any) -> dict[str, Item]:
 
 
 def choice_items(
-    text: str, options: Mapping[str, Any], target: str, metric: str = "accuracy", **more: Any
+    text: str,
+    options: Mapping[str, Any],
+    target: str,
+    metric: str = "accuracy",
+    labels: Sequence[str] = ("{}.",),
+    **more: Any,
 ) -> dict[str, Item]:
-    """The items of an answer that chooses one of lettered `options`: for `metric`, for its form, above chance."""
+    """The items of an answer that chooses one of lettered `options`: for `metric`, for its form, above chance.
+
+    Raises:
+        SvlError: if there are no options.
+    """
+    if not options:
+        raise SvlError("a multiple-choice question has no options")
     answer = read_choice(text, options)
     found = scored(answer, target, **more)
-    return {metric: found, "above_chance": {**found, "chance": 1 / len(options)}, **off_format(text, answer)}
+    chance = {**found, "chance": 1 / len(options)}
+    return {metric: found, "above_chance": chance, **off_format(text, answer, labels)}
 
 
 def short_items(text: str, target: str, metric: str = "accuracy") -> dict[str, Item]:
     """The items of an answer in one's own words, compared as a whole: for `metric`, and for its form."""
-    answer = read_short_answer(text)
+    answer = read_as(text, target)
     is_right = answer is not None and same_answer(answer, target)
-    return {metric: {"score": float(is_right), "answer": answer}, **off_format(text, answer)}
+    return {metric: {"score": float(is_right), "answer": answer}, **off_format(text, target if is_right else answer)}
+
+
+def read_as(text: str, target: str) -> str | None:
+    """A short answer, read as what the right one is: yes or no, a number (in its words), or a text."""
+    answer = read_short_answer(text)
+    if answer is None or same_answer(answer, target):
+        return answer
+    if normalise(target) in ("yes", "no"):
+        return read_yes_no(text) or answer
+    said, right = read_number(text), read_number(target)
+    is_number = said is not None and right is not None and said.value == right.value
+    return target if is_number and agree(said.unit, right.unit) else answer
+
+
+def agree(unit: str, other: str) -> bool:
+    """Whether two units are the same, or one is left out."""
+    return not unit or not other or unit == other
 
 
 def word_items(text: str, target: str) -> dict[str, Item]:
@@ -72,7 +103,13 @@ def word_items(text: str, target: str) -> dict[str, Item]:
 
 
 def lettered(choices: Sequence[Any]) -> dict[str, Any]:
-    """{"A": first choice, ...}."""
+    """{"A": first choice, ...}.
+
+    Raises:
+        SvlError: if there are more choices than letters.
+    """
+    if len(choices) > len(LETTERS):
+        raise SvlError(f"a question has {len(choices)} choices, more than there are letters ({len(LETTERS)})")
     return dict(zip(LETTERS, choices, strict=False))
 
 

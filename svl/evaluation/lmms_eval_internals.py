@@ -12,9 +12,10 @@ from __future__ import annotations
 import gc
 import io
 import logging
+import math
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from lmms_eval.api.task import ConfigurableMessagesTask, ConfigurableTask
 from lmms_eval.utils import load_yaml_config
 from tqdm import tqdm
 
+from svl.core import SvlError
 from svl.text.escaping import for_terminal
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "Request",
     "data_cache_folder",
     "generation_arguments",
+    "likeliest",
     "likelihood_arguments",
     "likelihood_result",
     "load_yaml_config",
@@ -93,11 +96,21 @@ class GenerationTask(ConfigurableMessagesTask):
         answer, *likelihoods = results
         items = score(self, doc, [answer], full_docs)
         if likelihoods and self.options_of is not None:
-            losses = [loss for loss, _ in likelihoods]
-            likeliest = self.options_of(doc)[losses.index(min(losses))]
-            found = score(self, doc, [likeliest], full_docs).items()
+            found = score(self, doc, [likeliest(self.options_of(doc), likelihoods)], full_docs).items()
             items |= {self.likely + name: item for name, item in found if self.likely + name in self.aggregation()}
         return items
+
+
+def likeliest(options: Sequence[str], likelihoods: Sequence[tuple[float, bool]]) -> str:
+    """The option of the least loss (sum over its tokens; of equals the first), by one `likelihood_result` of each.
+
+    Raises:
+        SvlError: if a loss is NaN.
+    """
+    losses = [loss for loss, _ in likelihoods]
+    if any(map(math.isnan, losses)):
+        raise SvlError("the model's logits are not finite, so that no option is the likeliest: try another model.dtype")
+    return options[losses.index(min(losses))]
 
 
 class LikelihoodTask(ConfigurableTask):

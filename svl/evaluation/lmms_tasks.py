@@ -17,7 +17,7 @@ from svl.data.data_folder import find_data_files
 from svl.data.pictures import open_picture
 from svl.evaluation import benchmarks
 from svl.evaluation.documents import Document, image_lookup, rows_of_limit, video_lookup, with_pictures
-from svl.evaluation.lmms_eval_internals import GenerationTask, LikelihoodTask, load_yaml_config
+from svl.evaluation.lmms_eval_internals import GenerationTask, LikelihoodTask, likeliest, load_yaml_config
 from svl.evaluation.score_statistics import Part, bootstrap_error, share_interval, standard_error
 from svl.evaluation.settings import TaskOptions
 from svl.evaluation.upstream_scoring import corrected_config
@@ -141,8 +141,7 @@ class ScoredTask:
         """The answer that was scored; of given ones, the likeliest."""
         if self.task.OUTPUT_TYPE != "multiple_choice":
             return sample["filtered_resps"][0]
-        losses = [loss for loss, _ in sample["filtered_resps"]]
-        return self.task.doc_to_choice(sample["doc"])[losses.index(min(losses))]
+        return likeliest(self.task.doc_to_choice(sample["doc"]), sample["filtered_resps"])
 
 
 def shares_of_mean(items: Sequence[Any], value: float) -> list[float] | None:

@@ -62,7 +62,7 @@ def f1_splits(items: Sequence[Item]) -> float:
     splits = defaultdict(list)
     for item in items:
         splits[item["split"]].append(item)
-    return math.fsum(map(f1, splits.values())) / len(splits)
+    return _ratio(math.fsum(map(f1, splits.values())), len(splits))
 
 
 def count(items: Sequence[Item]) -> int:
@@ -93,7 +93,7 @@ def _hits(items: Sequence[Item]) -> int:
     return sum(item["answer"] == item["target"] == "yes" for item in items)
 
 
-def _ratio(part: float, whole: int) -> float:
+def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else math.nan
 
 
@@ -108,7 +108,7 @@ def above_chance(items: Sequence[Item]) -> float:
 def above_chance_parts(items: Sequence[Item]) -> list[float]:
     """Shares of `above_chance`: how much better than a guess each answer is, by what all could be."""
     most = math.fsum(1 - item["chance"] for item in items)
-    return [(item["score"] - item["chance"]) / most for item in items]
+    return [_ratio(item["score"] - item["chance"], most) for item in items]
 
 
 # ------------------------------------------------------------------------------------------------------ MME
@@ -116,7 +116,7 @@ def above_chance_parts(items: Sequence[Item]) -> list[float]:
 
 def mme_score(items: Sequence[Item]) -> float:
     """Sum over categories, each 0 to 200."""
-    return math.fsum(mme_parts(items))
+    return math.fsum(mme_parts(items)) if items else math.nan
 
 
 def mme_parts(items: Sequence[Item]) -> list[float]:
@@ -158,7 +158,7 @@ def mme_above_chance_parts(items: Sequence[Item]) -> list[float]:
 
 def circular_accuracy(items: Sequence[Item]) -> float:
     """CircularEval: the share of questions of which every rotation of the options is answered right."""
-    return math.fsum(circular_parts(items))
+    return math.fsum(circular_parts(items)) if items else math.nan
 
 
 def count_questions(items: Sequence[Item]) -> int:
@@ -191,5 +191,5 @@ def circular_above_chance_parts(items: Sequence[Item]) -> list[float]:
     for item in items:
         turns = questions[item["question"]]
         is_right = all(turn["score"] for turn in turns)
-        parts.append((is_right - chances[item["question"]]) / len(turns) / most)
+        parts.append(_ratio((is_right - chances[item["question"]]) / len(turns), most))
     return parts

@@ -188,6 +188,15 @@ def test_a_likelihood_as_the_main_metric(llava, closed, tmp_path):
     assert result["metrics"]["likelihood_accuracy"]["value"] == pytest.approx(statistics.fmean(right))
 
 
+def test_a_likelihood_that_is_no_number_is_no_choice():
+    likeliest = importlib.import_module("svl.evaluation.lmms_eval_internals").likeliest
+    assert likeliest("ABC", [(2.0, False), (1.0, False), (1.0, True)]) == "B"
+    assert likeliest("AB", [(math.inf, False), (3.0, False)]) == "B"
+    for losses in ((math.nan, 1.0), (1.0, math.nan)):
+        with pytest.raises(SvlError, match=r"logits are not finite, .* try another model\.dtype"):
+            likeliest("AB", [(loss, False) for loss in losses])
+
+
 def test_public_benchmarks_compare_the_options_that_their_prompts_ask_for():
     """Every option reads as itself, and the right one is right, in every benchmark with closed questions."""
     standins = script("make_standins")

@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 import pytest
 from helpers.paths import ROOT
 
+from svl.core import SvlError
 from svl.demo.tasks import utils as demo
 from svl.evaluation import benchmarks
+from svl.evaluation.answer_items import choice_items
 from svl.evaluation.tasks import utils
 
 pytest.importorskip("lmms_eval")
@@ -289,6 +291,49 @@ def test_open_questions_of_mmmu_and_realworldqa():
     for text, right in (("three.", 1), ("**Three**", 1), ("two", 0)):
         items = utils.realworldqa(doc, [text])
         assert (score(items, "accuracy"), "above_chance" in items) == (right, False)
+
+
+def test_yes_no_and_numbers_among_open_questions_are_read_as_such():
+    """What counts in a benchmark of yes-or-no questions counts in a mixed one; words for numbers, and what follows."""
+    for text, right in (("Yes, it is", 1), ("**Yes**, there is.", 1), ("yes yes yes", 1), ("No, it is not", 0)):
+        assert score(utils.gqa({"answer": "yes"}, [text]), "exact_match") == right
+        assert score(utils.vqa({"answers": ["yes"] * 10}, [text]), "exact_match") == right
+        assert score(utils.chartqa({"answer": "Yes", "type": "human_test"}, [text]), "relaxed_overall") == right
+        assert score(utils.realworldqa({"question": "Is it?", "answer": "Yes"}, [text]), "accuracy") == right
+    for text, right in (("Two", 1), ("2 cars", 1), ("There are 2.", 1), ("two or three", 0), ("3", 0)):
+        assert score(utils.realworldqa({"question": "How many?", "answer": "2"}, [text]), "accuracy") == right
+        assert score(utils.gqa({"answer": "2"}, [text]), "exact_match") == right
+        assert score(utils.vqa({"answers": ["2"] * 10}, [text]), "exact_match") == right
+    assert not utils.is_relaxed_match(".5", "5")
+    assert not utils.is_relaxed_match("5", ".5")
+
+
+def test_an_open_answer_is_off_format_if_the_strict_rule_misses_it():
+    chart = {"answer": "12", "type": "human_test"}
+    for text, off in (("12", 0), ("12.", 0), ("The total is 12", 1), ("about 12", 1), ("12 people", 1), ("13", 0)):
+        assert score(utils.chartqa(chart, [text]), "off_format") == off, text
+    for text, off in (("dog", 0), ("Dog.", 0), ("a dog", 1), ("**dog**", 1), ("cat", 0), ("It is a cat", 1)):
+        assert score(utils.gqa({"answer": "dog"}, [text]), "off_format") == off, text
+    video = {"candidates": ["red", "green"], "answer": "green"}
+    for text, off in (("(B)", 0), ("(B) green", 0), ("B", 0), ("B. green", 0), ("**B**", 1), ("green", 1)):
+        assert score(utils.mvbench(video, [text]), "off_format") == off, text
+
+
+def test_the_script_of_pope_reads_answers_without_white_space_around():
+    assert [utils.pope_script_answer(text) for text in ("No\n", "\nNo", " no ", "Note", "Yes\n")] == [
+        *("no", "no", "no", "yes", "yes")
+    ]
+
+
+def test_questions_that_cannot_be_scored_are_named():
+    with pytest.raises(SvlError, match="27 choices, more than there are letters"):
+        utils.aokvqa({"choices": [str(i) for i in range(27)], "correct_choice_idx": 0}, ["A"])
+    with pytest.raises(SvlError, match="'blue' is none of the candidates"):
+        utils.mvbench({"candidates": ["red", "green"], "answer": "blue"}, ["A"])
+    with pytest.raises(SvlError, match="no options"):
+        choice_items("A", {}, "A")
+    assert score(utils.scienceqa({"choices": list("abcdefghijklm"), "answer": 11}, ["L"]), "exact_match") == 1
+    assert utils.mmbench_options({"A": "x", "B": "y", "C": float("nan"), "D": "nan", "E": None}) == ["A", "B"]
 
 
 def test_the_bundled_questions():

@@ -171,6 +171,77 @@ def test_choices(text, letter):
     assert reading.read_choice(text, OPTIONS | {"F": None}) == letter
 
 
+ANIMALS = {"A": "cat", "B": "dog", "C": "red car", "D": "a house"}
+MENU = "A. cat\nB. dog\nC. red car\nD. a house"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("The answer is not option B.", "It is not option B.", "Not option B", "It can't be option B.",
+            "I don't think option B is correct", "I don't think the answer is B.", "I'm not sure the answer is B.",
+            "I don't think it is a dog", "I doubt that it is a dog", "If it is a dog", "Which option is B?"),
+        *("B cannot be right", "B is impossible", "B is unlikely", "B, which is wrong", "B - wrong", "B, not correct",
+            "Dog, no", "(B) dog is wrong", "The dog is unlikely"),
+        *("Answer: A, B", "Answer: A,B", "The answer is A, C and D.", "Neither A nor B"),
+        *(MENU, "Option A: cat\nOption B: dog", "A - cat\nB - dog", "- A. cat\n- B. dog", "A\nB\nC\nD"),
+    ],
+)  # fmt: skip
+def test_what_is_denied_doubted_or_listed_is_no_choice(text):
+    assert reading.read_choice(text, ANIMALS) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("So B", "So, B", "Therefore, B.", "Thus B", "Hence, B", "Maybe B", "Perhaps B", "No doubt B", "Choose B",
+            "Select option B", "The option B", "The letter B", "correct: B", "Final: B", "Ans. B"),
+        *("B, not A", "B and not A", "B, because A is not round", "The answer is B, not A.", "B. Not A",
+            "The correct answer is B and not A", "B is correct, A is wrong", "It is no cat, so the answer is B.",
+            "There is no doubt that the answer is B", "I'm not sure, but the answer is B"),
+        *("B (dog)", "B [dog]", "B (see picture)", "B?", "B👍", "✅ B", "B…", "B、", "「B」", ": B", ". B", "<B>"),
+        *("B B B", "BBBB", "B.B.", '{"answer": "B"}', '```json\n{"answer": "B"}\n```'),
+        *("答案是B", "正确答案是B。", "选B"),
+        *(f"{MENU}\nAnswer: B", f"{MENU}\n\nThe answer is B.", "Is it A?</think>\n\nB",
+            "A because it is red. No.\n</think>\n\nB"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("options", [ANIMALS, dict.fromkeys("ABCD")], ids=["known", "unknown"])
+def test_a_letter_is_read_whatever_stands_around_it(text, options):
+    assert reading.read_choice(text, options) == "B"
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        *[(t, "no") for t in ("(Yes/No) No", "(Yes or No) No", "Yes or No: No", "Hence no", "nono", "Therefore, no.",
+            "否", "不是。", "Please answer yes or no. No")],
+        *[(t, "yes") for t in ("So, yes.", "Therefore, yes", "YesYes", "No doubt, yes", "hmm</think>Yes", "是的",
+            "I think so, yes", "There is no cat, so the answer is yes.", '{"answer": "yes"}')],
+        *[(t, None) for t in ("I don't think the answer is yes", "I'm not sure if the answer is yes.",
+            "If so, the answer would be yes", "Yes or no question", "Yes or no (choose one)", "A. Yes B. No",
+            "(A) Yes (B) No", "Yes: 1, No: 0", "No doubt", "No wonder", "There is no dog", "There is a dog")],
+    ],
+)  # fmt: skip
+def test_menus_doubts_and_conclusions_of_yes_and_no(text, answer):
+    assert reading.read_yes_no(text) == answer
+
+
+def test_options_that_differ_in_little():
+    """To the letter first, then but for case, then but for an article; the longer of two; numbers by their value."""
+    choose = reading.read_choice
+    assert [choose(t, {"A": "FF", "B": "Ff", "C": "ff"}) for t in ("FF", "Ff", "ff", "fF")] == ["A", "B", "C", None]
+    assert [choose(t, {"A": "few", "B": "a few"}) for t in ("a few", "few", "The few")] == ["B", "A", None]
+    assert choose("It is a cat and dog", {"A": "cat", "B": "cat and dog"}) == "B"
+    assert [choose(t, {"A": "1", "B": "10"}) for t in ("ten", "10 dogs", "one", "two")] == ["B", "B", "A", None]
+    assert choose(".5", {"A": "5", "B": ".5"}) == "B"
+    assert choose(".5", {"A": "5", "B": "50"}) is None
+    assert choose("C major chord", {"A": "C major", "B": "G major", "C": "D major"}) is None  # no C that runs on
+    assert choose("The animal is B. dog", ANIMALS) == choose("Dog is the answer", ANIMALS) == "B"
+    many = {letter: f"thing {letter}" for letter in string.ascii_uppercase[:14]}
+    assert choose("L", many) == choose("The reason is this. The answer is L.", many) == "L"
+
+
 def test_a_text_of_two_options_chooses_neither():
     assert reading.read_choice("red", OPTIONS) is None
     assert reading.read_choice("blue", OPTIONS) == "C"
@@ -197,7 +268,12 @@ def test_options_that_look_like_letters_and_sentences():
         *[("-5", reading.Number(-5)), ("−5.5", reading.Number(-5.5)), (".5", reading.Number(0.5))],
         *[(t, None) for t in ("", "red", "3 or 4", "3, 4", "10 to 12", "2019-2020", "top 3", "12 million", "1/2",
             "May 5", "1e999")],
-        *[(t, None) for t in ("two dogs and three cats", "12:30", "12k", "192.168.0.1", "not 12")],
+        *[(t, None) for t in ("two dogs and three cats", "12:30", "12k", "192.168.0.1", "not 12", "12 millions",
+            "12 mil", "12 dozen")],
+        *[(t, reading.Number(12)) for t in ("12 or so", "12 (approx)", "I count 12", "x=12")],
+        *[(t, reading.Number(-12)) for t in ("–12", "negative 12", "minus twelve")],
+        *[("ninety-nine", reading.Number(99)), ("twenty", reading.Number(20)), ("₹5", reading.Number(5, "₹"))],
+        *[("$-5", reading.Number(-5, "$")), ("-$5", reading.Number(-5, "$"))],
     ],
 )  # fmt: skip
 def test_numbers(text, number):
@@ -242,7 +318,8 @@ def test_short_answers_keep_their_own_signs(text):
 
 def test_words():
     """Of an answer that should be one word, the first: what runs on behind it does not count, a choice of two does."""
-    said = {"red": "red", "A red one": "red", "red circle red": "red", "Red.": "Red", "2 small": "2", "3.5": "3.5"}
+    said = {"red": "red", "A red one": "red", "red circle red": "red", "Red.": "Red", "2 small": "2", "3.5": "3.5",
+            "red, it is": "red", "-red": "red"}  # fmt: skip
     assert [reading.read_word(text) for text in said] == list(said.values())
     assert [reading.read_word(text) for text in ("red or blue", "red, blue", "red/blue", "", "?")] == [None] * 5
 
@@ -274,6 +351,8 @@ def test_the_form_of_an_answer():
     ]
     assert not any(reading.is_off_format(text, answer) for text, answer in kept)
     assert all(reading.is_off_format(text, answer) for text, answer in lost)
+    in_brackets = ("({})",)
+    assert [reading.is_off_format(t, "B", in_brackets) for t in ("(B)", "(B) red", "B", "B. red")] == [0, 0, 0, 1]
 
 
 def test_normalised_text():

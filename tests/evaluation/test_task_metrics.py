@@ -32,7 +32,11 @@ def test_undefined_metrics_are_nan():
     assert math.isnan(task_metrics.precision(never))
     assert (task_metrics.recall(never), task_metrics.f1(never), task_metrics.yes_ratio(never)) == (0, 0, 0)
     assert math.isnan(task_metrics.recall(never[1:]))
-    assert math.isnan(task_metrics.accuracy([]))
+    none = ("accuracy", "mme_score", "circular_accuracy", "f1_splits", "yes_ratio", "above_chance")
+    assert all(math.isnan(getattr(task_metrics, name)([])) for name in none)
+    sure = [{"score": 1.0, "chance": 1.0, "question": 1}]  # questions with one option
+    assert math.isnan(task_metrics.above_chance(sure))
+    assert math.isnan(task_metrics.circular_above_chance(sure))
 
 
 def test_choice_and_short_answers_by_hand():

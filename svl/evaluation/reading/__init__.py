@@ -16,9 +16,10 @@ A reader gives None for what it cannot read, never a guess: such an answer is wr
 that was read only because form was taken away.
 """
 
-from svl.evaluation.reading.closed import LETTERS, read_choice, read_yes_no
+from svl.evaluation.reading.choice import LETTERS, read_choice
 from svl.evaluation.reading.form import is_off_format, normalise, same_answer
 from svl.evaluation.reading.open import Number, read_number, read_short_answer, read_word
+from svl.evaluation.reading.yes_no import read_yes_no
 
 __all__ = [
     "LETTERS",

@@ -1,8 +1,8 @@
 """Scoring of the benchmarks that svl corrects (docs/benchmarks.md says what and why), as lmms-eval task code.
 
 `process_results` functions give one item per metric (svl.evaluation.answer_items), aggregations and `parts` functions
-take the items of all rows (svl.evaluation.task_metrics). Answers are read by svl.evaluation.reading, and what a strict
-script accepts as it stands counts, too. `..._options` functions give what a closed question may be answered with.
+take the items of all rows (svl.evaluation.task_metrics). Answers are read by svl.evaluation.reading; of short ones, what
+a strict script accepts as it stands counts, too. `..._options` functions give what a closed question may be answered with.
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ from __future__ import annotations
 import ast
 from typing import Any
 
+from svl.core import SvlError
 from svl.data.pictures import open_picture
 from svl.evaluation.answer_items import (
     Item,
+    agree,
     choice_items,
     lettered,
     listed_options,
     off_format,
+    read_as,
     short_items,
     yes_no_items,
 )
@@ -98,7 +101,7 @@ def pope(doc: dict[str, Any], results: list[str]) -> dict[str, Item]:
 
 def pope_script_answer(text: str) -> str:
     """What the scripts of POPE and LLaVA take an answer for: "no" if its first sentence says so, else "yes"."""
-    words = text.partition(".")[0].replace(",", "").split(" ")
+    words = text.strip().partition(".")[0].replace(",", "").split(" ")  # answers files hold no white space around
     return "no" if {"No", "not", "no"} & set(words) else "yes"
 
 
@@ -192,7 +195,7 @@ def mmbench(doc: dict[str, Any], results: list[str]) -> dict[str, Item]:
 
 def mmbench_options(doc: dict[str, Any]) -> list[str]:
     """The letters of a question's options, two to five."""
-    return [letter for letter in "ABCDE" if doc.get(letter) and doc[letter] != "nan"]
+    return [letter for letter in "ABCDE" if doc.get(letter) and str(doc[letter]) != "nan"]
 
 
 def images_only(dataset: Any) -> Any:
@@ -220,8 +223,10 @@ def videomme(doc: dict[str, Any], results: list[str]) -> dict[str, Item]:
 def mvbench(doc: dict[str, Any], results: list[str]) -> dict[str, Item]:
     """Multiple choice of MVBench, whose answer is one of the candidates."""
     options = lettered(doc["candidates"])
-    target = next(letter for letter, text in options.items() if text == doc["answer"])
-    return choice_items(results[0], options, target)
+    target = next((letter for letter, text in options.items() if text == doc["answer"]), None)
+    if target is None:
+        raise SvlError(f"the answer '{doc['answer']}' is none of the candidates {doc['candidates']}")
+    return choice_items(results[0], options, target, labels=("({})", "{}."))
 
 
 def mvbench_options(doc: dict[str, Any]) -> list[str]:
@@ -297,13 +302,25 @@ def vqa(doc: dict[str, Any], results: list[str]) -> dict[str, Item]:
     """VQA accuracy of TextVQA and VizWiz: how many of the other people agree, at most three, left out one by one."""
     from lmms_eval.tasks.textvqa.utils import EvalAIAnswerProcessor
 
-    process, answer = EvalAIAnswerProcessor(), read_short_answer(results[0])
-    given = [process(text) for text in doc["answers"]]
-    scores = [0.0]
-    for text in {process(results[0]), process(answer or "")}:
-        others = [given.count(text) - (own == text) for own in given]
-        scores.append(sum(min(1, n / 3) for n in others) / len(given))
-    return {"exact_match": {"score": max(scores), "answer": answer}, **off_format(results[0], answer)}
+    process, text = EvalAIAnswerProcessor(), results[0]
+    given = [process(answer) for answer in doc["answers"]]
+
+    def agreement(answer: str) -> float:
+        others = [given.count(process(answer)) - (own == process(answer)) for own in given]
+        return sum(min(1, n / 3) for n in others) / len(given)
+
+    strict = agreement(text)
+    answer = max(sorted({read_as(text, right) or "" for right in doc["answers"]}), key=agreement)
+    found = {"score": max(strict, agreement(answer)), "answer": answer}
+    return {"exact_match": found, **_form_of(found, strict, text)}
+
+
+def _form_of(found: Item, strict: float, text: str) -> dict[str, Item]:
+    """The item of the form of an answer in one's own words, which a strict rule may accept as it stands."""
+    items = off_format(text, found["answer"])
+    if found["score"] > strict:
+        items["off_format"]["score"] = 1.0
+    return items
 
 
 def docvqa(doc: dict[str, Any], results: list[str]) -> dict[str, Item]:
@@ -311,31 +328,34 @@ def docvqa(doc: dict[str, Any], results: list[str]) -> dict[str, Item]:
     from lmms_eval.api.metrics import anls
 
     answer = read_short_answer(results[0])
-    strict, read = (anls(doc["answers"], [text])["anls"] for text in (results[0], answer or ""))
-    found = {"score": float(max(strict, read)), "answer": answer}
+    strict, read = (float(anls(doc["answers"], [text])["anls"]) for text in (results[0], answer or ""))
+    found = {"score": max(strict, read), "answer": answer}
     return {
         "anls": found,
-        "upstream_anls": {"score": float(strict), "answer": results[0]},
-        **off_format(results[0], answer),
+        "upstream_anls": {"score": strict, "answer": results[0]},
+        **_form_of(found, strict, results[0]),
     }
 
 
 def chartqa(doc: dict[str, Any], results: list[str]) -> dict[str, Item]:
     """Relaxed accuracy: numbers within 5 %, other answers exactly."""
-    answer = read_short_answer(results[0])
-    found = {"score": float(is_relaxed_match(results[0], doc["answer"])), "answer": answer}
+    from lmms_eval.tasks.chartqa.utils import relaxed_correctness
+
+    text, target = results[0], doc["answer"]
+    found = {"score": float(is_relaxed_match(text, target)), "answer": read_as(text, target)}
     split = "relaxed_human_split" if doc["type"] == "human_test" else "relaxed_augmented_split"
-    return {"relaxed_overall": found, split: found, **off_format(results[0], answer)}
+    strict = float(relaxed_correctness(text, target))
+    return {"relaxed_overall": found, split: found, **_form_of(found, strict, text)}
 
 
 def is_relaxed_match(text: str, target: str) -> bool:
     """Whether an answer is right by ChartQA's rule, as it stands or as it is read; a unit may be left out."""
     from lmms_eval.tasks.chartqa.utils import relaxed_correctness
 
-    answer = read_short_answer(text) or ""
+    answer = read_as(text, target) or ""
     if relaxed_correctness(text, target) or relaxed_correctness(answer, target) or same_answer(answer, target):
         return True
     found, right = read_number(text), read_number(target)
-    if found is None or right is None or (found.unit and right.unit and found.unit != right.unit):
+    if found is None or right is None or not agree(found.unit, right.unit):
         return False
     return abs(found.value - right.value) <= TOLERANCE * abs(right.value)
