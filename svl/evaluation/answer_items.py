@@ -86,8 +86,9 @@ def read_as(text: str, target: str) -> str | None:
     if normalise(target) in ("yes", "no"):
         return read_yes_no(text) or answer
     said, right = read_number(text), read_number(target)
-    is_number = said is not None and right is not None and said.value == right.value
-    return target if is_number and agree(said.unit, right.unit) else answer
+    if said is None or right is None or said.value != right.value or not agree(said.unit, right.unit):
+        return answer
+    return target
 
 
 def agree(unit: str, other: str) -> bool:

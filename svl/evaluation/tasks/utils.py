@@ -1,8 +1,9 @@
 """Scoring of the benchmarks that svl corrects (docs/benchmarks.md says what and why), as lmms-eval task code.
 
 `process_results` functions give one item per metric (svl.evaluation.answer_items), aggregations and `parts` functions
-take the items of all rows (svl.evaluation.task_metrics). Answers are read by svl.evaluation.reading; of short ones, what
-a strict script accepts as it stands counts, too. `..._options` functions give what a closed question may be answered with.
+take the items of all rows (svl.evaluation.task_metrics). Answers are read by svl.evaluation.reading; of short ones,
+what a strict script accepts as it stands counts, too. `..._options` functions give what a closed question may be
+answered with.
 """
 
 from __future__ import annotations
