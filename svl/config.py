@@ -289,10 +289,16 @@ def training_data(recovery: DictConfig) -> DictConfig:
         raise SvlError(f"recovery.data is '{given}', but must be a mapping such as {{path: FILE}}")
     check_known(DictConfig(given), TrainingData, "recovery.data.")
     try:
-        return typing.cast(DictConfig, OmegaConf.merge(OmegaConf.structured(TrainingData), given))
+        found = typing.cast(DictConfig, OmegaConf.merge(OmegaConf.structured(TrainingData), given))
     except OmegaConfBaseException as error:
         where = f"setting 'recovery.data.{error.full_key}'"
         raise SvlError(f"recovery: {str(error).splitlines()[0]} ({where})") from error
+    if found.path is None and (idle := [name for name in given if name != "path"]):
+        raise SvlError(
+            f"recovery.data.{idle[0]} has no effect: without recovery.data.path, recovery trains on the calibration set"
+        )
+    _check_least(found, {"samples": 1, "frames": 1, "seed": 0}, "recovery.data.")
+    return found
 
 
 def _check_nothing_exports(cfg: DictConfig) -> None:
@@ -340,17 +346,23 @@ def _check_numbers(cfg: DictConfig) -> None:
     least |= dict.fromkeys(("benchmark.batch_size", "benchmark.max_new_tokens", "benchmark.frames"), 1)
     least |= {f"benchmark.tasks.{task}.max_new_tokens": 1 for task in cfg.benchmark.tasks}
     least |= {"efficiency.batch_size": 1, "efficiency.new_tokens": 2, "efficiency.warmup": 0, "efficiency.repeats": 0}
-    least |= {"together": 1, "calibration.generated": 0, "calibration.generated_tokens": 1}
-    for name, bound in least.items():
-        value = OmegaConf.select(cfg, name)
-        if value is not None and value < bound:
-            raise SvlError(f"{name} is {value}, but must be at least {bound}")
+    least |= {"together": 1, "calibration.generated": 0, "calibration.generated_tokens": 1, "seed": 0}
+    least |= {"calibration.seed": 0}
+    _check_least(cfg, least)
     limit = cfg.benchmark.limit
     if limit is not None and not (0 < limit < 1 or (limit >= 1 and limit == int(limit))):
         raise SvlError(f"benchmark.limit is {limit:g}, but must be a whole number of samples, or a share below 1")
     for task, settings in cfg.benchmark.tasks.items():
         if not settings.scale > 0:
             raise SvlError(f"benchmark.tasks.{task}.scale is {settings.scale:g}, but must be above 0")
+
+
+def _check_least(cfg: DictConfig, least: dict[str, int], where: str = "") -> None:
+    """Raise SvlError if a number, by its name, is less than it must be."""
+    for name, bound in least.items():
+        value = OmegaConf.select(cfg, name)
+        if value is not None and value < bound:
+            raise SvlError(f"{where}{name} is {value}, but must be at least {bound}")
 
 
 def _check_evaluator(name: str) -> None:

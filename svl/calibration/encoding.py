@@ -17,12 +17,15 @@ WAY_OUT = "; leave the sample out, change its picture, or name the placeholder o
 
 
 @contextmanager
-def explained_samples(batch: Sequence[Sample]) -> Iterator[None]:
-    """Within the block, whatever the model's own code raises becomes one line that names the samples it ran on."""
+def explained_samples(batch: Sequence[Sample], setting: str = "calibration.batch_size") -> Iterator[None]:
+    """Within the block, whatever the model's own code raises becomes one line that names the samples it ran on.
+
+    `setting` is the one by which they are as many.
+    """
     label = batch[0].label
     if len(batch) > 1:
         rows = ", ".join(str(sample.row) for sample in batch[1:])
-        label = f"{label}, or one of the rows {rows} (calibration.batch_size=1 tells which),"
+        label = f"{label}, or one of the rows {rows} ({setting}=1 tells which),"
     with explained(f"{label} does not go through the model", WAY_OUT):
         yield
 

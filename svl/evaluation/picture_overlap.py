@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 
 from svl.data.samples import Samples
+from svl.evaluation import benchmarks
 from svl.evaluation.lmms_tasks import load_task
 from svl.evaluation.settings import TaskOptions
 
@@ -24,6 +25,8 @@ def picture_overlap(samples: Samples, tasks: Mapping[str, TaskOptions]) -> dict[
     """
     theirs: set[bytes] = set()
     for task, options in tasks.items():
+        if benchmarks.task_settings(task, options.include_path).get("output_type") == "perplexity":
+            continue  # on text alone
         scored = load_task(task, options)
         for number in range(len(scored.rows)):
             theirs |= {pixel_hash(image) for image in scored.images(number)}

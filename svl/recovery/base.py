@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -101,7 +102,11 @@ class Recovery(Method, ABC):
     def __post_init__(self) -> None:
         one_of("recovery.schedule", self.schedule, ("cosine", "constant"))
         one_of("recovery.precision", self.precision, ("auto", "bfloat16"))
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise SvlError(f"recovery.{name} is {value}, but must be a finite number")
         least = {"steps": 0, "batch_size": 1, "accumulate": 1, "save_every": 1, "weight_decay": 0, "max_grad_norm": 0}
+        least |= {"seed": 0}
         for name, bound in least.items():
             if (value := getattr(self, name)) is not None and value < bound:
                 raise SvlError(f"recovery.{name} is {value}, but must be at least {bound}")

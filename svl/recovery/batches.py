@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -49,21 +50,44 @@ class TrainingOrder(Sequence[int]):
 
 
 class Batches:
-    """Makes model inputs of samples by their numbers, with the positions of their answers as ANSWER."""
+    """Makes model inputs of samples by their numbers, with the positions of their answers as ANSWER.
+
+    A batch is one group of rows, or several where a processor cannot take its samples at once: videos of other
+    lengths, and for some models other numbers of pictures.
+    """
 
     def __init__(self, lvlm: Lvlm, samples: Samples):
         self.lvlm, self.samples = lvlm, samples.samples
         self._answers: dict[int, int] = {}  # how many tokens of a sample, counted from its end, are the answer
 
-    def __call__(self, numbers: Sequence[int]) -> dict[str, Tensor]:
-        """The inputs of one batch, padded on the left.
+    def __call__(self, numbers: Sequence[int]) -> dict[str, list[dict[str, Tensor]]]:
+        """The inputs of one batch, group by group, padded on the left.
 
         Raises:
             SvlError: if template or processor refuse a sample; the message names it.
         """
+        groups = defaultdict(list)
+        for number in numbers:
+            sample = self.samples[number]
+            groups[len(sample.frames), len(sample.images) if self.lvlm.needs_equal_images else 0].append(number)
+        return {"groups": [self._group(group) for group in groups.values()]}
+
+    def check(self, numbers: Iterable[int]) -> None:
+        """Raise SvlError for the first of these samples that cannot be trained on, before any is.
+
+        Pictures are decoded, texts are put into the chat template and become tokens.
+        """
+        for number in numbers:
+            sample = self.samples[number]
+            if not sample.plain:
+                self._count_answer(number)
+            elif len(self.lvlm.tokenizer(sample.prompt)["input_ids"]) < 2:
+                raise SvlError(f"{sample.label}: a text of fewer than two tokens has nothing to learn from")
+
+    def _group(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         batch = [self.samples[n] for n in numbers]
         counts = torch.tensor([self._count_answer(n) for n in numbers])
-        with explained_samples(batch):
+        with explained_samples(batch, "recovery.batch_size"):
             inputs = encode_texts(self.lvlm, list(self._texts(batch)), batch)
         present = inputs["attention_mask"].bool()
         from_end = torch.arange(present.shape[1], 0, -1, device=present.device)

@@ -39,8 +39,9 @@ class Lora(Recovery):
             raise SvlError("LoRA needs peft: pip install 'svl[recovery]', or choose recovery=projector or interlace")
         one_of("recovery.layers", self.layers, ("kept", "gaps"))
         one_of("recovery.targets", self.targets, ("all", "attn", "mlp"))
-        if self.rank < 1:
-            raise SvlError(f"recovery.rank is {self.rank}, but must be at least 1")
+        for name in ("rank", "alpha"):
+            if getattr(self, name) < 1:
+                raise SvlError(f"recovery.{name} is {getattr(self, name)}, but must be at least 1")
         if not 0 <= self.dropout < 1:
             raise SvlError(f"recovery.dropout is {self.dropout}, but must lie in [0, 1)")
 
@@ -53,7 +54,7 @@ class Lora(Recovery):
         """Linear modules of the layers; parameters of the projector.
 
         Raises:
-            SvlError: if a layer has nothing that LoRA can attach to.
+            SvlError: if no layer has anything that LoRA can attach to.
         """
         layers = plan.kept if self.layers == "kept" else layers_beside_gaps(plan)
         tensors = projector_tensors(pruned) if self.projector else ()

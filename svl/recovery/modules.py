@@ -8,14 +8,18 @@ from collections.abc import Collection
 from torch import nn
 
 from svl.core import Plan, SvlError, one_of
+from svl.models.anatomy import WRITERS, find_writer
 from svl.models.lvlm import Lvlm
+from svl.pruning.cut_maps import ENTERING, LEAVING
 
 # What stands between a vision tower and a decoder, by the names of modules in Hugging Face models.
 PROJECTORS = re.compile(
-    r"((multi_?modal|mm|vision|image|visual)_)?(projector|projection|connector|merger|aligner|adapter|abstractor|"
-    r"resampler)(_list)?|deepstack_merger_list|attn_pool"
+    r"((multi_?modal|mm|vision|image|visual|language)_)?(projector|projection|connector|merger|aligner|adapter|"
+    r"abstractor|resampler|q_?former)(_list)?|deepstack_merger_list|attn_pool|image_to_text_projection|query_tokens|"
+    r"(img|image|vision)_(projection|embed_tokens).*|embed_vision|visual_embeddings_table"
 )
-BLOCKS = {"all": "", "attn": "attn", "mlp": "mlp"}  # linear modules of a layer, by what the path to them contains
+TARGETS = ("all", "attn", "mlp")
+ATTENTION = re.compile(r".*(attn|attention|conv|mamba|mixer).*")  # blocks of layers whose writers do not tell
 
 
 def projector_tensors(pruned: Lvlm, modules: Collection[str] = ()) -> tuple[str, ...]:
@@ -32,40 +36,78 @@ def projector_tensors(pruned: Lvlm, modules: Collection[str] = ()) -> tuple[str,
     if missing := [path for path in modules if path not in every]:
         raise SvlError(f"recovery.modules names '{missing[0]}', but '{pruned.name}' has no such module")
     found = tuple(modules) or tuple(path for path in every if _is_projector(path, pruned))
-    names = (name for name, _ in pruned.model.named_parameters())
-    return tuple(name for name in names if any(name.startswith(f"{path}.") for path in found))
+    within = tuple(f"{path}." for path in found)
+    tensors, seen = [], set()
+    for name, parameter in pruned.model.named_parameters(remove_duplicate=False):
+        is_found = name.startswith(within) or (not modules and _is_projector(name, pruned))
+        if is_found and id(parameter) not in seen:  # a tied one once
+            tensors.append(name)
+            seen.add(id(parameter))
+    return tuple(tensors)
 
 
 def _is_projector(path: str, pruned: Lvlm) -> bool:
+    """Whether a module, or a parameter of its own, is one by its name, not in a tower's layers or embeddings."""
     if not pruned.takes_images or path.startswith(f"{pruned.anatomy.layers}."):
         return False
-    return PROJECTORS.fullmatch(path.rpartition(".")[2]) is not None
+    above, _, name = path.rpartition(".")
+    inside = any(part.isdigit() or "embeddings" in part for part in above.split("."))
+    return not inside and PROJECTORS.fullmatch(name) is not None
 
 
 def layer_tensors(pruned: Lvlm, plan: Plan, layers: Collection[int]) -> tuple[str, ...]:
-    """Names of all parameters of kept layers, which are given by their numbers in the dense model."""
-    prefixes = tuple(f"{pruned.anatomy.layers}.{plan.kept.index(i)}." for i in sorted(layers))
-    return tuple(name for name, _ in pruned.model.named_parameters() if name.startswith(prefixes))
+    """Names of all parameters of kept layers, which are given by their numbers in the dense model.
+
+    Not of attentions and MLPs that the plan removes, nor of maps at cuts, which the dense model does not have.
+    """
+    found: list[str] = []
+    for layer in sorted(layers):
+        number = plan.kept.index(layer)
+        gone = _removed_blocks(pruned, plan, layer)
+        for name, _ in pruned.layers[number].named_parameters():
+            if name.partition(".")[0] not in (*gone, ENTERING, LEAVING):
+                found.append(f"{pruned.anatomy.layers}.{number}.{name}")
+    return tuple(found)
+
+
+def _blocks(layer: nn.Module, role: str, width: int) -> set[str]:
+    """Names of the children of a layer that write in a role ("attn", "mlp"), as far as its writers tell."""
+    writer = find_writer(layer, WRITERS[role], width)
+    return {name.partition(".")[0] for name in writer.matrices} if writer else set()
+
+
+def _removed_blocks(pruned: Lvlm, plan: Plan, layer: int) -> set[str]:
+    """The children of a kept layer that a plan removes, and of which zeros may be left (svl.pruning.sublayers)."""
+    module, width = pruned.layers[plan.kept.index(layer)], pruned.anatomy.hidden_size
+    return {name for i, role in plan.sublayers if i == layer for name in _blocks(module, role, width)}
 
 
 def linear_modules(pruned: Lvlm, plan: Plan, layers: Collection[int], targets: str) -> tuple[str, ...]:
     """Paths of the linear modules (`targets`: all | attn | mlp) of kept layers, given by their dense numbers.
 
+    `mlp` is all that is no attention, or what a layer has in its place (a convolution, a recurrence). What the plan
+    removes is passed over, and so are layers without the part that is asked for.
+
     Raises:
-        SvlError: if a layer has none.
+        SvlError: if a layer that lacks nothing has no linear module, or no layer has such a part.
     """
-    one_of("recovery.targets", targets, tuple(BLOCKS))
+    one_of("recovery.targets", targets, TARGETS)
+    advice = "choose other targets, or recovery=interlace, which trains layers as they are"
     found: list[str] = []
     for layer in sorted(layers):
-        number = plan.kept.index(layer)
-        names = [name for name, module in pruned.layers[number].named_modules() if isinstance(module, nn.Linear)]
-        names = [name for name in names if BLOCKS[targets] in name.partition(".")[0]]
-        if not names:
-            raise SvlError(
-                f"LoRA cannot attach to layer {layer} of '{pruned.name}': it has no linear module (recovery.targets="
-                f"{targets}); choose other targets, or recovery=interlace, which trains layers as they are"
-            )
-        found += [f"{pruned.anatomy.layers}.{number}.{name}" for name in names]
+        number, gone = plan.kept.index(layer), _removed_blocks(pruned, plan, layer)
+        module = pruned.layers[number]
+        attention = _blocks(module, "attn", pruned.anatomy.hidden_size)
+        every = [name for name, inner in module.named_modules() if type(inner).forward is nn.Linear.forward]
+        if not every and not any(i == layer for i, _ in plan.sublayers):
+            raise SvlError(f"LoRA cannot attach to layer {layer} of '{pruned.name}': it has no linear module; {advice}")
+        for name in every:
+            block = name.partition(".")[0]
+            is_attention = block in attention or ATTENTION.fullmatch(block) is not None
+            if block not in gone and (targets == "all" or is_attention == (targets == "attn")):
+                found.append(f"{pruned.anatomy.layers}.{number}.{name}")
+    if not found:
+        raise SvlError(f"LoRA cannot attach to '{pruned.name}': no layer has recovery.targets={targets}; {advice}")
     return tuple(found)
 
 

@@ -31,7 +31,6 @@ class Student(nn.Module):
         parts: what of it is trained.
         trained: the parameters that are, by names.
         tokens, samples: that have gone through it.
-        newest: the terms of the last loss, unweighted.
 
     Raises:
         SvlError: if this model cannot be trained, or has no such parts.
@@ -49,14 +48,18 @@ class Student(nn.Module):
         self._points = terms.compared_states(plan) if recovery.losses.states else {}
         self.trained = self._make_trainable()
         self.model = self.lvlm.model
-        self.tokens, self.samples, self.newest = 0, 0, dict[str, float]()
+        self.tokens, self.samples = 0, 0
+        self._passes: list[dict[str, float]] = []  # the terms of their losses, unweighted
 
     def _make_trainable(self) -> dict[str, nn.Parameter]:
         """Give the model tensors and adapters of its own; what is trained, by names."""
         model, found = self.lvlm.model, {}
+        self._dtypes = {name: model.get_parameter(name).dtype for name in self.parts.tensors}
         for name in self.parts.tensors:
-            found[name] = nn.Parameter(model.get_parameter(name).detach().clone().float())
-            surgery.set_tensor(model, name, found[name])
+            frozen = model.get_parameter(name)
+            found[name] = nn.Parameter(frozen.detach().clone().float())
+            for same in [n for n, p in model.named_parameters(remove_duplicate=False) if p is frozen]:  # tied ones
+                surgery.set_tensor(model, same, found[name])
         if self.parts.adapted:
             added = add_adapters(self.lvlm, self.parts.adapted, self.recovery.adapter)
             names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -71,17 +74,35 @@ class Student(nn.Module):
 
     # ------------------------------------------------------------------------------------------- training
 
-    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
+    def train(self, mode: bool = True) -> Student:
+        """As always, but running statistics, which are shared with the dense model, stay as they are."""
+        super().train(mode)
+        for module in self.modules():
+            if getattr(module, "track_running_stats", False):
+                module.eval()
+        return self
+
+    def forward(self, groups: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """The loss of a batch, as `batches.Batches` makes it, on the device of its inputs."""
-        answer = inputs.pop(ANSWER)
-        home = answer.device
-        with self._precision():
-            found = self._terms({name: value.to(self.lvlm.device) for name, value in inputs.items()}, answer)
-        self.newest = {name: float(term.detach()) for name, term in found.items()}
+        each: list[dict[str, Tensor]] = []
+        for group in groups:
+            inputs = {name: value.to(self.lvlm.device) for name, value in group.items() if name != ANSWER}
+            with self._precision():
+                each.append(self._terms(inputs, group[ANSWER]))
+        found = each[0] if len(each) == 1 else _mean_terms(groups, each)
         if self.training:
-            self.tokens += int(inputs["attention_mask"].sum())
-            self.samples += len(answer)
-        return {"loss": terms.total_loss(self.recovery.losses, found).to(home)}
+            self._passes.append({name: float(term.detach()) for name, term in found.items()})
+            self.tokens += sum(int(group["attention_mask"].sum()) for group in groups)
+            self.samples += sum(len(group[ANSWER]) for group in groups)
+        loss = terms.total_loss(self.recovery.losses, found)
+        if not loss.requires_grad:  # of a batch without a picture, if only the projector is trained
+            loss = loss + 0 * torch.stack([parameter.sum() for parameter in self.trained.values()]).sum()
+        return {"loss": loss.to(groups[0][ANSWER].device)}
+
+    def take_terms(self) -> dict[str, float]:
+        """The terms of the loss, unweighted, as means over the passes since this was asked for last."""
+        passes, self._passes = self._passes, []
+        return {name: sum(one[name] for one in passes) / len(passes) for name in passes[0]}
 
     def _terms(self, inputs: Mapping[str, Tensor], answer: Tensor) -> dict[str, Tensor]:
         weights, found = self.recovery.losses, {}
@@ -131,10 +152,18 @@ class Student(nn.Module):
         return SimpleNamespace(missing_keys=[], unexpected_keys=[])
 
     def changes(self) -> dict[str, TensorChange]:
-        """What training has made, by names in the dense model; whole tensors in the model's dtype."""
-        dtype, found = self.model.dtype, {}
+        """What training has made, by names in the dense model; whole tensors in their own dtype there.
+
+        Raises:
+            SvlError: if something is not finite.
+        """
+        if wrong := [name for name, parameter in self.trained.items() if not bool(parameter.isfinite().all())]:
+            raise SvlError(
+                f"training has left numbers in '{wrong[0]}' that are not finite: lower recovery.learning_rate"
+            )
+        found = {}
         for name in self.parts.tensors:
-            found[name] = TensorChange(self.trained[name].detach().to("cpu", dtype, copy=True))
+            found[name] = TensorChange(self.trained[name].detach().to("cpu", self._dtypes[name], copy=True))
         for path, left, right in added_products(self.lvlm, self.parts.adapted):
             found[f"{path}.weight"] = TensorChange(left=left.cpu(), right=right.cpu())
         return {self._dense_name(name): change for name, change in found.items()}
@@ -145,6 +174,18 @@ class Student(nn.Module):
             return name
         number, _, rest = name.removeprefix(prefix).partition(".")
         return f"{prefix}{self.plan.kept[int(number)]}.{rest}"
+
+
+def _mean_terms(groups: list[dict[str, Tensor]], each: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The terms of all groups of a batch: means over the answer tokens, of states over all tokens, that they have."""
+    answers = [int(group[ANSWER][:, 1:].sum()) for group in groups]
+    tokens = [int(group["attention_mask"].sum()) for group in groups]
+    found = {}
+    for name in each[0]:
+        counts = tokens if name == "states" else answers
+        weighted = [n * part[name] for n, part in zip(counts, each, strict=True)]
+        found[name] = torch.stack(weighted).sum() / sum(counts)
+    return found
 
 
 def check_trainable(lvlm: Lvlm, recovery: Recovery) -> None:

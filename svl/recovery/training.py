@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import math
 import os
 import random
 import shutil
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -26,10 +28,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from svl.core import Patch, Plan, SvlError, TensorChange
+from svl.core.errors import reason_of
 from svl.data.samples import Samples
 from svl.models.lvlm import Lvlm
 from svl.models.transformers_internals import without_report
@@ -42,11 +47,18 @@ from svl.processes import (
     process_rank,
     seeming_alone,
 )
+from svl.pruning.trained import check_trained
 from svl.recovery.base import Recovery
 from svl.recovery.batches import Batches, TrainingOrder, check_answers
+from svl.recovery.modules import projector_tensors
 from svl.recovery.student import Student
 
+log = logging.getLogger(__name__)
 SAVED, PROGRESS = "step-", "progress.json"  # a whole checkpoint, and what of it the Trainer does not keep
+CHECKPOINT_FILES = (
+    *("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"),
+    PROGRESS,
+)
 NO_LIMIT = 10**7  # steps, where only seconds are limited
 CURVE = 400  # points of a curve that are kept, at most
 
@@ -122,8 +134,20 @@ def recover(
         steps = planned_steps(recovery, len(samples))
         if steps == 0:
             return Recovered({}, Spent(), student.trained_parameters)
+        check_pictures(student, samples)
         spent = _train(student, samples, steps or NO_LIMIT, Path(folder), report)
-    return Recovered(student.changes(), spent, student.trained_parameters)
+    trained = student.changes()
+    check_trained(trained, plan, dense.anatomy, dense.model)  # before it is stored for good
+    return Recovered(trained, spent, student.trained_parameters)
+
+
+def check_pictures(student: Student, samples: Samples) -> None:
+    """Raise SvlError if only what brings pictures to the decoder is trained, on samples of which none has any."""
+    whole = set(student.parts.tensors)
+    if student.parts.adapted or any(sample.images or sample.frames for sample in samples):
+        return
+    if whole <= set(projector_tensors(student.lvlm)):
+        raise SvlError("recovery trains the projector alone, but no sample of recovery.data has a picture")
 
 
 @contextmanager
@@ -145,12 +169,15 @@ def _train(student: Student, samples: Samples, steps: int, folder: Path, report:
     folder.mkdir(parents=True, exist_ok=True)
     for remains in folder.glob("checkpoint-*") if first else ():  # of a run that was killed while it wrote
         shutil.rmtree(remains)
+    all_or_none(lambda: remove_damaged(folder) if first else None)
     last = max(folder.glob(f"{SAVED}*"), key=lambda path: int(path.name.removeprefix(SAVED)), default=None)
     if len(seen := set(gather_values(last and last.name))) > 1:
         raise SvlError(f"processes see different checkpoints in {folder} ({seen}): all of them need the same store")
     ledger = _Ledger(student, steps, folder, report, last)
+    batches, order = Batches(student.lvlm, samples), _order(student.recovery, len(samples), ledger)
+    all_or_none(lambda: batches.check(_numbers_ahead(order, ledger)))
     with seeming_alone(), without_report():
-        trainer = _make_trainer(student, samples, ledger)
+        trainer = _make_trainer(batches, order, ledger)
     with _checkpointed_activations(student):
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     student.eval()
@@ -161,8 +188,45 @@ def _train(student: Student, samples: Samples, steps: int, folder: Path, report:
     return ledger.spent
 
 
-def _make_trainer(student: Student, samples: Samples, ledger: _Ledger) -> _Trainer:
-    recovery, rank, count = student.recovery, ledger.rank, ledger.count
+def _order(recovery: Recovery, n_samples: int, ledger: _Ledger) -> TrainingOrder:
+    batches = ledger.steps * recovery.accumulate
+    return TrainingOrder(n_samples, recovery.batch_size, batches, recovery.seed, ledger.rank, ledger.count)
+
+
+def _numbers_ahead(order: TrainingOrder, ledger: _Ledger) -> list[int]:
+    """The samples that are still to come, each once; of a limit in seconds alone, those of the first step."""
+    recovery = ledger.student.recovery
+    step = recovery.passes_of_each(ledger.count) * recovery.batch_size
+    begin, end = ledger.spent.steps * step, len(order) if ledger.steps < NO_LIMIT else step
+    return list(dict.fromkeys(order[k] for k in range(begin, end)))
+
+
+def remove_damaged(folder: Path) -> None:
+    """Remove checkpoints that cannot be read, with a warning: training then begins anew."""
+    for checkpoint in folder.glob(f"{SAVED}*"):
+        if damage := _damage(checkpoint):
+            log.warning("  recover: the checkpoint %s is damaged (%s), and is removed", checkpoint.name, damage)
+            shutil.rmtree(checkpoint)
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint; None if all its files are there, and whole."""
+    for name in CHECKPOINT_FILES:
+        path = checkpoint / name
+        try:
+            if path.suffix == ".json":
+                json.loads(path.read_text())
+            elif path.suffix == ".safetensors":
+                load_file(path)
+            elif damaged := zipfile.ZipFile(path).testzip():  # as torch writes
+                return f"{name}: {damaged}"
+        except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
+            return f"{name}: {reason_of(error)}"
+    return None
+
+
+def _make_trainer(batches: Batches, order: TrainingOrder, ledger: _Ledger) -> _Trainer:
+    student, recovery, count = ledger.student, ledger.student.recovery, ledger.count
     arguments = _Arguments(
         output_dir=str(ledger.folder),
         max_steps=ledger.steps,
@@ -182,14 +246,7 @@ def _make_trainer(student: Student, samples: Samples, ledger: _Ledger) -> _Train
         dataloader_pin_memory=False,
         use_cpu=True,  # which is said of the Trainer's own numbers, not of the model
     )
-    batches = ledger.steps * recovery.accumulate
-    trainer = _Trainer(
-        model=student,
-        args=arguments,
-        data_collator=Batches(student.lvlm, samples),
-        train_dataset=TrainingOrder(len(samples), recovery.batch_size, batches, recovery.seed, rank, count),
-        callbacks=[ledger],
-    )
+    trainer = _Trainer(model=student, args=arguments, data_collator=batches, train_dataset=order, callbacks=[ledger])
     trainer.ledger = ledger
     trainer.accelerator.device_placement = False
     trainer.remove_callback(PrinterCallback)
@@ -242,8 +299,12 @@ class _Trainer(Trainer):
         """The Trainer's, by the first process, as one that is there whole or not at all."""
 
         def save() -> None:
-            super(_Trainer, self)._save_checkpoint(*args, **kwargs)
-            self.ledger.keep(self.state.global_step)
+            try:
+                super(_Trainer, self)._save_checkpoint(*args, **kwargs)
+                self.ledger.keep(self.state.global_step)
+            except BaseException:  # a part of it would keep a full disk full
+                shutil.rmtree(self.ledger.folder / f"checkpoint-{self.state.global_step}", ignore_errors=True)
+                raise
 
         all_or_none(lambda: save() if self.ledger.rank == 0 else None)
 
@@ -309,7 +370,7 @@ class _Ledger(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         spent = self.spent
-        told = gather_values({"loss": logs["loss"], **self.student.newest})
+        told = gather_values({"loss": logs["loss"], **self.student.take_terms()})
         terms = {name: sum(one[name] for one in told) / self.count for name in told[0]}
         point = {"step": spent.steps, "seconds": round(spent.seconds, 3), **terms}
         every = 2 ** max(0, math.ceil(math.log2(spent.steps / CURVE)))  # a power of two, so that earlier points remain

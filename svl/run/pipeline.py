@@ -112,7 +112,8 @@ class Run:
         plan = Plan.from_json((planned.path / "plan.json").read_text())
         self.check(plan)
         patch = self.compensate(stats, texts, plan)
-        recovered, overlap = self.recover(plan, patch), compare_pictures(self.setup, plan)
+        overlap = compare_pictures(self.setup, plan)  # before hours of training
+        recovered = self.recover(plan, patch)
         # Names are of this run: another one, with the same settings under other names, may have stored the plan.
         names = {"strategy": self.setup.choice("strategy"), "selector": None, "model": self.setup.name}
         if self.setup.selects:

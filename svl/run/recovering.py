@@ -27,6 +27,8 @@ def train(setup: RunSetup, plan: Plan, patch: Entry | None) -> Entry | None:
 
     A run that is killed in it goes on from its last checkpoint.
     """
+    if setup.recovers and plan.is_empty:
+        log.info("  recover       nothing is removed, so nothing is trained")
     if not setup.recovers or plan.is_empty:
         return None
     samples, recovery = setup.training_samples, setup.recovery

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -219,10 +221,12 @@ class RunSetup:
         benchmarks.check_not_evaluated_on(c.path, split, self.tasks, self.cfg.benchmark.include_path, group)
         source = calibration_source(c)
         if not source.on_hub:
-            return source.read()
+            with _told_of(group):
+                return source.read()
 
         def draw(folder: Path) -> dict[str, Any]:
-            write_samples(source.read(), folder / SAMPLES_FILE)
+            with _told_of(group):
+                write_samples(source.read(), folder / SAMPLES_FILE)
             return {}
 
         # What was drawn is kept: a run that is repeated needs no hub, and sees the same samples.
@@ -303,7 +307,8 @@ class RunSetup:
             named = method_settings(self.recovery)
             named = {name: value for name, value in named.items() if name not in self.recovery.unrelated}
             file = Path(self.training_samples.source).name
-            data = {"data": file, "samples": len(self.training_samples)}
+            samples = self.training_samples
+            data = {"data": file, "samples": len(samples), "digest": digest([samples.fingerprint, samples.answers])}
             settings["recovery"] = {"_target_": self.cfg.recovery["_target_"], **named, **data}
         if self.combined:
             settings["combined"] = {group: self.choice(group) for group in self.combined}
@@ -320,6 +325,16 @@ class RunSetup:
         if styles:
             settings["style"] = styles
         return settings
+
+
+@contextmanager
+def _told_of(group: str) -> Iterator[None]:
+    """Within the block, errors of reading samples name the settings of `group` instead of calibration's."""
+    try:
+        yield
+    except SvlError as error:
+        told = str(error).replace("calibration.", f"{group}.").replace("calibration file", f"{group} file")
+        raise SvlError(told) from error
 
 
 def _is_none(method: Method) -> bool:

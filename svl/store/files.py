@@ -29,6 +29,8 @@ DISK_ERRORS = tuple(
     )
 )
 
+TORCH_WRITE_ERRORS = ("unexpected pos ", "PytorchStreamWriter failed writing")  # torch.save, on a disk that is full
+
 
 def digest(value: Any) -> str:
     """16 hex digits of the SHA-256 of `value` as canonical JSON."""
@@ -66,6 +68,8 @@ def file_digest(path: Path) -> str:
 
 def cannot_write(error: BaseException) -> str | None:
     """Why `error` means that the disk cannot be written, or None. (safetensors hides the number in its text.)"""
+    if any(words in str(error) for words in TORCH_WRITE_ERRORS):
+        return "a file could not be written to its end (is the disk full?)"
     for code in DISK_ERRORS:
         if getattr(error, "errno", None) == code or f"(os error {code})" in str(error):
             return reason_with_file(os.strerror(code), error)

@@ -45,15 +45,21 @@ class ProgressLines:
         self.what, self.total, self.unit, self.clock = what, total, unit, clock
         self.done, self.began = 0.0, clock()
         self.last = self.began
+        self.at_start = 0.0  # of what is done, what was so before
+
+    def begin_at(self, done: float) -> None:
+        """So much is done already, and time counts from now: of work that goes on where another process left it."""
+        self.done = self.at_start = done
+        self.began = self.last = self.clock()
 
     def update(self, more: float, remark: str = "") -> None:
         """So much more is done; `remark` is told behind it."""
         self.done += more
         now = self.clock()
-        if now - self.last < INTERVAL or not 0 < self.done < self.total:
+        if now - self.last < INTERVAL or not self.at_start < self.done < self.total:
             return
         self.last = now
-        left = (now - self.began) * (self.total - self.done) / self.done
+        left = (now - self.began) * (self.total - self.done) / (self.done - self.at_start)
         unit = f" {self.unit}" if self.unit else ""
         told = f", {remark}" if remark else ""
         log.info("  %s: %d of %d%s%s, about %s left", self.what, self.done, self.total, unit, told, in_time_units(left))
@@ -75,15 +81,29 @@ def progress(what: str, total: int, unit: str = "") -> Iterator[Callable[[int], 
 
 @contextmanager
 def progress_by_share(what: str) -> Iterator[Callable[[float, str], None]]:
-    """Within the block, progress is shown; gives the function that is told the share that is done, and a remark."""
+    """Within the block, progress is shown; gives the function that is told the share that is done, and a remark.
+
+    What is told first is where the work begins: time counts from there.
+    """
+    lines: ProgressLines | None = None
+
+    def say(share: float, remark: str) -> None:
+        nonlocal lines
+        if lines is None:
+            lines = ProgressLines(what, 100, "%")
+            lines.begin_at(100 * share)
+        lines.update(100 * share - lines.done, remark)
+
     if not is_terminal():
-        lines = ProgressLines(what, 100, "%")
-        yield lambda share, remark: lines.update(100 * share - lines.done, remark)
+        yield say
         return
     shown = {"unit": "%", "leave": False, "dynamic_ncols": True, "disable": process_rank() > 0}
     with tqdm(desc=f"  {what}", total=100, **shown) as bar:
 
         def done(share: float, remark: str) -> None:
+            if not bar.n and share:
+                bar.reset()
+                bar.initial = bar.n = round(100 * share, 1)
             bar.set_postfix_str(remark, refresh=False)
             bar.update(round(100 * share, 1) - bar.n)
 

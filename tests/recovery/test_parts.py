@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.families import SUPPORTED, lvlm_of
 from helpers.hub_mimics import FAMILIES
 
 import svl
-from svl.core import Plan, Stats, SvlError
+from svl.core import Patch, Plan, Stats, SvlError
 from svl.pruning import surgery
+from svl.pruning.trained import check_trained
 from svl.recovery.distill import Distill
 from svl.recovery.interlace import Interlace
 from svl.recovery.lora import Lora
-from svl.recovery.modules import layers_beside_gaps, nearest_kept
+from svl.recovery.modules import layers_beside_gaps, linear_modules, nearest_kept, projector_tensors
 from svl.recovery.projector import Projector
 from svl.recovery.student import Student
 from svl.strategies.interlace import Interlace as Triplets
@@ -69,6 +71,72 @@ def test_lora_attaches_to_every_family_or_says_why_not(name, mimic):
         assert outside
         assert not any(n.startswith(lvlm.anatomy.layers) for n in outside)
         assert sum(dict(pruned.model.named_parameters())[n].numel() for n in outside) < lvlm.parameters() / 2
+
+
+PROJECTORS = {  # what stands between tower and decoder, where it is not `model.multi_modal_projector`
+    **dict.fromkeys(("deepseek_vl", "janus"), ("model.aligner",)),
+    **dict.fromkeys(("idefics2", "idefics3", "smolvlm"), ("model.connector",)),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_5", "glm4v"), ("model.visual.merger",)),
+    **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe"), ("model.visual.merger", "model.visual.deepstack_merger_list")),
+    **dict.fromkeys(("blip2", "instructblip"), ("query_tokens", "qformer", "language_projection")),
+    "ovis2": ("model.visual_embeddings_table",),
+    "mplug_owl2": ("model.visual_abstractor",),
+    "gemma4": ("model.embed_vision",),
+    "llama4": ("multi_modal_projector", "vision_model.vision_adapter"),
+    "phi4_multimodal": (
+        "model.embed_tokens_extend.image_embed.img_projection_up",
+        "model.embed_tokens_extend.image_embed.img_projection_down",
+    ),
+    "fuyu": ("model.vision_embed_tokens",),
+    "kosmos2_5": ("image_to_text_projection",),
+}
+
+
+@pytest.mark.parametrize("family", SUPPORTED)
+def test_the_projector_of_every_family(family):
+    """All of it, and nothing of tower or decoder."""
+    lvlm, _ = lvlm_of(family)
+    if not lvlm.takes_images:
+        return
+    roots = PROJECTORS.get(family, ("model.multi_modal_projector",))
+    every = [name for name, _ in lvlm.model.named_parameters()]
+    wanted = {name for name in every if any(name == root or name.startswith(f"{root}.") for root in roots)}
+    assert set(projector_tensors(lvlm)) == wanted
+    assert all(any(name.startswith(root) for name in wanted) for root in roots)
+
+
+@pytest.mark.parametrize("family", ["lfm2_vl", "llama4", "kosmos2_5", "blip2", "qwen3_vl_moe", "mllama"])
+def test_linear_modules_go_by_what_a_block_does(family):
+    """Attentions, or what stands in their place, and MLPs share out all of them, whatever their names."""
+    lvlm, _ = lvlm_of(family)
+    plan = Plan(lvlm.anatomy.n_layers, ())
+    every, attn, mlp = (set(linear_modules(lvlm, plan, plan.kept, targets)) for targets in ("all", "attn", "mlp"))
+    assert every == attn | mlp
+    assert attn
+    assert not attn & mlp
+    assert {path.split(".")[-2] for path in attn} <= {"self_attn", "cross_attn", "conv", "in_proj", "q_proj"}
+    for path in every:  # a router that only inherits from Linear is none
+        assert type(lvlm.model.get_submodule(path)).forward is torch.nn.Linear.forward
+
+
+@pytest.mark.parametrize("recovery", [Lora(rank=2), Distill(rank=2), Interlace()], ids=lambda r: type(r).__name__)
+def test_removed_sublayers_are_not_trained(recovery, llava):
+    """Attention of layer 0 stays as zeros, that of layer 2 and the MLP of 3 are left out."""
+    plan = Plan(4, (1,), removed_attn=(0, 2), removed_mlp=(3,))
+    student = Student(llava, plan, None, recovery)
+    trained = [name for name in student.changes() if "layers" in name and "language_model" in name]
+    gone = ("layers.0.self_attn", "layers.2.self_attn", "layers.3.mlp")
+    assert trained
+    assert not [name for name in trained if any(block in name for block in gone)]
+    assert Lora(targets="attn").parts(surgery.apply(llava, plan), plan).adapted  # that of layer 3
+
+
+def test_maps_at_cuts_are_not_trained(llava):
+    """They are no part of the dense model, which training's results are told of."""
+    plan = Plan(4, (1,))
+    student = Student(llava, plan, Patch(maps={1: torch.eye(32)}), Interlace())
+    check_trained(student.changes(), plan, llava.anatomy, llava.model)
+    assert any("layers.2." in name for name in student.changes())
 
 
 def test_a_layer_without_linear_modules_is_refused(llava):

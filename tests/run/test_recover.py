@@ -111,6 +111,17 @@ def test_a_run_that_is_killed_ends_in_the_same_weights(fork_server, tmp_path):
     [
         (["recovery.data.pth=x"], "there is no setting 'recovery.data.pth' (did you mean 'recovery.data.path'?)"),
         (["recovery.data.samples=many"], "setting 'recovery.data.samples'"),
+        (["recovery.data.samples=4"], "recovery.data.samples has no effect: without recovery.data.path"),
+        (
+            ["recovery.data.path=x.jsonl", "recovery.data.samples=0"],
+            "recovery.data.samples is 0, but must be",
+        ),
+        (
+            ["recovery.data.path=${svl:demo}/text/calibration.jsonl", "recovery.data.columns={text: body}"],
+            "recovery.data.columns names 'body', but there is no such column",
+        ),
+        (["seed=-1"], "seed is -1, but must be at least 0"),
+        (["recovery.learning_rate=inf"], "recovery.learning_rate is inf, but must be a finite number"),
         (["model.offload=true", "benchmark=none"], "model.offload leaves layers on disk: set recovery=none"),
         (["model.dtype=float16"], "recovery trains in float32 or bfloat16"),
         (["recovery.rnk=4"], "recovery has no setting 'rnk' (did you mean 'rank'?)"),
@@ -133,6 +144,23 @@ def test_what_cannot_be_trained_on_is_refused_before_any_work(words, message, tm
 def test_processes_that_cannot_share_a_step_are_refused(tmp_path):
     shown = run_svl(*PRUNE, "recovery=lora", cwd=tmp_path, code=1, WORLD_SIZE="2", RANK="0")
     assert "2 processes share the passes of a step, but recovery.accumulate is 1: set it to a multiple" in shown.stderr
+
+
+def test_runs_on_other_samples_are_rows_of_their_own(tmp_path):
+    """Other draws from one file; nothing but what they were trained on tells them apart."""
+    from helpers.commands import run_command
+
+    from svl.report.command import main
+
+    (tmp_path / "mine.jsonl").write_text("".join(f'{{"prompt": "Say {i}", "answer": "{i}"}}\n' for i in range(9)))
+    for seed in (0, 1):
+        data = ("recovery.data.path=mine.jsonl", "recovery.data.samples=3", f"recovery.data.seed={seed}")
+        data += ("recovery.data.columns={image: null}",)
+        few = ("recovery=lora", "recovery.steps=1", "recovery.batch_size=2", "benchmark=prose", "benchmark.limit=2")
+        run_svl(*PRUNE, *few, *data, "name=draws", cwd=tmp_path)
+    run_command(main, "experiment=draws", "store=store", "out=report", cwd=tmp_path)
+    lines = (tmp_path / "report" / "table.md").read_text().splitlines()
+    assert len([line for line in lines if line.startswith("| manual")]) == 2
 
 
 def test_the_budget_is_in_tables_and_numbers(tmp_path):

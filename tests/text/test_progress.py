@@ -26,6 +26,22 @@ def test_a_line_every_half_minute_with_the_time_left(caplog):
     ]
 
 
+def test_work_that_goes_on_is_timed_from_where_it_began(caplog):
+    """At 80 % when this process takes it up; a tenth more in a minute leaves a minute."""
+    caplog.set_level(logging.INFO, "svl")
+    now = 1000.0
+    lines = ProgressLines("recover", 100, "%", clock=lambda: now)
+    now += 500  # the model is loaded
+    lines.begin_at(80)
+    for _ in range(6):
+        now += 10
+        lines.update(10 / 6)
+    assert said(caplog) == [
+        "  recover: 85 of 100 %, about 90 s left",
+        "  recover: 90 of 100 %, about 60 s left",
+    ]
+
+
 def test_short_work_says_nothing(caplog):
     caplog.set_level(logging.INFO, "svl")
     lines = ProgressLines("calibrate", 4, clock=lambda: INTERVAL - 1)
