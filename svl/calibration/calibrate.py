@@ -78,7 +78,7 @@ def calibrate(
 
 def select(stats: Stats, selector: TokenSelector) -> Stats:
     """The same statistics seen through another selector."""
-    return Stats(stats.n_layers, stats.removable, stats.traces, selector)
+    return Stats(stats.n_layers, stats.removable, stats.traces, selector, gone=stats.gone)
 
 
 def check_selector(lvlm: Lvlm, samples: Samples, selector: TokenSelector) -> None:
