@@ -135,8 +135,8 @@ def stepwise_choices() -> list[str]:
     found = set()
     for file in (file for folder in plugins.conf_folders() for file in (folder / "strategy").glob("*.yaml")):
         with contextlib.suppress(SvlError, OmegaConfBaseException, yaml.YAMLError):  # another one's mistake
-            target = OmegaConf.load(file).get("_target_")
-            if getattr(_find_class(str(target), "strategy", file.stem), "stepwise", False):
+            content: Any = OmegaConf.load(file)
+            if getattr(_find_class(str(content.get("_target_")), "strategy", file.stem), "stepwise", False):
                 found.add(file.stem)
     return sorted(found)
 

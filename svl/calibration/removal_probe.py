@@ -109,7 +109,10 @@ class ModelProbe:
         if missing := [n for n in numbers if n not in self._records]:
             with torch.no_grad():
                 for n in self.show(missing, "record", len(missing)):
-                    self._records[n] = self._record(self.samples.samples[n])
+                    with counted_rows() as count:
+                        self._records[n] = self._record(self.samples.samples[n])
+                    # Every process tries its first sample out; that of the first one counts, however many there are.
+                    add_rows(count.rows if process_rank() == 0 else self.n_layers)
         return [self._records[n] for n in numbers]
 
     @property

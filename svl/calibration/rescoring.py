@@ -78,10 +78,11 @@ class ModelRescoring:
 
     def _patch(self, plan: Plan) -> Patch:
         """What makes up for the layers that are gone, from that of the step before where it is known."""
+        hidden: Any = self.hidden
         before = self._patches.get(plan.order[:-1])
         if before is None:
-            patch = fitted_patch(self.compensation, self.hidden, plan)
+            patch = fitted_patch(self.compensation, hidden, plan)
         else:
-            patch = extended_patch(self.compensation, self.hidden, plan, before)
+            patch = extended_patch(self.compensation, hidden, plan, before)
         self._patches = {plan.order: patch}
         return patch
