@@ -7,6 +7,7 @@ plain values with the schemas of svl.config_schema.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
@@ -18,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
@@ -28,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 from svl import plugins
 from svl.config_schema import Svl, TrainingData
 from svl.core import Compensation, Method, Strategy, SvlError, TokenSelector, did_you_mean, layers_to_remove, one_of
-from svl.core.patch import NO_STOCK_FORM
+from svl.core.patch import NO_STOCK_FORM, NO_TRIALS
 from svl.models.options import LoadOptions
 from svl.quantization.base import Quantization
 from svl.recovery.base import Recovery
@@ -108,12 +110,35 @@ def build_method(node: DictConfig, group: str, where: str | None = None) -> Any:
     kinds = _method_fields(cls).items()
     inner = {name: _build_inner(node[name], *kind, f"{where}.{name}") for name, kind in kinds if name in values}
     values = {name: value for name, value in values.items() if name not in inner}
+    if "rescoring" in cls.needs:
+        _check_stepwise(inner, where)
     try:
         typed = OmegaConf.merge(OmegaConf.structured(_schema(cls)), values)
         plain = OmegaConf.to_container(typed, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise SvlError(f"{where}: {str(error).splitlines()[0]} (setting '{error.full_key}')") from error
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in typing.cast(dict, plain).items()}, **inner)
+
+
+def _check_stepwise(inner: Mapping[str, Any], where: str) -> None:
+    """Raise SvlError if a strategy that goes layer after layer is to ask one that cannot be asked so."""
+    for name, method in inner.items():
+        if isinstance(method, Strategy) and not method.stepwise:
+            raise SvlError(
+                f"{where}.{name} is {type(method).__name__}, which cannot be asked for one layer after another; choose "
+                f"one of: {', '.join(stepwise_choices())}"
+            )
+
+
+def stepwise_choices() -> list[str]:
+    """The choices of `strategy` that can be asked for one layer after another."""
+    found = set()
+    for file in (file for folder in plugins.conf_folders() for file in (folder / "strategy").glob("*.yaml")):
+        with contextlib.suppress(SvlError, OmegaConfBaseException, yaml.YAMLError):  # another one's mistake
+            content: Any = OmegaConf.load(file)
+            if getattr(_find_class(str(content.get("_target_")), "strategy", file.stem), "stepwise", False):
+                found.add(file.stem)
+    return sorted(found)
 
 
 def _build_inner(node: Any, group: str, by_name: bool, where: str) -> Any:
@@ -264,6 +289,8 @@ def validate_config(cfg: DictConfig) -> dict[str, Any]:
     methods = {group: build_method(cfg[group], group) for group in METHODS}
     if not methods["compensation"].foldable:
         _check_nothing_exports(cfg)
+        if {"rescoring", "probe"} <= methods["strategy"].needs:
+            raise SvlError(NO_TRIALS)
     if methods["recovery"].heals:
         _check_recovery(cfg)
     return methods

@@ -29,6 +29,7 @@ from svl.selectors.text import Text
 from svl.selectors.tis import Tis
 from svl.strategies.cosine import Cosine
 from svl.strategies.iterative import Iterative
+from svl.strategies.layer_pairs import LayerPairs
 from svl.strategies.sleb import Sleb
 
 config.register_with_hydra()
@@ -167,6 +168,31 @@ def test_a_strategy_around_another_has_its_settings_and_brings_its_choices():
     assert isinstance(paper["compensation"], Subspace)
     parts = config.validate_config(compose("strategy=prune_and_comp"))
     assert (parts["strategy"], parts["compensation"]) == (Iterative(Cosine()), Magnitude())
+    assert config.validate_config(compose("strategy=come"))["strategy"] == Iterative(LayerPairs())
+    for words in (
+        ["strategy@strategy.of=sleb", "compensation=refit"],
+        ["compensation=refit"],
+        ["compensation=ghosted"],
+    ):
+        config.validate_config(compose("strategy=iterative", *words))
+
+
+# Those that judge every layer by itself; of all others a set, a block, merges or parts of layers would be lost.
+STEPWISE = "depth_shapley, layer_pairs, llm_drop, random, short_lvlm, short_lvlm_paper, shortened_magnitude, "
+STEPWISE += "shortened_ppl, shortened_taylor, shortgpt, sleb, tail"
+
+
+@pytest.mark.parametrize("choice", [name for group, name in CHOICES if group == "strategy"])
+def test_what_is_asked_for_one_layer_after_another_can_be_asked_so(choice):
+    words = ["strategy=iterative", f"strategy@strategy.of={choice}"]
+    if choice in STEPWISE.split(", "):
+        assert "rescoring" in config.validate_config(compose(*words))["strategy"].needs
+        return
+    with pytest.raises(
+        SvlError, match=r"^strategy\.of is \w+, which cannot be asked for one layer after another"
+    ) as caught:
+        config.validate_config(compose(*words))
+    assert str(caught.value).endswith(f"; choose one of: {STEPWISE}")
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -235,7 +261,15 @@ def test_seed_reaches_what_is_random():
         ),
         (["strategy=iterative", "strategy.of=sleb"], ["strategy.of is 'sleb'", "strategy@strategy.of=NAME"]),
         (["strategy=iterative", "strategy.of.p=1"], ["strategy.of has no setting 'p'"]),
-        (["strategy=iterative", "strategy@strategy.of=iterative"], ["strategy.of goes layer after layer itself"]),
+        (["strategy=iterative", "strategy@strategy.of=iterative"], ["strategy.of is Iterative, which cannot be asked"]),
+        (
+            ["strategy=iterative", "strategy@strategy.of=sleb", "compensation=ghosted"],
+            ["removals cannot be tried out on a model with maps", "linear_replaceme"],
+        ),
+        (
+            ["strategy=iterative", "strategy@strategy.of=depth_shapley", "compensation=linearpatch"],
+            ["removals cannot be tried out on a model with maps", "reads statistics"],
+        ),
         (["model=local"], ["model.path is not set"]),
         (["calibration=local"], ["calibration.path is not set"]),
         (["selector.pp=0.5"], ["selector has no setting 'pp'", "did you mean 'p'?", "rule", "pool"]),

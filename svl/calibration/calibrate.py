@@ -78,7 +78,7 @@ def calibrate(
 
 def select(stats: Stats, selector: TokenSelector) -> Stats:
     """The same statistics seen through another selector."""
-    return Stats(stats.n_layers, stats.removable, stats.traces, selector)
+    return Stats(stats.n_layers, stats.removable, stats.traces, selector, gone=stats.gone)
 
 
 def check_selector(lvlm: Lvlm, samples: Samples, selector: TokenSelector) -> None:
@@ -112,7 +112,7 @@ class TraceFolder:
         for file in sorted(self.folder.glob("traces-*.safetensors")):
             tensors = load_file(file)
             for index in sorted({int(name.split(".")[0]) for name in tensors}):
-                fields = {f: tensors[f"{index}.{f}"] for f in FIELDS if f"{index}.{f}" in tensors}
+                fields: dict[str, Any] = {f: tensors[f"{index}.{f}"] for f in FIELDS if f"{index}.{f}" in tensors}
                 yield TokenTrace(index=index, **fields)
 
 
@@ -136,7 +136,7 @@ class MeasuredBatch:
 
     def traces(self) -> list[TokenTrace]:
         """Traces of the samples, on the CPU; the device is waited for."""
-        values = self.values()
+        values: dict[str, Any] = self.values()
         present, visual = values.pop("present"), values.pop("visual")
         return [
             TokenTrace(sample.row, visual[b][here], **{name: value[b][..., here] for name, value in values.items()})

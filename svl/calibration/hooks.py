@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from svl.calibration.row_count import add_rows, is_counting
 from svl.core import SvlError, one_of
 from svl.core.errors import reason_of
 from svl.models.lvlm import Lvlm
@@ -48,12 +49,23 @@ class EnoughError(Exception):
 
 
 def run_decoder(lvlm: Lvlm, inputs: dict[str, Tensor], all_logits: bool = False) -> Any:
-    """The model's output for `inputs`: its layers on all positions, logits of the last one where it can be told so."""
+    """The model's output for `inputs`: its layers on all positions, logits of the last one where it can be told so.
+
+    Rows through layers are counted, where `counted_rows` asks for it.
+    """
     takes_number = "logits_to_keep" in inspect.signature(lvlm.model.forward).parameters
     # an index (on no device): told a number, models whose last layers reuse keys and values run these on that many
     # positions alone
     few = {} if all_logits or not takes_number else {"logits_to_keep": [-1]}
-    return lvlm.model(**inputs, use_cache=False, **few)
+    with hooked(_row_hooks(lvlm) if is_counting() else ()):
+        return lvlm.model(**inputs, use_cache=False, **few)
+
+
+def _row_hooks(lvlm: Lvlm) -> Iterator[Any]:
+    def count(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        add_rows(first_argument(args, kwargs).shape[-3])
+
+    return (layer.register_forward_pre_hook(count, with_kwargs=True) for layer in lvlm.layers)
 
 
 def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

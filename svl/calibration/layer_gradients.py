@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from svl.models.devices import fp64_device
+from svl.pruning.cut_maps import CutMap
 
 T = TypeVar("T")
 
@@ -119,8 +120,11 @@ def size_of(tensor: Tensor, power: int = 1) -> float:
 
 
 def layer_weights(layer: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """A layer's weights with their names: matrices and norms, not biases."""
-    return [(name, p) for name, p in layer.named_parameters() if not name.endswith("bias")]
+    """A layer's weights with their names: matrices and norms, not biases, and no map of a cut before or behind it."""
+    maps = tuple(f"{name}." for name, module in layer.named_children() if isinstance(module, CutMap))
+    return [
+        (name, p) for name, p in layer.named_parameters() if not name.endswith("bias") and not name.startswith(maps)
+    ]
 
 
 @contextmanager

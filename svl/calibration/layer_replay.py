@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from svl.calibration.hooks import first_output, hooked, run_decoder
+from svl.calibration.row_count import add_rows
 from svl.core import SvlError
 from svl.models.lvlm import Lvlm
 from svl.models.placement import changed_tensors
@@ -28,6 +29,7 @@ class Replay:
 
     def run(self, layer: nn.Module, i: int, state: Tensor, changed: dict[str, Tensor] | None = None) -> Tensor:
         """What `layer`, in place i of the dense model, makes of `state` [B, T, d]; with parameters `changed`."""
+        add_rows(len(state))
         args, kwargs = self.calls[i]
         if changed:
             with changed_tensors(layer, changed) as in_memory:

@@ -24,13 +24,14 @@ from svl.calibration.encoding import encode_answer, explained_samples
 from svl.calibration.layer_gradients import layer_weights, size_of, taylor_salience
 from svl.calibration.layer_replay import Replay, record_replay
 from svl.calibration.logits import LogitTail, find_logit_tail
+from svl.calibration.row_count import add_rows, counted_rows
 from svl.calibration.sublayer_sweep import Sublayer, block_name, block_number, sublayer_of, sweep_sublayers
 from svl.core import Patch, Plan, SvlError
 from svl.core.errors import out_of_memory
 from svl.data.samples import Sample, Samples
 from svl.models.lvlm import Lvlm, Progress
 from svl.models.placement import stored_tensor
-from svl.processes import all_or_none, gather_shares, my_share, process_rank
+from svl.processes import all_or_none, gather_shares, gather_values, my_share, process_rank
 from svl.pruning import surgery
 
 Remember = Callable[[str, dict[str, Any], Callable[[], Any]], Any]
@@ -108,7 +109,10 @@ class ModelProbe:
         if missing := [n for n in numbers if n not in self._records]:
             with torch.no_grad():
                 for n in self.show(missing, "record", len(missing)):
-                    self._records[n] = self._record(self.samples.samples[n])
+                    with counted_rows() as count:
+                        self._records[n] = self._record(self.samples.samples[n])
+                    # Every process tries its first sample out; that of the first one counts, however many there are.
+                    add_rows(count.rows if process_rank() == 0 else self.n_layers)
         return [self._records[n] for n in numbers]
 
     @property
@@ -216,10 +220,18 @@ class ModelProbe:
         return scored
 
     def _remembered(self, what: str, inputs: dict[str, Any], compute: Callable[[], Any]) -> Any:
-        """What `compute` gives on these samples, or gave earlier."""
+        """What `compute` gives on these samples, or gave earlier: its cost is kept, and counted, with the value."""
+
+        def measure() -> dict[str, Any]:
+            with counted_rows() as count:
+                value = all_or_none(compute)
+            return {"value": value, "rows": sum(gather_values(count.rows))}  # of all processes, which share the samples
+
         advice = "lower strategy.samples or calibration.samples, set model.device=cpu, or choose another strategy"
         with out_of_memory("planning", advice):
-            return self.remember(what, {"samples": len(self.samples), **inputs}, compute)
+            found = self.remember(what, {"samples": len(self.samples), **inputs}, measure)
+        add_rows(found["rows"])
+        return found["value"]
 
     def _run(self, layer: nn.Module, i: int, state: Tensor, sample: ScoredSample) -> Tensor:
         self.layer_forwards += len(state)

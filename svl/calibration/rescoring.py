@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from svl.calibration.activations import Activations
 from svl.calibration.calibrate import STATISTICS, calibrate, select
 from svl.calibration.removal_probe import ModelProbe
+from svl.calibration.row_count import counted_rows
 from svl.core import Compensation, Patch, Plan, Stats, Strategy, SvlError, checked_plan, extended_patch, fitted_patch
+from svl.core.patch import NO_TRIALS
 from svl.pruning import surgery
 
 Remember = Callable[[str, dict[str, Any], Callable[[], Any]], Any]
@@ -28,24 +30,27 @@ class ModelRescoring:
     hidden: Activations
     compensation: Compensation
     remember: Remember = lambda what, inputs, compute: compute()
-    _passes: int = 0
     _patches: dict[tuple[int, ...], Patch] = field(default_factory=dict)
 
-    def next_removal(self, strategy: Strategy, removed: Sequence[int]) -> tuple[int, dict[int, float], int]:
+    def next_removal(self, strategy: Strategy, removed: Sequence[int]) -> tuple[int, dict[int, float], float]:
         """See `core.Rescoring`.
 
         Raises:
-            SvlError: if the strategy merges, or tries removals out on a model with maps at its cuts.
+            SvlError: if the strategy gives something else than a layer, or tries removals out on a model with maps at
+                its cuts.
         """
+        if "probe" in strategy.needs and not self.compensation.foldable:
+            raise SvlError(NO_TRIALS)
         order = tuple(removed)
 
         def compute() -> dict[str, Any]:
-            self._passes = 0
-            stats = self._statistics(strategy, order) if order else self.hidden.stats
-            plan = checked_plan(strategy, stats, 1)
-            if plan.merges or len(plan.removed) != 1:
+            with counted_rows() as count:
+                stats = self._statistics(strategy, order) if order else self.hidden.stats
+                plan = checked_plan(strategy, stats, 1)
+            if plan.merges or plan.sublayers or len(plan.removed) != 1:
                 raise SvlError(f"strategy {type(strategy).__name__} cannot be asked for one layer after another")
-            return {"removed": plan.removed[0], "importance": plan.importance, "passes": self._passes}
+            passes = count.rows / (self.hidden.n_layers * len(self.hidden.samples))
+            return {"removed": plan.removed[0], "importance": plan.importance, "passes": passes}
 
         found = self.remember("next removal", {"removed": order}, compute)
         kept = [i for i in range(self.hidden.n_layers) if i not in order]
@@ -55,26 +60,25 @@ class ModelRescoring:
     def _statistics(self, strategy: Strategy, order: tuple[int, ...]) -> Stats:
         """What `strategy` needs to know of the model without the layers that are gone."""
         hidden = self.hidden
-        if "probe" in strategy.needs and not self.compensation.foldable:
-            raise SvlError("removals cannot be tried out on a model with maps at its cuts; choose another compensation")
         plan = Plan(hidden.n_layers, order, order=order)
         pruned = surgery.apply(hidden.lvlm, plan, self._patch(plan))
-        stats = Stats(pruned.anatomy.n_layers, pruned.anatomy.removable)
+        stats = Stats(pruned.anatomy.n_layers, pruned.anatomy.removable, gone=plan.removed)
         selector = hidden.stats.selector
         if selector and strategy.needs & set(STATISTICS):
             wanted = [name for name in STATISTICS if name in strategy.needs | selector.needs]
             measured = calibrate(
-                pruned, hidden.samples, statistics=wanted, batch_size=hidden.batch_size, show=self._counted
+                pruned, hidden.samples, statistics=wanted, batch_size=hidden.batch_size, show=hidden.show
             )
-            stats = select(measured, selector)
+            traces = [replace(trace, gone=plan.removed) for trace in measured.traces]
+            stats = select(replace(stats, traces=traces), selector)
         if strategy.needs & {"probe", "weights"}:
             samples = hidden.samples if "probe" in strategy.needs else None
-            stats = replace(stats, probe=ModelProbe(pruned, samples, show=self._counted))
+            stats = replace(stats, probe=ModelProbe(pruned, samples, show=hidden.show))
         return stats
 
     def _patch(self, plan: Plan) -> Patch:
         """What makes up for the layers that are gone, from that of the step before where it is known."""
-        hidden: Any = replace(self.hidden, show=self._counted)
+        hidden: Any = self.hidden
         before = self._patches.get(plan.order[:-1])
         if before is None:
             patch = fitted_patch(self.compensation, hidden, plan)
@@ -82,8 +86,3 @@ class ModelRescoring:
             patch = extended_patch(self.compensation, hidden, plan, before)
         self._patches = {plan.order: patch}
         return patch
-
-    def _counted(self, items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
-        """The progress display, which every pass over the calibration set calls once."""
-        self._passes += 1
-        return self.hidden.show(items, what, total)

@@ -54,11 +54,17 @@ class Strategy(Method, ABC):
     `needs`: the statistics it reads ("cosine", "windows", "sublayers", "attention"), "probe" to try removals out on the
     model, with "gradients" besides for `RemovalProbe.taylor`, "weights" for a probe without data, or "rescoring" to
     measure again after removals.
+
+    Attributes:
+        stepwise: whether it makes sense to ask for one layer, again and again, each time of the layers that are left
+            (`strategy=iterative`): it judges every layer by itself. One that chooses layers together (a block, a set
+            with gaps or clusters, merges, parts of layers) would choose something else than it is meant to.
     """
 
     known_needs: ClassVar[frozenset[str]] = frozenset(
         {"cosine", "windows", "sublayers", "attention", "probe", "gradients", "weights", "rescoring"}
     )
+    stepwise: ClassVar[bool] = False
 
     @abstractmethod
     def plan(self, stats: Stats, n_remove: int) -> Plan:
@@ -138,11 +144,11 @@ class RemovalProbe(Protocol):
 class Rescoring(Protocol):
     """What is left of the model after removals, compensated, for strategies that measure again after each of them."""
 
-    def next_removal(self, strategy: Strategy, removed: Sequence[int]) -> tuple[int, dict[int, float], int]:
+    def next_removal(self, strategy: Strategy, removed: Sequence[int]) -> tuple[int, dict[int, float], float]:
         """The layer that `strategy` removes next, once the layers `removed` have gone, in this order.
 
         Also the importance of every layer that was there (empty if the strategy gives none), by original number, and
-        how many passes over the calibration set it took.
+        how many passes of the dense model over the calibration set would run as many layers as this has taken.
         """
         ...
 

@@ -9,11 +9,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_FOLDABLE = "a compensation that folds into weights: linear, linear_replaceme, mean_update, magnitude, subspace, refit"
 # Why a patch with maps, and a compensation that gives them, is not exported.
 NO_STOCK_FORM = (
     "a map at a cut acts on the residual stream between two layers, which no stock checkpoint can express; evaluate it "
-    "in memory (evaluator=transformers, no export), or choose a compensation that folds into weights: linear, "
-    "linear_replaceme, mean_update, magnitude, subspace, refit"
+    f"in memory (evaluator=transformers, no export), or choose {_FOLDABLE}"
+)
+# Why further removals are not tried on a model that has them.
+NO_TRIALS = (
+    "removals cannot be tried out on a model with maps at its cuts, which were fitted to these; choose a strategy that "
+    f"reads statistics, or {_FOLDABLE}"
 )
 
 

@@ -34,6 +34,7 @@ class TokenTrace:
         queries: [L or 1, 2, T], how many queries of each modality can see key j.
         keys: [L or 1, 2, T], how many keys of each modality query i can see.
         sublayers: [2, L, T], cos(x, x + f(x)) of attention (first) and MLP, f being what they add to the stream x.
+        gone: layers of the dense model that the measured one lacks, by their numbers there; rows are of the others.
     """
 
     index: int
@@ -45,6 +46,22 @@ class TokenTrace:
     queries: Tensor | None = None
     keys: Tensor | None = None
     sublayers: Tensor | None = None
+    gone: tuple[int, ...] = ()
+
+    def row_of(self, layer: int, n_rows: int, setting: str) -> int:
+        """Which of `n_rows` rows, one per layer, is that of the layer of this number in the dense model.
+
+        Raises:
+            SvlError: if there is no such layer, or it has gone; `setting` is what named it.
+        """
+        n_layers = n_rows + len(self.gone)
+        if not 0 <= layer < n_layers:
+            raise SvlError(f"{setting} is {layer}, but the model has layers 0..{n_layers - 1}")
+        if layer in self.gone:
+            raise SvlError(
+                f"{setting} is {layer}, but layer {layer} has gone: name another one, or keep it with model.protect"
+            )
+        return layer - sum(i < layer for i in self.gone)
 
 
 def no_selected_token(selector: TokenSelector) -> SvlError:
@@ -57,6 +74,9 @@ def no_selected_token(selector: TokenSelector) -> SvlError:
 class Stats:
     """Statistics of one calibration pass, seen through a token selector.
 
+    Where layers have gone already (`gone`), the others are counted anew, from 0: tables, `removable` and plans have
+    these numbers. Settings that name layers mean the dense model's, which are those of `numbers` and `without`.
+
     Attributes:
         n_layers: decoder layers of the model.
         removable: layers that may be removed (the model's protected ones are missing).
@@ -64,6 +84,7 @@ class Stats:
         selector: the token weighting behind `cosine()` and `windows()`.
         probe: the model to try removals on; for strategies that need "probe".
         rescoring: what is left of the model after removals; for strategies that need "rescoring".
+        gone: layers of the dense model that the measured one lacks, by their numbers there.
     """
 
     n_layers: int
@@ -72,6 +93,17 @@ class Stats:
     selector: TokenSelector | None = None
     probe: RemovalProbe | None = None
     rescoring: Rescoring | None = None
+    gone: tuple[int, ...] = ()
+
+    @property
+    def dense_layers(self) -> int:
+        """Decoder layers of the dense model."""
+        return self.n_layers + len(self.gone)
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The numbers that the layers have in the dense model, ascending."""
+        return tuple(i for i in range(self.dense_layers) if i not in self.gone)
 
     def cosine(self) -> Tensor:
         """Mean cos(h_i, h_{i+1}) over all selected tokens of all samples: fp64 [L].
@@ -154,9 +186,9 @@ class Stats:
         return Plan(self.n_layers, tuple(range(start, start + n_remove)), importance)
 
     def without(self, layers: Iterable[int]) -> Stats:
-        """The same statistics with `layers` protected, too; -1 is the last layer."""
-        spared = {i % self.n_layers for i in layers}
-        return replace(self, removable=tuple(i for i in self.removable if i not in spared))
+        """The same statistics with `layers` protected, too, by their numbers in the dense model; -1 is its last."""
+        spared, numbers = {i % self.dense_layers for i in layers}, self.numbers
+        return replace(self, removable=tuple(i for i in self.removable if numbers[i] not in spared))
 
     def required_probe(self) -> RemovalProbe:
         """The probe, for strategies that need "probe" or "weights".

@@ -29,7 +29,8 @@ class Tis(TokenSelector):
         p: how many: a fraction of the tokens (`rule=fraction`) or of the total score (`rule=nucleus`).
         rule: fraction | nucleus.
         pool: joint (one ranking of both modalities, as the paper's figure shows) | modality (p of each).
-        layers: mean (attention averaged over layers) | each (every layer by its own attention) | a layer number.
+        layers: mean (attention averaged over layers) | each (every layer by its own attention) | a layer number, which
+            is the dense model's.
         text_self: received (average of A[s, i] over textual queries) | emitted (of A[i, s] over textual keys).
         visible: average over the queries (keys) that can see (be seen by) the token; False averages over all of the
             modality, which under a causal mask favours early tokens.
@@ -61,7 +62,7 @@ class Tis(TokenSelector):
         """Importance of every token: fp64 [T], or [L, T] with `layers=each`.
 
         Raises:
-            SvlError: if attention was not measured, or the layer does not exist.
+            SvlError: if attention was not measured, or the layer does not exist, or no more.
         """
         if trace.received is None or trace.emitted is None or trace.queries is None or trace.keys is None:
             raise SvlError("calibration did not measure 'attention', which selector 'tis' needs")
@@ -80,9 +81,7 @@ class Tis(TokenSelector):
             return scores
         if self.layers == "mean":
             return scores.mean(0)
-        if int(self.layers) >= len(scores):
-            raise SvlError(f"selector.layers is {self.layers}, but the model has layers 0..{len(scores) - 1}")
-        return scores[int(self.layers)]
+        return scores[trace.row_of(int(self.layers), len(scores), "selector.layers")]
 
     def weights(self, trace: TokenTrace) -> Tensor:
         """1 for important tokens: [T], or [L, T] with `layers=each`."""

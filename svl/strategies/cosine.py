@@ -18,6 +18,7 @@ class Cosine(Strategy):
     """Importance = 1 - mean cosine of layer input and output over the selected tokens."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"cosine"})
+    stepwise: ClassVar[bool] = True
 
     def plan(self, stats: Stats, n_remove: int) -> Plan:
         """Remove the `n_remove` layers of least importance."""

@@ -26,6 +26,7 @@ class DepthShapley(Strategy):
     effect: str = "loss"
     samples: int | None = 16
     needs: ClassVar[frozenset[str]] = frozenset({"probe"})
+    stepwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         one_of("strategy.effect", self.effect, ("loss", "logits"))

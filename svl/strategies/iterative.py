@@ -7,10 +7,13 @@ paper, `of` is ShortGPT's, and the compensation `magnitude` (`strategy=prune_and
 Compensations are fitted to the dense model for all removed layers together; `magnitude` follows the order, as the paper
 does (see there).
 
+`of` is one that judges every layer by itself (`Strategy.stepwise`). Layers that settings name (`protected`,
+`selector.layers`) are the dense model's.
+
 Cost, for n layers: what `of` costs, and n - 1 times that again (one pass over the calibration set for its statistics,
-or what its trials take) with the passes of the compensation: of ShortGPT and `magnitude`, 2 (n - 1) passes. The plan
-says how many there were, a walk of `refit` counted as one. Each step is kept in the store, so that a higher ratio
-continues a lower one.
+or what its trials take) with the passes of the compensation: of ShortGPT and `magnitude`, at most 2 (n - 1) passes. The
+plan says how many there were, all in all: samples that went through a layer, divided by the samples and layers of one
+pass of the dense model. Each step is kept in the store, so that a higher ratio continues a lower one.
 """
 
 from __future__ import annotations
@@ -27,21 +30,22 @@ class Iterative(Strategy):
     """The loop around a strategy.
 
     Attributes:
-        of: which layer goes next; one that decides on merges cannot be asked so.
+        of: which layer goes next; one that chooses several layers together cannot be asked so.
     """
 
     of: Strategy = field(default_factory=Cosine)
     needs: ClassVar[frozenset[str]] = frozenset({"rescoring"})
 
     def __post_init__(self) -> None:
-        if "rescoring" in self.of.needs:
-            raise SvlError("strategy.of goes layer after layer itself; choose another one")
+        if not self.of.stepwise:
+            name = type(self.of).__name__
+            raise SvlError(f"strategy.of is {name}, which cannot be asked for one layer after another (see `stepwise`)")
         object.__setattr__(self, "needs", self.of.needs | {"rescoring"})
 
     def plan(self, stats: Stats, n_remove: int) -> Plan:
         """Importance: that of a removed layer at its step, of a kept one at the last step."""
         stats.candidates(n_remove)
-        rescoring, passes = stats.required_rescoring(), 0
+        rescoring, passes = stats.required_rescoring(), 0.0
         order: list[int] = []
         importance: dict[int, float] = {}
         for _ in range(n_remove):
@@ -50,4 +54,4 @@ class Iterative(Strategy):
             importance |= found
             passes += took
         values = tuple(importance[i] for i in range(stats.n_layers)) if len(importance) == stats.n_layers else ()
-        return Plan(stats.n_layers, tuple(order), values, provenance={"passes": passes}, order=tuple(order))
+        return Plan(stats.n_layers, tuple(order), values, provenance={"passes": round(passes, 1)}, order=tuple(order))

@@ -21,6 +21,7 @@ class LayerPairs(Strategy):
     """Pairs of layers of least angular distance."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"windows"})
+    stepwise: ClassVar[bool] = True
 
     def plan(self, stats: Stats, n_remove: int) -> Plan:
         """Importance: A(i - 1) of layer i; the first layer, which nothing is before, always stays."""

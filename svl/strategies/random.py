@@ -6,6 +6,7 @@ Cost: no forward pass.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -16,9 +17,11 @@ from svl.core import Plan, Stats, Strategy
 class Random(Strategy):
     """Remove layers in a random order fixed by `seed` (nested over ratios: more removal adds layers)."""
 
+    stepwise: ClassVar[bool] = True
+
     seed: int = 0
 
     def plan(self, stats: Stats, n_remove: int) -> Plan:
-        """Importance is a random permutation of 0..L-1."""
-        order = torch.randperm(stats.n_layers, generator=torch.Generator().manual_seed(self.seed))
-        return stats.plan(order.double(), n_remove)
+        """Importance is a random permutation of 0..L-1; of layers that are left, their places in the dense model's."""
+        order = torch.randperm(stats.dense_layers, generator=torch.Generator().manual_seed(self.seed))
+        return stats.plan(order[list(stats.numbers)].double(), n_remove)

@@ -25,6 +25,7 @@ class ShortenedMagnitude(Strategy):
     protected: tuple[int, ...] = (0, 1, 2, 3, -2, -1)
     power: int = 1
     needs: ClassVar[frozenset[str]] = frozenset({"weights"})
+    stepwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.power < 1:

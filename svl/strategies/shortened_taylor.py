@@ -27,6 +27,7 @@ class ShortenedTaylor(Strategy):
     protected: tuple[int, ...] = (0, 1, 2, 3, -2, -1)
     samples: int | None = 16
     needs: ClassVar[frozenset[str]] = frozenset({"probe", "gradients"})
+    stepwise: ClassVar[bool] = True
 
     def plan(self, stats: Stats, n_remove: int) -> Plan:
         """Importance: the salience."""

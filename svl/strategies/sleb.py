@@ -27,6 +27,7 @@ class Sleb(Strategy):
 
     samples: int | None = 16
     needs: ClassVar[frozenset[str]] = frozenset({"probe"})
+    stepwise: ClassVar[bool] = True
 
     def plan(self, stats: Stats, n_remove: int) -> Plan:
         """Importance: the loss added by the layer's own removal, at its step or, of kept ones, after the last."""

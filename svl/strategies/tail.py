@@ -6,6 +6,7 @@ Cost: no forward pass.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -15,6 +16,8 @@ from svl.core import Plan, Stats, Strategy
 @dataclass(frozen=True)
 class Tail(Strategy):
     """Remove the deepest layers except the very last."""
+
+    stepwise: ClassVar[bool] = True
 
     def plan(self, stats: Stats, n_remove: int) -> Plan:
         """Importance falls with depth; the last layer has the highest."""

@@ -18,6 +18,7 @@ METHODS = {
     "sleb": ("strategy=sleb",),
     "laco": ("strategy=laco",),
     "taylor": ("strategy=shortened_taylor", "compensation=none"),
+    "iterative": ("strategy=iterative", "strategy@strategy.of=depth_shapley", "compensation=magnitude"),
     "refit": ("strategy=angular", "compensation=refit"),
 }
 
@@ -71,7 +72,7 @@ def test_two_processes_store_what_one_stores(method, together, tmp_path):
     together(*words, cwd=tmp_path / "both")
     expected = stored(tmp_path / "alone")
     assert expected["plan"]
-    assert bool(expected["probe"]) == (method in ("sleb", "laco", "taylor"))
+    assert bool(expected["probe"]) == (method in ("sleb", "laco", "taylor", "iterative"))
     assert stored(tmp_path / "both") == expected
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import random
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -13,24 +14,42 @@ from helpers.streams import record
 from torch import nn
 from torch.nn import functional as F
 
-from svl.calibration import activations, calibrate
+from svl.calibration import calibrate
 from svl.calibration.activations import Activations
+from svl.calibration.hooks import first_output
 from svl.calibration.removal_probe import ModelProbe
 from svl.calibration.rescoring import ModelRescoring
 from svl.compensation.ghosted import Ghosted
 from svl.compensation.linear import Linear
 from svl.compensation.magnitude import Magnitude
 from svl.compensation.none import NoCompensation
-from svl.core import Plan, Stats, SvlError
+from svl.compensation.refit import Refit
+from svl.core import Plan, Stats, Strategy, SvlError
+from svl.pruning import surgery
 from svl.pruning.surgery import apply
 from svl.selectors.all_tokens import All
 from svl.selectors.tis import Tis
+from svl.strategies.angular import Angular
+from svl.strategies.block_pruner import BlockPruner
 from svl.strategies.cosine import Cosine
+from svl.strategies.depth_shapley import DepthShapley
+from svl.strategies.identity import Identity
 from svl.strategies.interlace import Interlace
 from svl.strategies.iterative import Iterative
 from svl.strategies.laco import Laco
+from svl.strategies.layer_pairs import LayerPairs
+from svl.strategies.lorp import Lorp
+from svl.strategies.manual import Manual
+from svl.strategies.random import Random as RandomLayers
+from svl.strategies.runs import Runs
 from svl.strategies.shortened_magnitude import ShortenedMagnitude
+from svl.strategies.shortened_ppl import ShortenedPpl
+from svl.strategies.shortened_taylor import ShortenedTaylor
 from svl.strategies.sleb import Sleb
+from svl.strategies.spaced import Spaced
+from svl.strategies.streamline import Streamline
+from svl.strategies.sublayer_cosine import SublayerCosine
+from svl.strategies.swm import Swm
 
 
 def rescoring(lvlm, samples, compensation, selector=None, **options) -> Stats:
@@ -166,19 +185,108 @@ def test_scores_of_weights_see_what_compensation_made_of_them(llama, samples):
     assert [plan.importance[i] for i in left] == pytest.approx(sizes, rel=1e-6)
 
 
+def test_maps_are_no_weights_of_a_layer(llama, samples):
+    stats = rescoring(llama, samples, Ghosted())
+    plan = Iterative(ShortenedMagnitude(protected=(0,))).plan(stats, 2)
+    assert list(plan.importance) == pytest.approx(stats.probe.magnitude(1), rel=1e-6)
+
+
+# ------------------------------------------------------------------------------------ numbers of layers
+
+
+@pytest.mark.parametrize("strategy", [ShortenedMagnitude, ShortenedPpl, ShortenedTaylor])
+@pytest.mark.parametrize("spared", [0, 1, 2, 3, -1, -2])
+def test_protected_layers_stay_whatever_has_gone(strategy, spared, llama, samples):
+    """Three of four layers go: all but the one that the setting names."""
+    plan = Iterative(strategy(protected=(spared,))).plan(rescoring(llama, samples, NoCompensation()), 3)
+    assert plan.kept == (spared % 4,)
+
+
+def test_a_selector_reads_the_layer_that_it_names(vlm, samples):
+    """Layer 2 by its own attention, though it is the second one that is left; never another one in its place."""
+    again = rescoring(vlm, samples, NoCompensation(), Tis(layers="2", p=0.3)).rescoring
+    layer, importance, _ = again.next_removal(Cosine(), (0,))
+    measured = calibrate.calibrate(apply(vlm, Plan(4, (0,))), samples, batch_size=2)
+    wanted, others = (Cosine().plan(calibrate.select(measured, Tis(layers=n, p=0.3)), 1) for n in "12")
+    assert importance == dict(zip((1, 2, 3), wanted.importance, strict=True))
+    assert layer == wanted.removed[0] + 1
+    assert wanted.importance != others.importance
+    with pytest.raises(
+        SvlError, match=r"selector\.layers is 2, but layer 2 has gone: name another one, or keep it with "
+    ):
+        again.next_removal(Cosine(), (0, 2))
+    with pytest.raises(SvlError, match=r"selector\.layers is 4, but the model has layers 0\.\.3"):
+        Tis(layers="4").weights(replace(next(iter(measured.traces)), gone=(0,)))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_layers_one_by_one_are_those_of_one_draw(seed, llama, samples):
+    stats = rescoring(llama, samples, Magnitude())
+    plan = Iterative(RandomLayers(seed)).plan(stats, 3)
+    assert [set(plan.order[:n]) for n in (1, 2, 3)] == [
+        set(RandomLayers(seed).plan(stats, n).removed) for n in (1, 2, 3)
+    ]
+
+
 # --------------------------------------------------------------------------------------- cost and memory
 
 
-def test_passes_are_counted(llama, samples, monkeypatch):
-    """Forward passes of batches, as hooks see them: three batches of two samples make a pass."""
-    stats, calls = rescoring(llama, samples, Magnitude()), []
-    for module in (calibrate, activations):
-        run = module.run_decoder
-        monkeypatch.setattr(module, "run_decoder", lambda *args, run=run: (calls.append(1), run(*args)))
-    plan = Iterative(Cosine()).plan(stats, 3)
-    behind = sum(layer != max({*range(4)} - {*plan.order[:i]}) for i, layer in enumerate(plan.order[:2]))
-    assert plan.provenance["passes"] == 2 + behind  # no factor, and no pass, where nothing is behind a layer
-    assert len(calls) == 3 * plan.provenance["passes"]
+SEARCHES = (
+    Cosine(),
+    LayerPairs(),
+    Sleb(samples=None),
+    Sleb(samples=3),
+    ShortenedPpl(protected=(0,)),
+    DepthShapley("logits"),
+    ShortenedTaylor(protected=(0,)),
+    ShortenedMagnitude(protected=(0,)),
+)
+
+
+@pytest.mark.parametrize(
+    "compensation", [NoCompensation(), Magnitude(), Linear(), Refit()], ids=lambda c: type(c).__name__
+)
+@pytest.mark.parametrize("strategy", SEARCHES, ids=str)
+def test_the_passes_told_are_those_run(strategy, compensation, llama, samples, monkeypatch):
+    """Rows that leave decoder layers, as hooks on every model see them, the dense one and all that are made of it."""
+    stats, rows = rescoring(llama, samples, compensation), []
+
+    def watched(lvlm):
+        for layer in lvlm.layers:
+            handles.append(layer.register_forward_hook(lambda _, args, out: rows.append(len(first_output(out)))))
+        return lvlm
+
+    handles, build = [], surgery.apply
+    monkeypatch.setattr(surgery, "apply", lambda *args: watched(build(*args)))
+    watched(llama)
+    order, told = [], 0.0
+    for _ in range(2 if isinstance(strategy, Sleb) else 3):  # its first and last layer always stay
+        layer, _, passes = stats.rescoring.next_removal(strategy, order)
+        order, told = [*order, layer], told + passes
+    for handle in handles:
+        handle.remove()
+    assert told == pytest.approx(sum(rows) / (4 * len(samples)), rel=1e-9)
+    assert (told > 0) == bool(strategy.needs & {"cosine", "windows", "probe"} | compensation.needs)
+
+
+def test_what_is_remembered_costs_what_it_cost(llama, samples):
+    """Whether the first trials were stored by another search does not change what is told."""
+    kept = {}
+
+    def remember(what, inputs, compute):
+        key = (what, str(inputs))
+        if key not in kept:
+            kept[key] = compute()
+        return kept[key]
+
+    told = []
+    for _ in range(2):
+        stats = rescoring(llama, samples, NoCompensation())
+        probe = ModelProbe(llama, samples, remember=remember)
+        again = ModelRescoring(Activations(llama, samples, replace(stats, probe=probe), 2), NoCompensation())
+        told.append(Iterative(Sleb(samples=3)).plan(replace(stats, rescoring=again), 2).provenance["passes"])
+    assert told[0] == told[1] > 0
+    assert len(kept) == 1
 
 
 def test_a_longer_search_continues_a_shorter_one(llama, samples):
@@ -201,14 +309,58 @@ def test_a_longer_search_continues_a_shorter_one(llama, samples):
 # ---------------------------------------------------------------------------------------------- refusals
 
 
+ONE_BY_ONE = "which cannot be asked for one layer after another"
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        *(
+            Angular(),
+            BlockPruner(),
+            Identity(),
+            Interlace(),
+            Iterative(),
+            Laco(),
+            Lorp(),
+            Manual((1,)),
+            Runs(),
+            Spaced(),
+        ),
+        *(Streamline(), SublayerCosine(), Swm()),
+    ],
+    ids=lambda s: type(s).__name__,
+)
+def test_what_chooses_layers_together_is_refused(strategy):
+    with pytest.raises(SvlError, match=rf"strategy\.of is {type(strategy).__name__}, {ONE_BY_ONE}"):
+        Iterative(strategy)
+
+
+@dataclass(frozen=True)
+class Untrue(Strategy):
+    """Says that it can be asked for one layer, and gives something else."""
+
+    answer: Plan
+    stepwise: ClassVar[bool] = True
+
+    def plan(self, stats, n_remove):
+        return self.answer
+
+
+@pytest.mark.parametrize(
+    "answer", [Plan(4, (1, 2)), Plan(4, ()), Plan(4, (1,), removed_attn=(2,)), Plan(4, (1,), merges=((0, (1,)),))]
+)
+def test_answers_that_are_no_layer_are_refused(answer, llama, samples):
+    with pytest.raises(SvlError, match="Untrue cannot be asked for one layer after another"):
+        Iterative(Untrue(answer)).plan(rescoring(llama, samples, NoCompensation()), 1)
+
+
 def test_what_cannot_go_layer_by_layer_is_refused(llama, samples):
-    with pytest.raises(SvlError, match=r"strategy\.of goes layer after layer itself"):
-        Iterative(Iterative())
-    with pytest.raises(SvlError, match="Laco cannot be asked for one layer after another"):
-        Iterative(Laco(size=2)).plan(rescoring(llama, samples, NoCompensation()), 1)
-    with pytest.raises(SvlError, match="cannot be tried out on a model with maps at its cuts"):
-        Iterative(Sleb()).plan(rescoring(llama, samples, Ghosted()), 2)
+    stats = rescoring(llama, samples, Ghosted())
+    with pytest.raises(SvlError, match=r"cannot be tried out on a model with maps at its cuts.*, magnitude,"):
+        Iterative(Sleb()).plan(stats, 2)
+    assert stats.probe.layer_forwards == 0  # known before the first trial
     with pytest.raises(SvlError, match="it needs 'rescoring'"):
-        Iterative(Interlace()).plan(Stats(4, (0, 1, 2, 3)), 1)
+        Iterative(Cosine()).plan(Stats(4, (0, 1, 2, 3)), 1)
     with pytest.raises(SvlError, match="cannot remove 4 of 4 decoder layers"):
         Iterative().plan(Stats(4, (0, 1, 2, 3), rescoring=Scripted()), 4)
