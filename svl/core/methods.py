@@ -74,10 +74,12 @@ class Compensation(Method, ABC):
     Attributes:
         foldable: whether all that it changes are weights of kept layers. One that puts maps at cuts says False: it
             works in memory, on any kind of layer, but is refused where a checkpoint is asked for.
+        joins: whether it joins layers (`Patch.joins`), so that models whose layers cannot be are refused at once.
     """
 
     known_needs: ClassVar[frozenset[str]] = frozenset({"hidden"})
     foldable: ClassVar[bool] = True
+    joins: ClassVar[bool] = False
 
     @property
     def own_texts(self) -> int:

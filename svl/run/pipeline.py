@@ -21,7 +21,7 @@ from svl.checkpoints.pruning_record import changed_writers
 from svl.config import plain_values
 from svl.core import Plan, checked_plan, fitted_patch
 from svl.processes import process_rank
-from svl.run import exporting, parallel, tracking
+from svl.run import early_checks, exporting, parallel, tracking
 from svl.run.figure_data import spectra_record, write_example_picture, write_token_scores
 from svl.run.generated import make_texts, read_texts
 from svl.run.keys import method_identity, stage_code
@@ -152,12 +152,10 @@ class Run:
 
         def build(folder: Path) -> Output:
             from svl.calibration import calibrate
-            from svl.pruning import folding
 
             count_removals(setup, read_statistics(setup, None))  # what can be found wrong now costs no calibration
             calibrate.check_selector(setup.dense, setup.samples, setup.selector)
-            if setup.compensation.needs and setup.compensation.foldable:
-                folding.check_foldable(setup.dense)
+            early_checks.check_compensation(setup)
             measure(folder)
             write_example_picture(setup.dense, setup.samples, folder)
             anatomy = setup.dense.anatomy
@@ -256,16 +254,16 @@ class Run:
 
         def build(folder: Path) -> Output:
             from svl.calibration.activations import Activations
-            from svl.pruning import folding, patch_file
+            from svl.pruning import patch_file
 
             hidden: Any = None
             if streams:
-                if setup.compensation.foldable:
-                    folding.check_foldable(setup.dense)
+                early_checks.check_compensation(setup)  # of a calibration that was for another compensation
                 seen, batch_size = read_statistics(setup, stats), setup.cfg.calibration.batch_size
                 hidden = Activations(setup.dense, setup.samples, seen, batch_size, show_progress, read_texts(texts))
             patch = fitted_patch(setup.compensation, hidden, plan)
             if patch:
+                early_checks.check_patch(setup, plan, patch)
                 patch_file.save_patch(patch, folder / PATCH)
             return {"notes": patch.notes, "spectra": spectra_record(patch), "changed": changed_writers(patch)}
 

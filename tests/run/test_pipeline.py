@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.hub_mimics import MIMICS
 from helpers.pairwise import pairwise
 from hydra import compose, initialize_config_dir
 
@@ -61,6 +62,34 @@ def test_a_compensation_that_is_refused_costs_no_calibration(tmp_path, monkeypat
         run = pipeline.Run(compose("config", overrides=words), tmp_path)
     with pytest.raises(SvlError, match="normalises after"):
         run.calibrate()
+
+
+def mimic(name: str, folder: Path) -> list[str]:
+    """Words that choose a tiny stand-in of a checkpoint on the hub."""
+    MIMICS[name](folder / name)
+    words = ["model=local", f"model.path={folder / name}", "calibration=demo", "calibration.samples=2"]
+    return [*words, "tracker=none", "model.device=cpu", f"paths.store={folder}/store", f"paths.outputs={folder}"]
+
+
+def test_layers_that_cannot_be_joined_cost_no_calibration(tmp_path, monkeypatch):
+    monkeypatch.setattr(calibrate, "calibrate", lambda *_, **__: pytest.fail("calibrated nevertheless"))
+    words = [*mimic("qwen_vl_chat", tmp_path), "strategy=come", "n_remove=1", "benchmark=none"]
+    config.register_with_hydra()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        run = pipeline.Run(compose("config", overrides=words), tmp_path)
+    with pytest.raises(SvlError, match=r"cannot be joined: 'attn\.c_attn\.weight' is a tensor of which"):
+        run.execute()
+
+
+def test_a_patch_that_does_not_fit_is_found_before_anything_is_scored(tmp_path, monkeypatch):
+    """Visual features of DeepStack enter behind the gap, at a size that `magnitude` cannot change."""
+    monkeypatch.setattr(pipeline.ModelVariant, "evaluate", lambda *_: pytest.fail("evaluated nevertheless"))
+    words = [*mimic("qwen3_vl_8b", tmp_path), "model.protect=none", "strategy=manual", "strategy.layers=[0]"]
+    config.register_with_hydra()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", overrides=[*words, "compensation=magnitude", "benchmark=smoke", "benchmark.limit=1"])
+    with pytest.raises(SvlError, match=r"scales what layers write, but without layers \[0\]"):
+        pipeline.Run(cfg, tmp_path).execute()
 
 
 def test_the_whole_checkpoint_is_read_again_if_a_run_says_so(tmp_path, monkeypatch):

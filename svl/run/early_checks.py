@@ -1,0 +1,33 @@
+"""What can be found wrong with methods and a model before the stage that it would waste."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from svl.core import Patch, Plan
+
+if TYPE_CHECKING:
+    from svl.run.setup import RunSetup
+
+
+def check_compensation(setup: RunSetup) -> None:
+    """Check that the compensation can be folded into the model's layers, and can join them, if it does.
+
+    Raises:
+        SvlError: if it cannot.
+    """
+    compensation = setup.compensation
+    if not compensation.needs or not compensation.foldable:
+        return
+    from svl.pruning import layer_trials
+
+    layer_trials.check_foldable(setup.dense)
+    if compensation.joins:
+        layer_trials.check_joinable(setup.dense)
+
+
+def check_patch(setup: RunSetup, plan: Plan, patch: Patch) -> None:
+    """Raise SvlError unless a compensation's patch fits the model, before anything is evaluated or exported."""
+    from svl.pruning import folding
+
+    folding.check_patch(patch, plan, setup.dense.anatomy, setup.dense.layers)
