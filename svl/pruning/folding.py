@@ -22,7 +22,7 @@ POST_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm", "post_self_att
 def check_foldable(lvlm: Lvlm) -> None:
     """Raise SvlError if a norm stands between projections and residual stream: it would undo updates.
 
-    That is what names tell, of models on the meta device, too; `layer_trials.check_foldable` tries it out.
+    That is what names tell, of models on the meta device, too; `layer_trials.check_folding` tries it out.
     """
     norms = {name for layer in lvlm.layers for name, _ in layer.named_children() if name in POST_NORMS}
     norms |= {"norm_after" for layer in lvlm.layers if getattr(layer, "norm_after", False)}

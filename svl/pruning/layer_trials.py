@@ -77,7 +77,7 @@ class LayerTrial:
         return torch.finfo(self.state.dtype).eps
 
 
-def check_foldable(lvlm: Lvlm, inputs: Inputs | None = None) -> None:
+def check_folding(lvlm: Lvlm, inputs: Inputs | None = None) -> None:
     """Check that scaling what its writers write scales all that a layer adds to the residual stream.
 
     Args:
@@ -114,7 +114,7 @@ def check_foldable(lvlm: Lvlm, inputs: Inputs | None = None) -> None:
     _try_layers(lvlm, inputs, check)
 
 
-def check_joinable(lvlm: Lvlm, inputs: Inputs | None = None) -> None:
+def check_joining(lvlm: Lvlm, inputs: Inputs | None = None) -> None:
     """Check that some neighbours can be joined, and that the order of channels and heads in a layer does not matter.
 
     A layer joined of all its own channels and heads in another order must compute what it did.

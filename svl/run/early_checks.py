@@ -21,12 +21,12 @@ def check_compensation(setup: RunSetup) -> None:
         return
     from svl.pruning import layer_trials
 
-    layer_trials.check_foldable(setup.dense)
+    layer_trials.check_folding(setup.dense)
     if compensation.joins:
-        layer_trials.check_joinable(setup.dense)
+        layer_trials.check_joining(setup.dense)
 
 
-def check_patch(setup: RunSetup, plan: Plan, patch: Patch) -> None:
+def check_patch_fits(setup: RunSetup, plan: Plan, patch: Patch) -> None:
     """Raise SvlError unless a compensation's patch fits the model, before anything is evaluated or exported."""
     from svl.pruning import folding
 

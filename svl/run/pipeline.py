@@ -263,7 +263,7 @@ class Run:
                 hidden = Activations(setup.dense, setup.samples, seen, batch_size, show_progress, read_texts(texts))
             patch = fitted_patch(setup.compensation, hidden, plan)
             if patch:
-                early_checks.check_patch(setup, plan, patch)
+                early_checks.check_patch_fits(setup, plan, patch)
                 patch_file.save_patch(patch, folder / PATCH)
             return {"notes": patch.notes, "spectra": spectra_record(patch), "changed": changed_writers(patch)}
 

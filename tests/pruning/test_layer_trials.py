@@ -99,7 +99,7 @@ def scaling_is_off(lvlm: Lvlm, inputs) -> float:
 @pytest.mark.parametrize("name", [*OTHERS, "chameleon", "chameleon_swin", "gemma2", "llama", "qwen3"])
 def test_whoever_is_accepted_can_be_scaled_and_nobody_else(name):
     lvlm, made = any_of(name)
-    accepted = is_accepted(layer_trials.check_foldable, lvlm, made.inputs)
+    accepted = is_accepted(layer_trials.check_folding, lvlm, made.inputs)
     off = scaling_is_off(lvlm, made.inputs)
     assert accepted == (off < 1e-3), off
     assert off < 1e-3 or off > 0.02
@@ -113,7 +113,7 @@ def test_families_are_told_apart_without_names(family, dtype):
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in made.inputs.items()}
     if dtype != torch.float32:
         lvlm = replace(lvlm, model=copy.deepcopy(lvlm.model).to(dtype))
-    assert is_accepted(layer_trials.check_foldable, lvlm, inputs) == (family not in POST_NORM)
+    assert is_accepted(layer_trials.check_folding, lvlm, inputs) == (family not in POST_NORM)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_families_are_told_apart_without_names(family, dtype):
 def test_refusals_name_the_layer_and_the_way_out(name, says):
     lvlm, made = other(name)
     with pytest.raises(SvlError, match=rf"layer 0 of '{name}' {says}.*compensation=none"):
-        layer_trials.check_foldable(lvlm, made.inputs)
+        layer_trials.check_folding(lvlm, made.inputs)
 
 
 def test_one_layer_of_every_kind_is_tried(monkeypatch):
@@ -139,7 +139,7 @@ def test_one_layer_of_every_kind_is_tried(monkeypatch):
     passed: list[int] = []
     lvlm, made = lvlm_of("llama4")
     handles = [layer.register_forward_pre_hook(lambda *_, i=i: passed.append(i)) for i, layer in enumerate(lvlm.layers)]
-    layer_trials.check_foldable(lvlm, made.inputs)
+    layer_trials.check_folding(lvlm, made.inputs)
     assert [handle.remove() for handle in handles]
     assert set(tried) == {0, 1}
     assert passed == [0, 1]  # the rest of the pass is not run
@@ -148,8 +148,8 @@ def test_one_layer_of_every_kind_is_tried(monkeypatch):
 def test_hooks_are_gone_and_weights_as_they_were():
     lvlm, made = lvlm_of("llama")
     before, weights = logits(lvlm.model, made.inputs), {n: p.clone() for n, p in lvlm.model.named_parameters()}
-    layer_trials.check_foldable(lvlm, made.inputs)
-    layer_trials.check_joinable(lvlm, made.inputs)
+    layer_trials.check_folding(lvlm, made.inputs)
+    layer_trials.check_joining(lvlm, made.inputs)
     assert torch.equal(logits(lvlm.model, made.inputs), before)
     assert all(torch.equal(p, weights[n]) for n, p in lvlm.model.named_parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in lvlm.model.modules())
@@ -180,7 +180,7 @@ def rearranged(lvlm: Lvlm, layer: int) -> Patch:
 @pytest.mark.parametrize("name", [*SUPPORTED, *OTHERS])
 def test_whoever_can_be_joined_computes_the_same_in_another_order(name):
     lvlm, made = any_of(name)
-    accepted = is_accepted(layer_trials.check_joinable, lvlm, made.inputs)
+    accepted = is_accepted(layer_trials.check_joining, lvlm, made.inputs)
     if name in SUPPORTED:
         assert accepted == (name in JOINED)
     if not accepted:
@@ -199,11 +199,11 @@ def test_norms_that_are_in_the_way_are_found_by_their_effect():
     """Norms of single heads, by name of no kind that is known, and others that a mean of vectors would mix."""
     lvlm, made = other("qk_norm_by_head")
     with pytest.raises(SvlError, match=r"'self_attn\.q_layernorm\.norms\.0\.weight' is a tensor of which"):
-        layer_trials.check_joinable(lvlm, made.inputs)
+        layer_trials.check_joining(lvlm, made.inputs)
     lvlm, made = lvlm_of("qwen3")
     model = copy.deepcopy(lvlm.model)
     for layer in model.model.layers:  # a norm over all channels of a head that differs from head to head
         width = torch.linspace(0.5, 2, layer.self_attn.o_proj.in_features)
         layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args, w=width: (args[0] * w,))
     with pytest.raises(SvlError, match="with its own channels and heads in another order, computes something else"):
-        layer_trials.check_joinable(replace(lvlm, model=model), made.inputs)
+        layer_trials.check_joining(replace(lvlm, model=model), made.inputs)
