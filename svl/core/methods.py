@@ -54,11 +54,16 @@ class Strategy(Method, ABC):
     `needs`: the statistics it reads ("cosine", "windows", "sublayers", "attention"), "probe" to try removals out on the
     model, with "gradients" besides for `RemovalProbe.taylor`, "weights" for a probe without data, or "rescoring" to
     measure again after removals.
+
+    Attributes:
+        sublayers_for_one: how many sub-layers (attentions, MLPs) go for each layer that is asked for: of strategies
+            that choose whole layers, both of each.
     """
 
     known_needs: ClassVar[frozenset[str]] = frozenset(
         {"cosine", "windows", "sublayers", "attention", "probe", "gradients", "weights", "rescoring"}
     )
+    sublayers_for_one: ClassVar[int] = 2
 
     @abstractmethod
     def plan(self, stats: Stats, n_remove: int) -> Plan:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from svl.core import Patch, Plan
 
 if TYPE_CHECKING:
     from svl.run.setup import RunSetup
+
+log = logging.getLogger(__name__)
 
 
 def check_compensation(setup: RunSetup) -> None:
@@ -31,3 +35,19 @@ def check_patch_fits(setup: RunSetup, plan: Plan, patch: Patch) -> None:
     from svl.pruning import folding
 
     folding.check_patch(patch, plan, setup.dense.anatomy, setup.dense.layers)
+
+
+def check_combined(setup: RunSetup, plan: Plan) -> None:
+    """Raise SvlError if what pruning is combined with cannot act on what the plan leaves."""
+    if "visual_tokens" in setup.combined:
+        setup.combined["visual_tokens"].check_plan(plan)
+
+
+def tell_zeros(names: Sequence[str]) -> None:
+    """Log which removed sub-layers are still computed in memory."""
+    if names:
+        log.info(
+            "  %s: zeros are written in memory, and the cost is what it was, as other layers or the cache depend on "
+            "the block, or it is of a kind that cannot be left out",
+            ", ".join(names),
+        )

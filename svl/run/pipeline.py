@@ -110,6 +110,7 @@ class Run:
         texts = self.generate()
         planned = self.plan(stats, texts)
         plan = Plan.from_json((planned.path / "plan.json").read_text())
+        early_checks.check_combined(self.setup, plan)
         self.check(plan)
         patch = self.compensate(stats, texts, plan)
         recovered, overlap = self.recover(plan, patch), compare_pictures(self.setup, plan)
@@ -234,16 +235,18 @@ class Run:
             return
 
         def build(folder: Path) -> Output:
-            from svl.pruning import selfcheck, surgery
+            from svl.pruning import selfcheck, sublayers, surgery
 
             inputs, pruned = selfcheck.example_inputs(setup.dense), surgery.apply(setup.dense, plan)
-            return {"difference": selfcheck.check_surgery(setup.dense, pruned, plan, inputs)}
+            difference = selfcheck.check_surgery(setup.dense, pruned, plan, inputs)
+            return {"difference": difference, "zeros": sublayers.names_of_zeros(setup.dense, plan)}
 
         inputs = {"model": setup.model, "code": stage_code("check"), "removed": plan.removed}
         if plan.sublayers:
             inputs["sublayers"] = plan.sublayers
         entry = make_stage(setup, "check", {**inputs, "protect": setup.options.protect}, build)
         self.log.stage("check", entry, f"differs by {entry.output['difference']:.1g} from skipping these layers")
+        early_checks.tell_zeros(entry.output["zeros"])
 
     def compensate(self, stats: Entry | None, texts: Entry | None, plan: Plan) -> Entry | None:
         """Stage `patch`: updates of kept weights; None if no layer is removed."""
