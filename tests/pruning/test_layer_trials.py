@@ -11,6 +11,7 @@ from helpers.families import IMAGE, LLAMA, OPT, POST_NORM, SUPPORTED, Family, bu
 from helpers.references import logits
 from transformers import AutoModelForCausalLM, ChameleonConfig, ChameleonForConditionalGeneration
 
+from svl.calibration.offload import load_offloaded
 from svl.core import JoinedPart, Patch, Plan, SvlError, Update
 from svl.models.anatomy import find_anatomy
 from svl.models.lvlm import Lvlm
@@ -207,3 +208,16 @@ def test_norms_that_are_in_the_way_are_found_by_their_effect():
         layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args, w=width: (args[0] * w,))
     with pytest.raises(SvlError, match="with its own channels and heads in another order, computes something else"):
         layer_trials.check_joining(replace(lvlm, model=model), made.inputs)
+
+
+# --------------------------------------------------------------------------------- layers that are not in memory
+
+
+def test_layers_on_disk_are_tried_as_they_are_read(checkpoint):
+    lvlm = load_offloaded(checkpoint("llama"), device="cpu")
+    layer_trials.check_folding(lvlm)
+    layer_trials.check_joining(lvlm)
+    assert all(p.is_meta for p in lvlm.layers.parameters())
+    lvlm.skeleton.model.model.layers[0].mlp.down_proj.register_forward_hook(lambda *_: 2 * _[2].sign())
+    with pytest.raises(SvlError, match=r"layer 0 of .* does not add what mlp\.down_proj\.weight writes"):
+        layer_trials.check_folding(lvlm)
