@@ -79,9 +79,7 @@ class Activations:
     @property
     def heads(self) -> tuple[int, int]:
         """See `core.HiddenStates`."""
-        text = self.lvlm.model.config.get_text_config(decoder=True)
-        queries = int(text.num_attention_heads)
-        return queries, int(getattr(text, "num_key_value_heads", None) or queries)
+        return self.lvlm.heads
 
     def column_sizes(self, layer: int, writer: str) -> Tensor:
         """See `core.HiddenStates`."""

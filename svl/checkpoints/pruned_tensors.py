@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -91,10 +91,13 @@ def joined_content(dense: Skeleton, place: Destination, name: str, parts: tuple[
     """
     if place.converter:
         raise SvlError(f"the layout of '{dense.folder}' is not known: '{place.name}' cannot be joined as it is stored")
-    rest = split_layer_number(place.name, dense.anatomy.layers)[1]
+    number, rest = split_layer_number(place.name, dense.anatomy.layers)
+    shapes = folding.parameter_shapes(dense.layers[cast(int, number)])
+    rule = joining.join_rules(shapes, parts, dense.anatomy.hidden_size)[rest]
 
     def compute() -> Iterator[Tensor]:
-        yield joining.join_tensors(rest, {p.layer: dense.stored[name.format(p.layer)].read() for p in parts}, parts)
+        sources = {p.layer: dense.stored[name.format(p.layer)].read() for p in parts}
+        yield joining.join_tensors(rest, sources, parts, rule)
 
     return compute
 

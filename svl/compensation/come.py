@@ -9,11 +9,12 @@ upwards), measured on the model as joined so far:
   floor(d_ff r) stay, the layer of larger r has the rest.
 * Heads go by key-value group, in the same way, by the mean of mean_t |a_d| * sum of |W_o[:, d]| over the group's
   dimensions d, a being what o_proj reads.
-* Input and post-attention norms become the mean of both, output biases and norms of queries and keys the sum by r.
+* Input and post-attention norms become the mean of both, output biases and norms of queries and keys the sum by r. What
+  else lies on the axis of channels or heads (a norm before down_proj or o_proj) is chosen with them.
 
 As released, the query heads that stay are chosen by tiling the mask of groups over the heads, which with grouped-query
 attention are not those of the groups that stay; `heads` says which. Layers of other parts than q, k, v, o and a (gated)
-MLP are refused.
+MLP are refused, and those in which the order of channels and heads matters (tried before calibration).
 
 Cost: one pass over the calibration set for each removed layer, up to it.
 """
@@ -51,6 +52,7 @@ class Come(Compensation):
 
     heads: str = "grouped"
     needs: ClassVar[frozenset[str]] = frozenset({"hidden"})
+    joins: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         one_of("compensation.heads", self.heads, ("grouped", "released"))

@@ -114,6 +114,8 @@ def checked_patch(compensation: Compensation, patch: Patch, plan: Plan) -> Patch
                 raise SvlError(f"{who} blends layer {layer} with coefficients that are not finite")
         if patch.maps and compensation.foldable:
             raise SvlError(f"{who} gives maps at cuts, so its class must say foldable = False")
+        if patch.joins and not compensation.joins:
+            raise SvlError(f"{who} joins layers, so its class must say joins = True")
         for start, matrix in patch.maps.items():
             if not bool(matrix.isfinite().all()):
                 raise SvlError(f"{who} gives a map in place of layers from {start} on that is not finite")

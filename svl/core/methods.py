@@ -59,12 +59,15 @@ class Strategy(Method, ABC):
         stepwise: whether it makes sense to ask for one layer, again and again, each time of the layers that are left
             (`strategy=iterative`): it judges every layer by itself. One that chooses layers together (a block, a set
             with gaps or clusters, merges, parts of layers) would choose something else than it is meant to.
+        sublayers_for_one: how many sub-layers (attentions, MLPs) go for each layer that is asked for: of strategies
+            that choose whole layers, both of each.
     """
 
     known_needs: ClassVar[frozenset[str]] = frozenset(
         {"cosine", "windows", "sublayers", "attention", "probe", "gradients", "weights", "rescoring"}
     )
     stepwise: ClassVar[bool] = False
+    sublayers_for_one: ClassVar[int] = 2
 
     @abstractmethod
     def plan(self, stats: Stats, n_remove: int) -> Plan:
@@ -80,10 +83,12 @@ class Compensation(Method, ABC):
     Attributes:
         foldable: whether all that it changes are weights of kept layers. One that puts maps at cuts says False: it
             works in memory, on any kind of layer, but is refused where a checkpoint is asked for.
+        joins: whether it joins layers (`Patch.joins`), so that models whose layers cannot be are refused at once.
     """
 
     known_needs: ClassVar[frozenset[str]] = frozenset({"hidden"})
     foldable: ClassVar[bool] = True
+    joins: ClassVar[bool] = False
 
     @property
     def own_texts(self) -> int:

@@ -70,6 +70,12 @@ def no_selected_token(selector: TokenSelector) -> SvlError:
     return SvlError(f"selector '{name}' leaves no token in the calibration set; choose another selector or data")
 
 
+def check_finite(importance: list[float]) -> None:
+    """Raise SvlError unless all values that layers, or parts of them, are ranked by are finite."""
+    if not all(math.isfinite(x) for x in importance):
+        raise SvlError(f"layer importance is not finite: {importance}")
+
+
 @dataclass(frozen=True)
 class Stats:
     """Statistics of one calibration pass, seen through a token selector.
@@ -117,9 +123,11 @@ class Stats:
         """Mean cos(x, x + f(x)) over all selected tokens of all samples: fp64 [2, L], attention first.
 
         Raises:
-            SvlError: if the selector leaves no token in the whole calibration set.
+            SvlError: if the selector leaves no token in the whole calibration set, or a mean is not finite.
         """
-        return self._mean("sublayers")
+        means = self._mean("sublayers")
+        check_finite(means.flatten().tolist())
+        return means
 
     def windows(self, transform: Callable[[Tensor], Tensor] = lambda cosine: cosine) -> Tensor:
         """Mean transform(cos(h_i, h_j)) over all selected tokens of all samples: fp64 [L + 1, L + 1] for i < j.
@@ -162,8 +170,7 @@ class Stats:
             SvlError: if fewer layers may be removed.
         """
         values = [float(x) for x in importance]
-        if not all(math.isfinite(x) for x in values):
-            raise SvlError(f"layer importance is not finite: {values}")
+        check_finite(values)
         order = sorted(self.candidates(n_remove), key=lambda i: (values[i], -i))
         return Plan(self.n_layers, tuple(order[:n_remove]), tuple(values))
 

@@ -26,6 +26,7 @@ from svl.models.prompts import with_prompt_style
 from svl.models.transformers_internals import empty_model
 from svl.models.weight_files import PICKLES, check_index, find_weight_files
 from svl.pruning.folding import check_foldable
+from svl.pruning.layer_trials import joinable_layers
 from svl.store.artifacts import Store
 
 PICKLED = "its weights are pickles: for export and vLLM, convert them once (svl-export convert)"
@@ -188,6 +189,7 @@ def _in_ranges(layers: list[int]) -> str:
 
 def _examine_methods(cfg: DictConfig, lvlm: Lvlm, section: Section) -> None:
     """Which methods apply."""
+    compensation = build_method(cfg.compensation, "compensation")
     try:
         check_foldable(lvlm)
         missing = {"attn", "mlp"} - set(lvlm.anatomy.writers)
@@ -195,12 +197,18 @@ def _examine_methods(cfg: DictConfig, lvlm: Lvlm, section: Section) -> None:
             roles = " or ".join(sorted(missing))
             section.note(f"some layer has no {roles} writer: compensations that need it are refused")
         else:
-            section.ok("every compensation applies: attention and MLP of every layer write through one matrix")
+            section.ok(
+                "every compensation applies, as far as names tell: attention and MLP of every layer write through one "
+                "matrix (a run tries that out before it calibrates)"
+            )
     except SvlError as error:
-        if build_method(cfg.compensation, "compensation").foldable and _compensates(cfg):
+        if compensation.foldable and _compensates(cfg):
             section.fails(str(error))
         else:
             section.note(str(error))
+    if compensation.joins:
+        with section.examined("joining layers"):
+            joinable_layers(lvlm)
     if not lvlm.takes_images:
         section.note("it reads text only: selectors of visual tokens, FastV and pictures do not apply")
     elif lvlm.takes_videos:

@@ -10,11 +10,13 @@
   the first, attention on CPU is computed by plain matrix products: torch does not count its own kernel there.
 
 Speed-up of *prefill* and *decode* is bounded by L / (L - n) of n removed layers out of L: embeddings, head and vision
-tower stay. Where layers lack their attention or MLP, the bound is that of the decoder layers' parameters.
+tower stay. Where layers lack their attention or MLP, the bound is that of the decoder layers' parameters that act on
+a token: of experts, as many as it is given to.
 """
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -24,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -37,8 +39,12 @@ from svl.models.devices import synchronize
 from svl.models.lvlm import Lvlm, Progress
 from svl.pruning.sublayers import NoAttention, NoMlp
 
+log = logging.getLogger(__name__)
+
 PARTS = ("image", "vision", "prefill", "decode")
 RESIDENT = Path("/proc/self/status")
+# Config fields that say how many experts a token is given to.
+EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts")
 Seconds = dict[str, float]  # by part, and "total"
 
 
@@ -73,7 +79,7 @@ def measure_efficiency(
         costs = {
             name: {
                 **model_size(model),
-                **_counts(model, inputs),
+                **pass_counts(model, inputs),
                 **_speeds(rounds[name], settings),
                 "peak_bytes": max(peaks[name], default=None),
             }
@@ -82,7 +88,7 @@ def measure_efficiency(
     return {
         **costs,
         "speedup": _speedup(rounds),
-        "ideal": _ideal(dense, pruned),
+        "ideal": ideal_speed(dense, pruned),
         "batch_size": settings.batch_size,
         "sequence": inputs["input_ids"].shape[1],
         "new_tokens": settings.new_tokens,
@@ -91,12 +97,28 @@ def measure_efficiency(
     }
 
 
-def _ideal(dense: Lvlm, pruned: Lvlm) -> float:
+def ideal_speed(dense: Lvlm, pruned: Lvlm) -> float:
     """What the speed of the decoder layers could be, as a multiple of the dense model's."""
     if not any(isinstance(module, NoAttention | NoMlp) for module in pruned.layers.modules()):
         return len(dense.layers) / len(pruned.layers)
-    ours, theirs = (sum(p.numel() for p in lvlm.layers.parameters()) for lvlm in (pruned, dense))
-    return theirs / ours
+    return active_parameters(dense) / active_parameters(pruned)
+
+
+def active_parameters(lvlm: Lvlm) -> float:
+    """Parameters of the decoder layers that act on a token: of experts, as many as a token is given to."""
+    text = lvlm.model.config.get_text_config(decoder=True)
+    chosen = next((n for name in EXPERTS_OF_A_TOKEN if isinstance(n := getattr(text, name, None), int)), None)
+    total = float(sum(p.numel() for p in lvlm.layers.parameters()))
+    for name, module in lvlm.layers.named_modules():
+        if not name.endswith(".experts"):
+            continue
+        parameters = list(module.parameters())
+        n_experts = len(module) if isinstance(module, nn.ModuleList) else len(parameters[0])
+        if chosen is None:
+            log.warning("  ideal speed counts all experts: how many of them a token is given to is not known")
+            break
+        total -= (1 - min(chosen / n_experts, 1)) * sum(p.numel() for p in parameters)
+    return total
 
 
 @dataclass(frozen=True)
@@ -163,12 +185,19 @@ def _stored_bytes(tensor: Any) -> int:
     return sum(_stored_bytes(part) for part in parts if isinstance(part, Tensor))
 
 
-def _counts(lvlm: Lvlm, inputs: dict[str, Tensor]) -> dict[str, int]:
+def pass_counts(lvlm: Lvlm, inputs: dict[str, Tensor]) -> dict[str, int]:
     """FLOPs (multiplications and additions) and KV-cache bytes of one prefill."""
     counted = sdpa_kernel(SDPBackend.MATH) if lvlm.device.type == "cpu" else nullcontext()
-    with torch.inference_mode(), counted, FlopCounterMode(display=False) as counter:
+    # torch's counter does not know the products of all experts at once
+    experts: Any = {torch.ops.aten._grouped_mm: _grouped_flops}
+    with torch.inference_mode(), counted, FlopCounterMode(display=False, custom_mapping=experts) as counter:
         cache = lvlm.model(**inputs, use_cache=True).past_key_values
     return {"prefill_flops": counter.get_total_flops(), "cache_bytes": _cache_bytes(cache)}
+
+
+def _grouped_flops(rows: Sequence[int], matrices: Sequence[int], *_: Any, **__: Any) -> int:
+    """Of rows [N, n_in], each times one of the matrices [E, n_in, n_out]."""
+    return 2 * rows[0] * matrices[-2] * matrices[-1]
 
 
 def _cache_bytes(cache: Any) -> int:

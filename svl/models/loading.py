@@ -23,7 +23,7 @@ from svl.models.lvlm import Lvlm
 from svl.models.options import LoadOptions
 from svl.models.placement import load_spread, weights_by_place
 from svl.models.size_checks import check_counts, check_size, described_model
-from svl.models.weight_files import check_index, stored_names
+from svl.models.weight_files import FilesState, check_index, state_of_files, stored_names
 from svl.text.escaping import for_terminal
 from svl.text.progress import still_working
 
@@ -48,15 +48,16 @@ def load(path: str | Path, options: LoadOptions | None = None, **settings: Any) 
     """
     options = LoadOptions.of(options, settings)
     path = resolve_model_path(path)
-    asked = path, replace(options, name=options.model_name(path))
+    options = replace(options, name=options.model_name(path))
+    asked = path, options, state_of_files(path)
     if asked not in _last_model:
         _last_model.clear()  # before the next one needs memory
-        _last_model[asked] = _load(*asked)
+        _last_model[asked] = _load(path, options)
     return _last_model[asked]
 
 
 # Jobs of a sweep share the dense model: surgery never changes it.
-_last_model: dict[tuple[str, LoadOptions], Lvlm] = {}
+_last_model: dict[tuple[str, LoadOptions, FilesState], Lvlm] = {}
 
 
 def forget_last() -> None:

@@ -72,6 +72,13 @@ class Lvlm:
         return placement.devices_of(self.model)
 
     @property
+    def heads(self) -> tuple[int, int]:
+        """How many query heads, and how many key-value heads, an attention of the decoder has."""
+        text = self.model.config.get_text_config(decoder=True)
+        queries = int(text.num_attention_heads)
+        return queries, int(getattr(text, "num_key_value_heads", None) or queries)
+
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The processor's tokenizer."""
         tokenizer: Any = getattr(self.processor, "tokenizer", self.processor)

@@ -29,6 +29,19 @@ LONGEST_HEADER = 16 * 2**20  # bytes of a safetensors header: more than 100,000 
 LONGEST_JSON = 64 * 2**20  # bytes
 
 
+FilesState = tuple[tuple[str, int, int, int, int], ...]  # path, size, time of change, inode, time of any change
+
+
+def state_of_files(path: str | Path) -> FilesState:
+    """What tells whether any file in a checkpoint folder is still the one it was; nothing for a hub id.
+
+    The same by which a fingerprint trusts a hash that it remembers. Texts about the model do not count.
+    """
+    files = [file for file in Path(path).rglob("*") if file.suffix.lower() != ".md" and file.is_file()]
+    stats = [(file, file.stat()) for file in sorted(files)]
+    return tuple((str(f.absolute()), s.st_size, s.st_mtime_ns, s.st_ino, s.st_ctime_ns) for f, s in stats)
+
+
 @dataclass(frozen=True)
 class WeightFiles:
     """The files that a checkpoint's weights are read from.

@@ -13,14 +13,17 @@ from svl.core.patch import JoinedPart, Patch, Update
 from svl.core.plan import Plan
 from svl.models.anatomy import Anatomy
 from svl.models.lvlm import Lvlm
-from svl.pruning.joining import join_axis
+from svl.pruning.joining import join_rules
 
 COLUMNS = 256  # of a matrix that are changed at a time
 POST_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm", "post_self_attn_layernorm")
 
 
 def check_foldable(lvlm: Lvlm) -> None:
-    """Raise SvlError if a norm stands between projections and residual stream: it would undo updates."""
+    """Raise SvlError if a norm stands between projections and residual stream: it would undo updates.
+
+    That is what names tell, of models on the meta device, too; `layer_trials.check_folding` tries it out.
+    """
     norms = {name for layer in lvlm.layers for name, _ in layer.named_children() if name in POST_NORMS}
     norms |= {"norm_after" for layer in lvlm.layers if getattr(layer, "norm_after", False)}
     if norms:
@@ -54,7 +57,7 @@ def check_patch(patch: Patch, plan: Plan, anatomy: Anatomy, layers: nn.ModuleLis
             raise SvlError(f"the patch has a map at layer {start}, where no removed run begins (these do: {starts})")
         check_part(matrix, (anatomy.hidden_size,) * 2, f"the map of the patch at layer {start}")
     for layer, parts in patch.joins.items():
-        check_join(layer, parts, plan, layers)
+        check_join(layer, parts, plan, layers, anatomy.hidden_size)
     for (layer, role), update in patch.updates.items():
         if layer not in plan.kept:
             raise SvlError(f"the patch changes '{role}' of layer {layer}, which the pruned model does not have")
@@ -72,8 +75,8 @@ def check_patch(patch: Patch, plan: Plan, anatomy: Anatomy, layers: nn.ModuleLis
             check_part(getattr(update, part), shape, f"'{part}' of the patch for '{role}' of layer {layer}")
 
 
-def check_join(layer: int, parts: tuple[JoinedPart, ...], plan: Plan, layers: nn.ModuleList) -> None:
-    """Raise SvlError unless a layer that the plan keeps can be joined from these parts."""
+def check_join(layer: int, parts: tuple[JoinedPart, ...], plan: Plan, layers: nn.ModuleList, hidden: int) -> None:
+    """Raise SvlError unless a layer that the plan keeps, of width `hidden`, can be joined from these parts."""
     sources = [part.layer for part in parts]
     if layer not in plan.kept:
         raise SvlError(f"the patch joins layer {layer}, which the pruned model does not have")
@@ -83,11 +86,10 @@ def check_join(layer: int, parts: tuple[JoinedPart, ...], plan: Plan, layers: nn
         )
     if not all(math.isfinite(part.norm) and math.isfinite(part.share) for part in parts):
         raise SvlError(f"the patch joins layer {layer} with coefficients that are not finite numbers")
-    named = [{n: tuple(p.shape) for n, p in layers[i].named_parameters()} for i in (layer, *sources)]
+    named = [parameter_shapes(layers[i]) for i in (layer, *sources)]
     if any(shapes != named[0] for shapes in named):
         raise SvlError(f"layers {sources} cannot be joined: their weights differ in names or shapes")
-    for name, shape in named[0].items():
-        join_axis(name, shape, parts)
+    join_rules(named[0], parts, hidden)
 
 
 def check_part(part: Tensor | None, shape: tuple[int, ...], what: str) -> None:
@@ -138,6 +140,11 @@ def _folded(block: Tensor, factors: Sequence[Tensor], extra: Tensor | None, scal
     if extra is not None:
         total = total + extra.to(wide)
     return total if scale is None else scale * total
+
+
+def parameter_shapes(layer: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of a layer's parameters, by name."""
+    return {name: tuple(p.shape) for name, p in layer.named_parameters()}
 
 
 def projections(layer: nn.Module) -> list[str]:

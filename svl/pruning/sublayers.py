@@ -53,6 +53,12 @@ def blocks_left_out(lvlm: Lvlm, plan: Plan) -> list[Sublayer]:
     return found
 
 
+def names_of_zeros(lvlm: Lvlm, plan: Plan) -> list[str]:
+    """The removed sub-layers that are still there in memory, and write zeros, such as "0.attn"."""
+    left_out = blocks_left_out(lvlm, plan)
+    return [f"{layer}.{role}" for layer, role in plan.sublayers if (layer, role) not in left_out]
+
+
 def with_zeros(patch: Patch, plan: Plan, left_out: list[Sublayer] | None = None) -> Patch:
     """A patch after which removed sub-layers write 0, but for those that are left out."""
     zeros = {key: Update(scale=0.0) for key in plan.sublayers if key not in (left_out or ())}

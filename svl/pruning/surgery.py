@@ -25,8 +25,15 @@ from svl.models.lvlm import Lvlm
 from svl.models.placement import device_map, is_offloaded, place_like, stored_tensor
 from svl.models.transformers_internals import keep_stored_layout, model_on_meta
 from svl.pruning import cut_maps, sublayers
-from svl.pruning.folding import blend_tensors, check_patch, fold_update, projections, tensors_of_update
-from svl.pruning.joining import join_tensors
+from svl.pruning.folding import (
+    blend_tensors,
+    check_patch,
+    fold_update,
+    parameter_shapes,
+    projections,
+    tensors_of_update,
+)
+from svl.pruning.joining import join_rules, join_tensors
 from svl.pruning.pruned_config import pruned_config
 from svl.pruning.selfcheck import check_layer_settings
 from svl.pruning.trained import change_tensor, check_trained
@@ -127,10 +134,10 @@ def patched_tensors(lvlm: Lvlm, plan: Plan, patch: Patch) -> dict[str, Tensor]:
             sources = {k: dense(k, rest).to(home) for k in terms}
             changed[f"{anatomy.layers}.{new_index[layer]}.{rest}"] = blend_tensors(sources, terms)
     for layer, parts in patch.joins.items():
-        for rest, _ in lvlm.layers[layer].named_parameters():
+        for rest, rule in join_rules(parameter_shapes(lvlm.layers[layer]), parts, anatomy.hidden_size).items():
             home = dense(layer, rest).device
             sources = {part.layer: dense(part.layer, rest).to(home) for part in parts}
-            changed[f"{anatomy.layers}.{new_index[layer]}.{rest}"] = join_tensors(rest, sources, parts)
+            changed[f"{anatomy.layers}.{new_index[layer]}.{rest}"] = join_tensors(rest, sources, parts, rule)
     for (layer, role), update in patch.updates.items():
         for rest, flipped in tensors_of_update(anatomy, layer, role, update).items():
             name = f"{anatomy.layers}.{new_index[layer]}.{rest}"

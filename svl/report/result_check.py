@@ -39,6 +39,7 @@ NEEDED: dict[str, Kinds] = {
 }
 # What it may have.
 OPTIONAL: dict[str, Kinds] = {
+    "removed_share": (Real,),
     "cost.params": (int, NULL),
     "cost.params_dense": (int, NULL),
     "cost.samples_per_second": (Real, NULL),

@@ -21,7 +21,7 @@ from svl.checkpoints.pruning_record import changed_writers
 from svl.config import plain_values
 from svl.core import Plan, checked_plan, fitted_patch
 from svl.processes import process_rank
-from svl.run import exporting, parallel, tracking
+from svl.run import early_checks, exporting, parallel, tracking
 from svl.run.figure_data import spectra_record, write_example_picture, write_token_scores
 from svl.run.generated import make_texts, read_texts
 from svl.run.keys import method_identity, stage_code
@@ -110,6 +110,7 @@ class Run:
         texts = self.generate()
         planned = self.plan(stats, texts)
         plan = Plan.from_json((planned.path / "plan.json").read_text())
+        early_checks.check_combined(self.setup, plan)
         self.check(plan)
         patch = self.compensate(stats, texts, plan)
         overlap = compare_pictures(self.setup, plan)  # before hours of training
@@ -153,12 +154,10 @@ class Run:
 
         def build(folder: Path) -> Output:
             from svl.calibration import calibrate
-            from svl.pruning import folding
 
             count_removals(setup, read_statistics(setup, None))  # what can be found wrong now costs no calibration
             calibrate.check_selector(setup.dense, setup.samples, setup.selector)
-            if setup.compensation.needs and setup.compensation.foldable:
-                folding.check_foldable(setup.dense)
+            early_checks.check_compensation(setup)
             measure(folder)
             write_example_picture(setup.dense, setup.samples, folder)
             anatomy = setup.dense.anatomy
@@ -237,16 +236,18 @@ class Run:
             return
 
         def build(folder: Path) -> Output:
-            from svl.pruning import selfcheck, surgery
+            from svl.pruning import selfcheck, sublayers, surgery
 
             inputs, pruned = selfcheck.example_inputs(setup.dense), surgery.apply(setup.dense, plan)
-            return {"difference": selfcheck.check_surgery(setup.dense, pruned, plan, inputs)}
+            difference = selfcheck.check_surgery(setup.dense, pruned, plan, inputs)
+            return {"difference": difference, "zeros": sublayers.names_of_zeros(setup.dense, plan)}
 
         inputs = {"model": setup.model, "code": stage_code("check"), "removed": plan.removed}
         if plan.sublayers:
             inputs["sublayers"] = plan.sublayers
         entry = make_stage(setup, "check", {**inputs, "protect": setup.options.protect}, build)
         self.log.stage("check", entry, f"differs by {entry.output['difference']:.1g} from skipping these layers")
+        early_checks.tell_zeros(entry.output["zeros"])
 
     def compensate(self, stats: Entry | None, texts: Entry | None, plan: Plan) -> Entry | None:
         """Stage `patch`: updates of kept weights; None if no layer is removed."""
@@ -257,16 +258,16 @@ class Run:
 
         def build(folder: Path) -> Output:
             from svl.calibration.activations import Activations
-            from svl.pruning import folding, patch_file
+            from svl.pruning import patch_file
 
             hidden: Any = None
             if streams:
-                if setup.compensation.foldable:
-                    folding.check_foldable(setup.dense)
+                early_checks.check_compensation(setup)  # of a calibration that was for another compensation
                 seen, batch_size = read_statistics(setup, stats), setup.cfg.calibration.batch_size
                 hidden = Activations(setup.dense, setup.samples, seen, batch_size, show_progress, read_texts(texts))
             patch = fitted_patch(setup.compensation, hidden, plan)
             if patch:
+                early_checks.check_patch_fits(setup, plan, patch)
                 patch_file.save_patch(patch, folder / PATCH)
             return {"notes": patch.notes, "spectra": spectra_record(patch), "changed": changed_writers(patch)}
 

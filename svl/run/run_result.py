@@ -84,6 +84,7 @@ def result_inputs(setup: RunSetup, stages: RunStages) -> dict[str, Any]:
         "recovery": setup.choice("recovery") if stages.recovered else "none",
         "selector": setup.choice("selector") if setup.calibrates else None,
         "ratio": provenance["ratio"],
+        "removed_share": provenance["removed_share"],
         "n_remove": provenance["n_remove"],
         "seed": setup.cfg.seed,
         "depends_on_seed": setup.depends_on_seed(),

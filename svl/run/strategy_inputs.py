@@ -97,11 +97,18 @@ def _remembering(setup: RunSetup, shared: dict[str, Any]) -> Callable[[str, dict
 
 
 def describe_origin(setup: RunSetup, plan: Plan, n_remove: int, stats: Entry | None) -> dict[str, Any]:
-    """The provenance of a plan: ratio, model and data, and the layers that were protected."""
-    ratio_holds = setup.cfg.n_remove is None and len(plan.removed) + len(plan.sublayers) == n_remove
+    """The provenance of a plan: ratio, model and data, and the layers that were protected.
+
+    `ratio` is what was asked for, where the strategy did as it was asked, else `removed_share`: the fraction of the
+    sub-layers that are gone, with both of every removed layer.
+    """
+    n_sublayers = 2 * len(plan.removed) + len(plan.sublayers)
+    share = n_sublayers / (2 * plan.n_layers)
+    asked = setup.cfg.ratio if setup.cfg.n_remove is None else n_remove / plan.n_layers
     provenance = {
         **plan.provenance,
-        "ratio": setup.cfg.ratio if ratio_holds else (len(plan.removed) + len(plan.sublayers) / 2) / plan.n_layers,
+        "ratio": asked if n_sublayers == n_remove * setup.strategy.sublayers_for_one else share,
+        "removed_share": share,
         "n_remove": len(plan.removed),
         "model_fingerprint": setup.fingerprint,
         "calibration": setup.samples.fingerprint if stats or setup.losses_on or setup.rescores else None,

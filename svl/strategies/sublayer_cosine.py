@@ -28,6 +28,7 @@ class SublayerCosine(Strategy):
 
     targets: tuple[str, ...] = ("attn", "mlp")
     needs: ClassVar[frozenset[str]] = frozenset({"sublayers"})
+    sublayers_for_one: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         for target in self.targets:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from svl.core import Method
+from svl.core import Method, Plan
 
 if TYPE_CHECKING:
     from svl.models.lvlm import Lvlm
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class VisualTokens(Method, ABC):
     """Which visual tokens which layers see. It acts on the model that is left after pruning and compensation."""
+
+    def check_plan(self, plan: Plan) -> None:
+        """Raise SvlError if the method cannot act on what a plan leaves; asked before anything is evaluated."""
 
     @abstractmethod
     def apply(self, lvlm: Lvlm) -> Lvlm:

@@ -46,6 +46,20 @@ class Fastv(VisualTokens):
         if not 0 <= self.keep <= 1:
             raise SvlError(f"visual_tokens.keep is {self.keep:g}, but must lie in [0, 1]: it is a share")
 
+    def check_plan(self, plan: Plan) -> None:
+        """Raise SvlError if a plan leaves no more than `layer` layers, or removes the attention that chooses tokens."""
+        if self.layer >= len(plan.kept):
+            raise SvlError(
+                f"visual_tokens.layer is {self.layer}, but the plan leaves {len(plan.kept)} layers, and one behind it "
+                "must see fewer tokens"
+            )
+        chooser = plan.kept[self.layer - 1]
+        if (chooser, "attn") in plan.sublayers:
+            raise SvlError(
+                f"visual_tokens.layer is {self.layer}: tokens are chosen by the attention of layer {chooser}, which "
+                "the plan removes; choose another number of layers, or another plan"
+            )
+
     def apply(self, lvlm: Lvlm) -> Lvlm:
         """A copy of the model (sharing its tensors) that drops visual tokens; `lvlm` stays as it is.
 

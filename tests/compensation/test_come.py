@@ -21,7 +21,9 @@ from svl.calibration.rescoring import ModelRescoring
 from svl.checkpoints import export
 from svl.checkpoints.pruning_record import changed_writers
 from svl.compensation.come import Come
+from svl.compensation.linear import Linear
 from svl.core import JoinedPart, Patch, Plan, Stats, SvlError
+from svl.core.contract import checked_patch
 from svl.pruning.patch_file import load_patch, save_patch
 from svl.pruning.surgery import apply
 from svl.selectors.last import Last
@@ -219,6 +221,13 @@ def indices(n: int) -> torch.Tensor:
 def test_parts_that_do_not_fit_are_refused(joins, says, llama):
     with pytest.raises(SvlError, match=says):
         apply(llama, Plan(4, (1,)), Patch(joins=joins))
+
+
+def test_a_compensation_that_joins_must_say_so():
+    joins = {0: (JoinedPart(0, 1, 1, indices(48), indices(4), indices(2)),)}
+    with pytest.raises(SvlError, match=r"Linear joins layers, so its class must say joins = True"):
+        checked_patch(Linear(), Patch(joins=joins), Plan(4, (1,)))
+    assert checked_patch(Come(), Patch(joins=joins), Plan(4, (1,)))
 
 
 @pytest.mark.parametrize(

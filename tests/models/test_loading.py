@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import svl
@@ -135,6 +136,18 @@ def test_a_loaded_model_is_ready_for_inference(checkpoint):
     assert (
         svl.load(checkpoint("llava"), device="cpu", dtype="bfloat16", name="mine") is lvlm
     )  # shared by a sweep's jobs
+
+
+def test_a_folder_that_was_written_again_is_read_again(checkpoint, tmp_path):
+    """Other weights under the same names, of the same size."""
+    folder = shutil.copytree(checkpoint("llama"), tmp_path / "model")
+    first = svl.load(folder, device="cpu")
+    assert svl.load(folder, device="cpu") is first
+    weight = first.layers[0].mlp.down_proj.weight.clone()
+    tensors = load_file(folder / "model.safetensors")
+    (name,) = (name for name in tensors if name.endswith("layers.0.mlp.down_proj.weight"))
+    save_file({**tensors, name: 2 * tensors[name]}, folder / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(svl.load(folder, device="cpu").layers[0].mlp.down_proj.weight, 2 * weight)
 
 
 def test_a_path_may_start_at_home(checkpoint, monkeypatch):

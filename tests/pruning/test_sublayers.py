@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import re
@@ -11,6 +12,8 @@ import torch
 from helpers.checkpoints import assert_same_checkpoint
 from helpers.families import SUPPORTED, generate, lvlm_of
 from helpers.references import close, logits, together
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import svl
 from svl.checkpoints import export
@@ -18,6 +21,7 @@ from svl.core import Plan, SvlError, Update
 from svl.core.patch import Patch
 from svl.evaluation import efficiency
 from svl.evaluation.settings import EfficiencySettings
+from svl.pruning import sublayers
 from svl.pruning.selfcheck import check_surgery
 from svl.pruning.sublayers import NoAttention, NoMlp
 from svl.pruning.surgery import apply
@@ -107,6 +111,36 @@ def test_what_is_saved_is_counted(llama, samples):
     both = measure(apply(llama, Plan(4, (), removed_attn=(2,), removed_mlp=(1,))))
     whole = sum(p.numel() for p in llama.layers.parameters())
     assert both["ideal"] == whole / (whole - attention - mlp)
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "aria"])
+def test_experts_count_as_far_as_a_token_is_given_to_them(family):
+    """Against operations of one token: two for each weight that acts on it, and the attention to itself."""
+    lvlm, made = lvlm_of(family)
+    text, n = lvlm.model.config.get_text_config(), lvlm.anatomy.n_layers
+    by_one = copy.deepcopy(lvlm.model)
+    by_one.set_experts_implementation("eager")  # whose products torch counts
+
+    def operations(model, inputs) -> int:
+        with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(**inputs, use_cache=False)
+        return counter.get_total_flops()
+
+    attention = 4 * text.num_attention_heads * text.head_dim * n
+    one = operations(by_one, {"input_ids": torch.tensor([[7]])}) - attention - 2 * lvlm.model.lm_head.weight.numel()
+    vectors = sum(p.numel() for p in lvlm.layers.parameters() if p.ndim == 1)
+    active = efficiency.active_parameters(lvlm)
+    assert active == one / 2 + vectors < 0.9 * sum(p.numel() for p in lvlm.layers.parameters())
+    without = apply(lvlm, Plan(n, (), removed_attn=tuple(range(1, n))))
+    assert efficiency.ideal_speed(lvlm, without) == active / efficiency.active_parameters(without)
+    assert efficiency.pass_counts(lvlm, made.inputs)["prefill_flops"] == operations(by_one, made.inputs)
+
+
+def test_blocks_that_stay_in_memory_are_named(llama):
+    plan = Plan(4, (), removed_attn=(0, 2), removed_mlp=(1,))
+    assert sublayers.names_of_zeros(llama, plan) == ["0.attn"]  # whose cache tells how much has been read
+    lvlm, _ = lvlm_of("qwen3_vl_moe")
+    assert "1.mlp" in sublayers.names_of_zeros(lvlm, Plan(lvlm.anatomy.n_layers, (), removed_mlp=(1,)))
 
 
 # ------------------------------------------------------------------------------------------------- plans

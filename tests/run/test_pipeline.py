@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.hub_mimics import MIMICS
 from helpers.pairwise import pairwise
 from hydra import compose, initialize_config_dir
 
@@ -15,7 +17,7 @@ from svl import config
 from svl.calibration import calibrate, rescoring
 from svl.checkpoints import export, fingerprint
 from svl.config import CONF
-from svl.core import SvlError
+from svl.core import Plan, SvlError
 from svl.pruning import folding
 from svl.run import pipeline
 from svl.run.setup import RunSetup
@@ -61,6 +63,34 @@ def test_a_compensation_that_is_refused_costs_no_calibration(tmp_path, monkeypat
         run = pipeline.Run(compose("config", overrides=words), tmp_path)
     with pytest.raises(SvlError, match="normalises after"):
         run.calibrate()
+
+
+def mimic(name: str, folder: Path) -> list[str]:
+    """Words that choose a tiny stand-in of a checkpoint on the hub."""
+    MIMICS[name](folder / name)
+    words = ["model=local", f"model.path={folder / name}", "calibration=demo", "calibration.samples=2"]
+    return [*words, "tracker=none", "model.device=cpu", f"paths.store={folder}/store", f"paths.outputs={folder}"]
+
+
+def test_layers_that_cannot_be_joined_cost_no_calibration(tmp_path, monkeypatch):
+    monkeypatch.setattr(calibrate, "calibrate", lambda *_, **__: pytest.fail("calibrated nevertheless"))
+    words = [*mimic("qwen_vl_chat", tmp_path), "strategy=come", "n_remove=1", "benchmark=none"]
+    config.register_with_hydra()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        run = pipeline.Run(compose("config", overrides=words), tmp_path)
+    with pytest.raises(SvlError, match=r"cannot be joined: 'attn\.c_attn\.weight' is a tensor of which"):
+        run.execute()
+
+
+def test_a_patch_that_does_not_fit_is_found_before_anything_is_scored(tmp_path, monkeypatch):
+    """Visual features of DeepStack enter behind the gap, at a size that `magnitude` cannot change."""
+    monkeypatch.setattr(pipeline.ModelVariant, "evaluate", lambda *_: pytest.fail("evaluated nevertheless"))
+    words = [*mimic("qwen3_vl_8b", tmp_path), "model.protect=none", "strategy=manual", "strategy.layers=[0]"]
+    config.register_with_hydra()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", overrides=[*words, "compensation=magnitude", "benchmark=smoke", "benchmark.limit=1"])
+    with pytest.raises(SvlError, match=r"scales what layers write, but without layers \[0\]"):
+        pipeline.Run(cfg, tmp_path).execute()
 
 
 def test_the_whole_checkpoint_is_read_again_if_a_run_says_so(tmp_path, monkeypatch):
@@ -162,6 +192,46 @@ def test_ratios_that_print_alike_are_one(tmp_path):
     plans = {pipeline.Run(composed(tmp_path, "strategy=tail", f"ratio={r}"), tmp_path).plan(None).key
              for r in ("0.3", "0.30000000000000004")}  # fmt: skip
     assert len(plans) == 1
+
+
+def test_sublayers_are_recorded_under_the_ratio_that_was_asked_for(tmp_path):
+    """Two of one layer, and two of two layers, are one layer of the share; nothing depends on which they are."""
+    found = {}
+    for name, asked in (
+        *(("sublayer_cosine", f"ratio={ratio}") for ratio in (0.25, 0.5, 0.75)),
+        ("sublayer_cosine", "n_remove=8"),
+        ("llm_drop_attn", "ratio=0.1"),
+        ("shortgpt", "ratio=0.1"),
+        ("shortgpt", "n_remove=4"),
+        ("manual", "strategy.attn=[1,2]"),
+        ("manual", "strategy.layers=[2,9]"),
+    ):
+        words = [f"strategy={name}", asked, "calibration.samples=2", "model.device=cpu"]
+        run = pipeline.Run(composed(tmp_path, *words, "calibration.statistics=[cosine,sublayers]"), tmp_path)
+        plan = json.loads((run.plan(run.calibrate()).path / "plan.json").read_text())
+        found[name, asked] = plan["ratio"], plan["removed_share"] * 16
+        if asked == "ratio=0.75":
+            assert plan["removed"]  # some lose both
+    assert found == {
+        ("sublayer_cosine", "ratio=0.25"): (0.25, 2),
+        ("sublayer_cosine", "ratio=0.5"): (0.5, 4),
+        ("sublayer_cosine", "ratio=0.75"): (0.75, 6),
+        ("sublayer_cosine", "n_remove=8"): (0.5, 4),
+        ("llm_drop_attn", "ratio=0.1"): (0.1, 1),
+        ("shortgpt", "ratio=0.1"): (0.1, 2),
+        ("shortgpt", "n_remove=4"): (0.25, 4),
+        ("manual", "strategy.attn=[1,2]"): (1 / 16, 1),
+        ("manual", "strategy.layers=[2,9]"): (0.125, 2),
+    }
+
+
+def test_a_removed_attention_that_is_still_computed_is_told_of(tmp_path, caplog):
+    run = pipeline.Run(composed(tmp_path, "strategy=manual", "strategy.attn=[0,3]", "model.device=cpu"), tmp_path)
+    caplog.set_level("INFO")
+    for _ in range(2):  # measured, then stored
+        caplog.clear()
+        run.check(Plan(16, (), removed_attn=(0, 3)))
+        assert [line for line in caplog.messages if line.startswith("  0.attn: zeros are written in memory")]
 
 
 def test_what_an_export_would_be_refused_for_is_found_before_calibration(tmp_path, monkeypatch):

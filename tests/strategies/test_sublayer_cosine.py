@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -14,7 +15,9 @@ from torch.nn import functional as F
 from svl.calibration.calibrate import calibrate, select
 from svl.calibration.hooks import sublayer_hooks
 from svl.core import Plan, Stats, SvlError, TokenTrace
+from svl.models.lvlm import Lvlm
 from svl.selectors.all_tokens import All
+from svl.strategies.cosine import Cosine
 from svl.strategies.sublayer_cosine import SublayerCosine
 
 REFUSED = {*POST_NORM, "mllama"}  # which gates what its cross-attention writes
@@ -71,3 +74,35 @@ def test_families_are_measured_or_refused_in_one_line(family):
         return
     assert sorted(cosines) == list(range(lvlm.anatomy.n_layers))
     assert all(bool((c.abs() <= 1 + 1e-5).all()) for c in cosines.values())
+
+
+def massive(family: str, size: float) -> tuple[Lvlm, dict[str, torch.Tensor]]:
+    """A model one channel of whose first token is huge."""
+    lvlm, made = lvlm_of(family)
+    model = copy.deepcopy(lvlm.model)
+    model.get_input_embeddings().weight[int(made.inputs["input_ids"][0, 0]), 3] = size
+    return replace(lvlm, model=model), made.inputs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 100, 300, 3000])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "llama", "qwen3"])
+def test_a_massive_activation_hides_no_norm(family, size, dtype):
+    lvlm, inputs = massive(family, size)
+    lvlm = replace(lvlm, model=lvlm.model.to(dtype))
+    refusal = pytest.raises(SvlError, match="adds something else than attention and MLP write")
+    with refusal if family in REFUSED else nullcontext(), sublayer_hooks(lvlm, {}), torch.inference_mode():
+        lvlm.model(**inputs)
+
+
+@pytest.mark.parametrize("spoil", [lambda w: w[3].fill_(float("nan")), lambda w: w.mul_(1e30)])
+def test_states_that_are_not_finite_are_refused_as_by_other_cosines(spoil, lm, samples):
+    """NaN, and states that are finite but whose norms are not."""
+    model = copy.deepcopy(lm.model)
+    broken = replace(lm, model=model)
+    with torch.no_grad():
+        spoil(broken.layers[2].mlp.down_proj.weight)
+    stats = select(calibrate(broken, samples, statistics=["cosine", "sublayers"], batch_size=2), All())
+    for strategy in (SublayerCosine(), SublayerCosine(("mlp",)), Cosine()):
+        with pytest.raises(SvlError, match="layer importance is not finite"):
+            strategy.plan(stats, 2)

@@ -223,3 +223,27 @@ def test_runs_measure_each_alone_and_all_together(torchao, tmp_path):
     scores = [json.loads(f.read_text())["inputs"] for f in (tmp_path / "store" / "score").glob("*/manifest.json")]
     assert len(scores) == 8
     assert sum(not inputs["removed"] and "combined" not in inputs for inputs in scores) == 1  # the dense model's
+
+
+@pytest.mark.parametrize(
+    ("plan", "says"),
+    [
+        (Plan(6, (0,), removed_attn=(2,)), r"visual_tokens\.layer is 2: tokens are chosen by the attention of layer 2"),
+        (Plan(6, (0, 1, 2, 3)), r"visual_tokens\.layer is 2, but the plan leaves 2 layers"),
+    ],
+)
+def test_plans_that_leave_nothing_to_choose_by_are_refused_before_anything_is_evaluated(
+    plan, says, tmp_path, monkeypatch
+):
+    with pytest.raises(SvlError, match=says):
+        Fastv(2).check_plan(plan)
+    Fastv(1).check_plan(plan)
+    monkeypatch.setattr(pipeline.ModelVariant, "evaluate", lambda *_: pytest.fail("evaluated nevertheless"))
+    words = ["strategy=manual", f"strategy.layers={list(range(14)) if len(plan.removed) > 1 else [0]}"]
+    words += ["strategy.attn=[2]"] if len(plan.removed) == 1 else []
+    words += ["visual_tokens=fastv", "benchmark=smoke", "benchmark.limit=1", "tracker=none", "model.device=cpu"]
+    config.register_with_hydra()
+    with initialize_config_dir(str(config.CONF), version_base="1.3"):
+        cfg = compose("config", overrides=[*words, f"paths.store={tmp_path}", f"paths.outputs={tmp_path}"])
+    with pytest.raises(SvlError, match=says):
+        pipeline.Run(cfg, tmp_path).execute()

@@ -1,0 +1,53 @@
+"""What can be found wrong with methods and a model before the stage that it would waste."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from svl.core import Patch, Plan
+
+if TYPE_CHECKING:
+    from svl.run.setup import RunSetup
+
+log = logging.getLogger(__name__)
+
+
+def check_compensation(setup: RunSetup) -> None:
+    """Check that the compensation can be folded into the model's layers, and can join them, if it does.
+
+    Raises:
+        SvlError: if it cannot.
+    """
+    compensation = setup.compensation
+    if not compensation.needs or not compensation.foldable:
+        return
+    from svl.pruning import layer_trials
+
+    layer_trials.check_folding(setup.dense)
+    if compensation.joins:
+        layer_trials.check_joining(setup.dense)
+
+
+def check_patch_fits(setup: RunSetup, plan: Plan, patch: Patch) -> None:
+    """Raise SvlError unless a compensation's patch fits the model, before anything is evaluated or exported."""
+    from svl.pruning import folding
+
+    folding.check_patch(patch, plan, setup.dense.anatomy, setup.dense.layers)
+
+
+def check_combined(setup: RunSetup, plan: Plan) -> None:
+    """Raise SvlError if what pruning is combined with cannot act on what the plan leaves."""
+    if "visual_tokens" in setup.combined:
+        setup.combined["visual_tokens"].check_plan(plan)
+
+
+def tell_zeros(names: Sequence[str]) -> None:
+    """Log which removed sub-layers are still computed in memory."""
+    if names:
+        log.info(
+            "  %s: zeros are written in memory, and the cost is what it was, as other layers or the cache depend on "
+            "the block, or it is of a kind that cannot be left out",
+            ", ".join(names),
+        )
