@@ -62,7 +62,7 @@ class Ghosted(Compensation):
         if not steps:
             return Patch()
         fits = {step: HeldOutRegression(self.ridges, self.fold) for step in steps}
-        for sample in hidden.stream(sorted({i for step in steps for i in step})):
+        for sample in hidden.stream(sorted({i for step in steps for i in step}), plan=plan.with_layers(())):
             for (start, stop), regression in fits.items():
                 before, weights = sample.h(start), sample.weights[start]
                 if self.rows == "all":

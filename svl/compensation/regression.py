@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from svl.core import SvlError
+from svl.core import SvlError, check_count
 
 BLOCK = 2048  # rows or columns of a large matrix that are computed at once
 
@@ -161,7 +161,6 @@ class HeldOutRegression:
 
 def check_ridges(ridges: Sequence[float], fold: int) -> None:
     """Raise SvlError unless `ridges` and `fold` are settings of a `HeldOutRegression`."""
-    if not ridges or min(ridges) <= 0:
-        raise SvlError("compensation.ridges must be numbers above 0")
-    if fold < 2:
-        raise SvlError(f"compensation.fold is {fold}, but must be at least 2")
+    if not ridges or not all(isinstance(ridge, int | float) and ridge > 0 for ridge in ridges):  # NaN is not, either
+        raise SvlError(f"compensation.ridges is {list(ridges)}, but must be numbers above 0 (infinity: no change)")
+    check_count("compensation.fold", fold, least=2)
