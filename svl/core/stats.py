@@ -154,7 +154,17 @@ class Stats:
         return Plan(self.n_layers, tuple(range(start, start + n_remove)), importance)
 
     def without(self, layers: Iterable[int]) -> Stats:
-        """The same statistics with `layers` protected, too; -1 is the last layer."""
+        """The same statistics with `layers` protected, too; -1 is the last layer, -2 the one before it, ...
+
+        Raises:
+            SvlError: if there is no such layer.
+        """
+        layers = tuple(layers)
+        if wrong := [i for i in layers if not -self.n_layers <= i < self.n_layers]:
+            raise SvlError(
+                f"strategy.protected names layers {wrong}, but the model has layers 0..{self.n_layers - 1} "
+                f"(from the end: -1..-{self.n_layers})"
+            )
         spared = {i % self.n_layers for i in layers}
         return replace(self, removable=tuple(i for i in self.removable if i not in spared))
 

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from svl.core import Plan, Stats, Strategy, SvlError
+from svl.core import Plan, Stats, Strategy, SvlError, check_count
 from svl.core.errors import explained
 
 Similarity = list[list[float]]  # S, [L][L]
@@ -33,7 +33,7 @@ class Lorp(Strategy):
 
     Attributes:
         clusters: their number; None: as the locality score says.
-        protected: layers never removed; -1 is the last.
+        protected: layers never removed; negative numbers count from the end, -1 being the last.
         seed: of the k-means of spectral clustering.
     """
 
@@ -43,8 +43,13 @@ class Lorp(Strategy):
     needs: ClassVar[frozenset[str]] = frozenset({"windows"})
 
     def __post_init__(self) -> None:
-        if self.clusters is not None and self.clusters < 1:
-            raise SvlError(f"strategy.clusters is {self.clusters}, but must be at least 1, or null for the paper's")
+        check_count("strategy.clusters", self.clusters, least=1, unless="the paper's")
+
+    def check(self, stats: Stats, n_remove: int) -> None:
+        """Raise SvlError if layers that do not exist are protected, too few are left, or clusters outnumber layers."""
+        stats.without(self.protected).candidates(n_remove)
+        if self.clusters is not None and self.clusters > stats.n_layers:
+            raise SvlError(f"strategy.clusters is {self.clusters}, but the model has only {stats.n_layers} layers")
 
     def plan(self, stats: Stats, n_remove: int) -> Plan:
         """Importance: 1 - redundancy; 2, the most that a cosine allows, for the only layer of a cluster.
@@ -52,6 +57,7 @@ class Lorp(Strategy):
         Raises:
             SvlError: if fewer layers may be removed, or there are fewer layers than clusters.
         """
+        self.check(stats, n_remove)
         stats = stats.without(self.protected)
         allowed, n_layers = stats.candidates(n_remove), stats.n_layers
         if n_remove == 0:
@@ -71,8 +77,6 @@ class Lorp(Strategy):
 
     def _cluster(self, similarity: Similarity, n: int) -> list[list[int]]:
         """The members of each cluster, ascending; clusters by the depth of their first member."""
-        if n > len(similarity):
-            raise SvlError(f"strategy.clusters is {n}, but the model has only {len(similarity)} layers")
         import numpy as np  # scikit-learn takes seconds to import
         from sklearn.cluster import SpectralClustering
 
