@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from svl.core import HiddenStates, Plan, SvlError
+from svl.core import HiddenStates, Plan, SvlError, check_number
 
 Points = tuple[int, int]  # (p, r) of a gap row h_p - h_r
 
@@ -80,8 +80,7 @@ class MassiveWrite:
 
 def check_guard(guard: float | None) -> None:
     """Raise SvlError unless `guard` is a possible setting."""
-    if guard is not None and not 1 <= guard < float("inf"):
-        raise SvlError(f"compensation.guard is {guard:g}, but must be at least 1, or null for no guard")
+    check_number("compensation.guard", guard, least=1, unless="no guard")
 
 
 def measure_gaps(

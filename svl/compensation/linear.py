@@ -60,8 +60,11 @@ class Linear(Compensation):
             fits[run].add(rows.written, target, weights, rows.generated)
         updates = {}
         for run, halves in fits.items():
-            change = halves.whole().solve(self.ridge)
+            whole, (layer, role) = halves.whole(), anchor_of(plan, run)
+            change = whole.solve(self.ridge)
+            if whole.reads_nothing:
+                notes = (*notes, f"{role} of layer {layer} writes nothing, so it fills no gap")
             if self.shrink == "zero":
                 change = change - torch.eye(len(change), dtype=change.dtype, device=change.device)
-            updates[anchor_of(plan, run)] = Update(left=change.mT.float().cpu().contiguous())
+            updates[layer, role] = Update(left=change.mT.float().cpu().contiguous())
         return Patch(updates, notes=notes)

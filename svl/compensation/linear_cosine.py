@@ -46,6 +46,7 @@ class LinearCosine(Compensation):
         check_number("compensation.lr", self.lr, above=0)
         check_count("compensation.epochs", self.epochs)
         check_count("compensation.batch", self.batch, least=1)
+        check_count("compensation.seed", self.seed)
 
     def fit(self, hidden: HiddenStates, plan: Plan) -> Patch:
         """T - I of every removed run that has a kept layer before it.

@@ -63,8 +63,10 @@ class SubspaceFit(Compensation):
         for _, role in (anchor_of(plan, run) for run in runs):
             one_of("the writer that compensation needs", role, tuple(hidden.writers))
         directions = self._directions(hidden, plan, notes)
-        regressions = {run: HeldOutRegression(self.ridges, self.fold) for run in runs}
-        for run, rows in stream_run_rows(hidden, plan, self.rows):
+        regressions = {run: HeldOutRegression(self.ridges, self.fold) for run in runs if directions[run].any()}
+        for run, rows in stream_run_rows(hidden, plan, self.rows) if regressions else ():
+            if run not in regressions:
+                continue
             written = rows.written.double() @ directions[run]
             gap = (rows.after - rows.before).double() @ directions[run]
             regressions[run].add_sample(written, gap - written, rows.weights, rows.generated)
@@ -93,4 +95,6 @@ class SubspaceFit(Compensation):
                 left_out = write.direction
                 notes.append(write.note(*anchor))
             directions[run], _ = leading_directions(grams[anchor[0]].matrix(), self.rank, left_out)
+            if not directions[run].any():
+                notes.append(f"layers {run[0]}..{run[1] - 1} leave no gap that layer {anchor[0]} could fill")
         return directions

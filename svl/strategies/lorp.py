@@ -44,6 +44,7 @@ class Lorp(Strategy):
 
     def __post_init__(self) -> None:
         check_count("strategy.clusters", self.clusters, least=1, unless="the paper's")
+        check_count("strategy.seed", self.seed)
 
     def check(self, stats: Stats, n_remove: int) -> None:
         """Raise SvlError if layers that do not exist are protected, too few are left, or clusters outnumber layers."""

@@ -19,8 +19,7 @@ STEPS = 10  # of bisection: thresholds to 0.002
 
 def check_threshold(threshold: float | None) -> None:
     """Raise SvlError unless `threshold` may be a similarity to stay above; None: it is searched for."""
-    if threshold is not None:
-        check_number("strategy.threshold", threshold, least=-1, most=1)
+    check_number("strategy.threshold", threshold, least=-1, most=1, unless="a search")
 
 
 def plan_by_threshold(n_layers: int, walk: Walk, threshold: float) -> Plan:

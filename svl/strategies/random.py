@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from svl.core import Plan, Stats, Strategy
+from svl.core import Plan, Stats, Strategy, check_count
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,9 @@ class Random(Strategy):
     """Remove layers in a random order fixed by `seed` (nested over ratios: more removal adds layers)."""
 
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_count("strategy.seed", self.seed)
 
     def plan(self, stats: Stats, n_remove: int) -> Plan:
         """Importance is a random permutation of 0..L-1."""
