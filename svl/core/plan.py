@@ -169,8 +169,8 @@ class Plan:
 
         Without any layer, it is what the gaps of this plan are measured on: the model that lacks its sub-layers only.
         """
-        parts = {"removed_attn": self.removed_attn, "removed_mlp": self.removed_mlp}
-        return Plan(self.n_layers, tuple(removed), order=tuple(order), **parts)
+        attn, mlp = self.removed_attn, self.removed_mlp
+        return Plan(self.n_layers, tuple(removed), order=tuple(order), removed_attn=attn, removed_mlp=mlp)
 
     def to_json(self) -> str:
         """The plan as JSON text, readable by `from_json`."""
