@@ -19,7 +19,7 @@ from svl.data.samples import Sample, Samples
 from svl.models.devices import fp64_device
 from svl.models.lvlm import Lvlm, Progress
 from svl.models.placement import stored_tensor
-from svl.pruning import folding, surgery
+from svl.pruning import folding, sublayers, surgery
 
 _States = dict[int, Tensor]
 _Writings = dict[tuple[int, str], Tensor]  # by layer and writer
@@ -98,6 +98,8 @@ class Activations:
 
         All states of a sample are where the model takes its inputs, or on the CPU if that has no fp64.
         """
+        if plan and (lost := sorted(set(writers) & set(plan.sublayers))):
+            raise SvlError(f"nothing can be fitted to '{lost[0][1]}' of layer {lost[0][0]}, which the plan takes")
         lvlm = surgery.apply(self.lvlm, plan, patch) if plan and not plan.is_empty else self.lvlm
         kept = plan.kept if plan else range(self.n_layers)
         new = {i: sum(k < i for k in kept) for i in range(self.n_layers + 1)}  # the layer that h_i enters
@@ -151,6 +153,8 @@ class Activations:
     def walk(self, plan: Plan) -> Iterator[WalkStep]:
         """Kept layers from the last one before the first removed layer on; see `core.HiddenStates`.
 
+        What the plan takes of kept layers, those before included, is missing from the pruned model's states.
+
         Raises:
             SvlError: if the model does something between its layers that running them one by one leaves out.
         """
@@ -158,15 +162,18 @@ class Activations:
         if not plan.removed:
             return
         first = max(plan.removed[0] - 1, 0)
-        kept = [i for i in plan.kept if i >= first]
+        done = min([first, *(i for i, _ in plan.sublayers)])  # where the two models part
+        kept = [i for i in plan.kept if i >= done]
         with out_of_memory("compensation", f"lower calibration.samples (now {len(self.samples)})"):
-            walking = self._start(first)
+            walking = self._start(done)
             for here, following in zip(kept, [*kept[1:], self.n_layers], strict=True):
                 for sample in walking:
-                    for i in range(here, following):
+                    for i in range(done, following):
                         sample.dense = sample.run(self.lvlm.layers[i], i, sample.dense)
-                step = WalkStep(here, self.lvlm, walking)
-                yield step
+                done = following
+                step = WalkStep(here, self.lvlm, walking, sublayers.zeroed_tensors(self.lvlm, plan, here))
+                if here >= first:
+                    yield step
                 for sample in walking:
                     sample.pruned = sample.run(self.lvlm.layers[here], here, sample.pruned, step.changed)
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from svl.compensation.run_rows import check_whole_before_runs
 from svl.core import Compensation, HiddenStates, JoinedPart, Patch, Plan, SvlError, one_of
 
 ROLES = ("attn", "mlp")
@@ -57,23 +58,28 @@ class Come(Compensation):
     def __post_init__(self) -> None:
         one_of("compensation.heads", self.heads, ("grouped", "released"))
 
+    def check_plan(self, plan: Plan) -> None:
+        """Raise SvlError if a layer that another one would join has lost its attention or MLP."""
+        check_whole_before_runs(plan, "come")
+
     def fit(self, hidden: HiddenStates, plan: Plan) -> Patch:
         """Kept layers as parts of layers of the dense model; notes name the ratios.
 
         Raises:
-            SvlError: if the model lacks a projection, or states are not finite.
+            SvlError: if the model lacks a projection, states are not finite, or as `check_plan` says.
         """
+        self.check_plan(plan)
         for role in ROLES:
             one_of("the writer that compensation needs", role, tuple(hidden.writers))
         order, patch = plan.order or plan.removed, Patch()
         for n in range(1, len(order) + 1):
-            patch = self.extend(hidden, Plan(plan.n_layers, order[:n], order=order[:n]), patch)
+            patch = self.extend(hidden, plan.with_layers(order[:n], order[:n]), patch)
         return patch
 
     def extend(self, hidden: HiddenStates, plan: Plan, patch: Patch) -> Patch:
         """The last layer in the order of the plan, joined with the one before it."""
         *earlier, gone = plan.order
-        before = Plan(plan.n_layers, tuple(earlier))
+        before = plan.with_layers(earlier)
         below = [i for i in before.kept if i < gone]
         if not below:
             joins = {layer: parts for layer, parts in patch.joins.items() if layer != gone}

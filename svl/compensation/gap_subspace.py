@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from svl.core import HiddenStates, SvlError
+from svl.core import HiddenStates, Plan, SvlError, check_number
 
 Points = tuple[int, int]  # (p, r) of a gap row h_p - h_r
 
@@ -80,12 +80,15 @@ class MassiveWrite:
 
 def check_guard(guard: float | None) -> None:
     """Raise SvlError unless `guard` is a possible setting."""
-    if guard is not None and not guard >= 1:
-        raise SvlError(f"compensation.guard is {guard:g}, but must be at least 1, or null for no guard")
+    check_number("compensation.guard", guard, least=1, unless="no guard")
 
 
 def measure_gaps(
-    hidden: HiddenStates, points: Mapping[int, Sequence[Points]], rows: str, writers: Collection[tuple[int, str]] = ()
+    hidden: HiddenStates,
+    points: Mapping[int, Sequence[Points]],
+    rows: str,
+    writers: Collection[tuple[int, str]],
+    base: Plan,
 ) -> tuple[dict[int, GapGram], dict[tuple[int, str], Tensor]]:
     """One pass over the calibration set: gaps by anchor layer, and the norms of what `writers` write.
 
@@ -95,6 +98,7 @@ def measure_gaps(
         rows: selected (one row per token, weighted by the selector at the anchor) | all (every token) | means (the
             selected tokens' mean, one row per sample).
         writers: (layer, role) of projections.
+        base: what the model lacks before any gap (`Plan.with_layers`).
 
     Returns:
         The Gram matrix of every anchor, and norms fp64 [N] of every writer, N being the number of tokens.
@@ -102,7 +106,7 @@ def measure_gaps(
     grams = {anchor: GapGram() for anchor in points}
     norms: dict[tuple[int, str], list[Tensor]] = {writer: [] for writer in writers}
     states = sorted({i for pairs in points.values() for pair in pairs for i in pair})
-    for sample in hidden.stream(states, list(writers)):
+    for sample in hidden.stream(states, list(writers), base):
         for anchor, pairs in points.items():
             for p, r in pairs:
                 gap = sample.h(p) - sample.h(r)
@@ -117,7 +121,7 @@ def measure_gaps(
 
 
 def find_massive_writes(
-    hidden: HiddenStates, norms: Mapping[tuple[int, str], Tensor], guard: float
+    hidden: HiddenStates, norms: Mapping[tuple[int, str], Tensor], guard: float, base: Plan
 ) -> dict[tuple[int, str], MassiveWrite]:
     """The massive activations of projections, by (layer, role); of most projections there is none.
 
@@ -127,13 +131,14 @@ def find_massive_writes(
         hidden: the calibration set's states.
         norms: what `measure_gaps` gives.
         guard: how many times its median norm a projection must write to some token.
+        base: as of `measure_gaps`.
     """
     limits = {writer: guard * values.median() for writer, values in norms.items()}
     found = [writer for writer, values in norms.items() if bool(values.max() > limits[writer])]
     if not found:
         return {}
     grams = {writer: GapGram() for writer in found}
-    for sample in hidden.stream(writers=found):
+    for sample in hidden.stream(writers=found, plan=base):
         for layer, role in found:
             written = sample.wrote(layer, role).double()
             massive = torch.linalg.vector_norm(written, dim=-1) > limits[layer, role]

@@ -19,6 +19,7 @@ and ridge.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -35,12 +36,13 @@ class Ghosted(Compensation):
 
     Attributes:
         ridges: candidates, relative to the mean squared norm of a coordinate of h_s; one alone is taken as it is.
+            Infinity: no change.
         fold: which share of the samples chooses the ridge: one in so many.
         scope: run (one fit from the run's beginning to its end) | layer (one per layer, multiplied).
         rows: all (the paper's) | selected (tokens weighted by the selector).
     """
 
-    ridges: tuple[float, ...] = (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+    ridges: tuple[float, ...] = (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, math.inf)
     fold: int = 5
     scope: str = "run"
     rows: str = "all"
@@ -62,7 +64,7 @@ class Ghosted(Compensation):
         if not steps:
             return Patch()
         fits = {step: HeldOutRegression(self.ridges, self.fold) for step in steps}
-        for sample in hidden.stream(sorted({i for step in steps for i in step})):
+        for sample in hidden.stream(sorted({i for step in steps for i in step}), plan=plan.with_layers(())):
             for (start, stop), regression in fits.items():
                 before, weights = sample.h(start), sample.weights[start]
                 if self.rows == "all":

@@ -16,8 +16,8 @@ from typing import ClassVar
 import torch
 
 from svl.compensation.regression import Halves
-from svl.compensation.run_rows import WRITER, check_rows, notes_on_runs, stream_run_rows
-from svl.core import Compensation, HiddenStates, Patch, Plan, SvlError, Update, one_of
+from svl.compensation.run_rows import anchor_of, check_rows, notes_on_runs, stream_run_rows
+from svl.core import Compensation, HiddenStates, Patch, Plan, Update, check_number, one_of
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,7 @@ class Linear(Compensation):
     def __post_init__(self) -> None:
         one_of("compensation.shrink", self.shrink, ("identity", "zero"))
         check_rows(self.rows)
-        if self.ridge < 0:
-            raise SvlError(f"compensation.ridge is {self.ridge:g}, but must be at least 0")
+        check_number("compensation.ridge", self.ridge, least=0)
 
     def fit(self, hidden: HiddenStates, plan: Plan) -> Patch:
         """T - I of every removed run that has a kept layer before it.
@@ -53,16 +52,19 @@ class Linear(Compensation):
         if not runs:
             return Patch(notes=notes)
         fits = {run: Halves() for run in runs}
-        for run, rows in stream_run_rows(hidden, runs, self.rows):
+        for run, rows in stream_run_rows(hidden, plan, self.rows):
             gap, weights = rows.after - rows.before, rows.weights
             if self.scaled:
                 weights = weights / rows.after.square().sum(-1)
             target = gap if self.shrink == "identity" else gap + rows.written
             fits[run].add(rows.written, target, weights, rows.generated)
         updates = {}
-        for (start, _), halves in fits.items():
-            change = halves.whole().solve(self.ridge)
+        for run, halves in fits.items():
+            whole, (layer, role) = halves.whole(), anchor_of(plan, run)
+            change = whole.solve(self.ridge)
+            if whole.reads_nothing:
+                notes = (*notes, f"{role} of layer {layer} writes nothing, so it fills no gap")
             if self.shrink == "zero":
                 change = change - torch.eye(len(change), dtype=change.dtype, device=change.device)
-            updates[start - 1, WRITER] = Update(left=change.mT.float().cpu().contiguous())
+            updates[layer, role] = Update(left=change.mT.float().cpu().contiguous())
         return Patch(updates, notes=notes)

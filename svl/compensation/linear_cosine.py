@@ -16,8 +16,8 @@ from typing import ClassVar
 import torch
 from torch.nn import functional as F
 
-from svl.compensation.run_rows import WRITER, Run, check_rows, notes_on_runs, stream_run_rows
-from svl.core import Compensation, HiddenStates, Patch, Plan, SvlError, Update
+from svl.compensation.run_rows import Run, anchor_of, check_rows, notes_on_runs, stream_run_rows
+from svl.core import Compensation, HiddenStates, Patch, Plan, SvlError, Update, check_count, check_number
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,10 @@ class LinearCosine(Compensation):
 
     def __post_init__(self) -> None:
         check_rows(self.rows)
-        if self.epochs < 0 or self.batch < 1 or self.lr <= 0:
-            raise SvlError("compensation.epochs must be at least 0, batch at least 1, lr above 0")
+        check_number("compensation.lr", self.lr, above=0)
+        check_count("compensation.epochs", self.epochs)
+        check_count("compensation.batch", self.batch, least=1)
+        check_count("compensation.seed", self.seed)
 
     def fit(self, hidden: HiddenStates, plan: Plan) -> Patch:
         """T - I of every removed run that has a kept layer before it.
@@ -57,7 +59,7 @@ class LinearCosine(Compensation):
             return Patch(notes=notes)
         kept: dict[Run, list[torch.Tensor]] = {run: [] for run in runs}
         devices: dict[Run, torch.device] = {}
-        for run, rows in stream_run_rows(hidden, runs, self.rows):
+        for run, rows in stream_run_rows(hidden, plan, self.rows):
             states = torch.stack([rows.written, rows.before, rows.after], 1)
             kept[run].append(states[(rows.weights > 0).to(states.device)].cpu())
             devices[run] = states.device
@@ -67,7 +69,7 @@ class LinearCosine(Compensation):
             if len(tokens) == 0:
                 raise SvlError("the selector leaves no token for compensation; choose another selector, or rows=all")
             change = self._minimise(tokens, devices[run])
-            updates[run[0] - 1, WRITER] = Update(left=change.mT.float().cpu().contiguous())
+            updates[anchor_of(plan, run)] = Update(left=change.mT.float().cpu().contiguous())
         return Patch(updates, notes=notes)
 
     def _minimise(self, tokens: torch.Tensor, device: torch.device) -> torch.Tensor:

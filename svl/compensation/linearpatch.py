@@ -55,7 +55,9 @@ class LinearPatch(Compensation):
         """
         ratios: dict[Run, list[Tensor]] = {run: [] for run in plan.runs}
         basis = torch.zeros(())
-        for sample in hidden.stream(sorted({i for run in plan.runs for i in run})) if plan.runs else ():
+        if not plan.runs:
+            return Patch()
+        for sample in hidden.stream(sorted({i for run in plan.runs for i in run}), plan=plan.with_layers(())):
             for start, stop in plan.runs:
                 weights = sample.weights[start].double()
                 if self.rows == "all":

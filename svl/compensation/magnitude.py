@@ -59,14 +59,14 @@ class Magnitude(Compensation):
             one_of("the writer that compensation needs", role, tuple(hidden.writers))
         patch = Patch()
         for n in range(1, len(plan.order) + 1):
-            patch = self.extend(hidden, Plan(plan.n_layers, plan.order[:n], order=plan.order[:n]), patch)
+            patch = self.extend(hidden, plan.with_layers(plan.order[:n], plan.order[:n]), patch)
         if plan.order:
             return patch
         runs = [(start, stop) for start, stop in plan.runs if stop < plan.n_layers]
         notes = [] if len(runs) == len(plan.runs) else ["no layer behind the last one: its run needs no factor"]
         if not runs:
             return Patch(notes=tuple(notes))
-        alphas = self._alphas(hidden, runs, Plan(plan.n_layers, ()), Patch())
+        alphas = self._alphas(hidden, runs, plan.with_layers(()), Patch())
         notes += [f"layers {start}..{stop - 1}: alpha {alpha:.4f}" for (start, stop), alpha in alphas.items()]
         updates: dict[tuple[int, str], Update] = {}
         for (_, stop), alpha in alphas.items():
@@ -76,7 +76,7 @@ class Magnitude(Compensation):
     def extend(self, hidden: HiddenStates, plan: Plan, patch: Patch) -> Patch:
         """The factor of the last layer in the order of the plan, measured on the model without those before it."""
         *earlier, layer = plan.order
-        before = Plan(plan.n_layers, tuple(earlier))
+        before = plan.with_layers(earlier)
         if layer == before.kept[-1]:
             note = f"layer {layer}: nothing is behind it, so it needs no factor"
             return Patch(_divided(patch.updates, plan, plan.n_layers, 1.0), notes=(*patch.notes, note))
@@ -116,7 +116,7 @@ def _divided(
 ) -> dict[tuple[int, str], Update]:
     """Factors of the layers that `plan` keeps: those of `updates`, from layer `stop` on divided by `alpha`."""
     divided = {}
-    for key in [(layer, role) for layer in plan.kept for role in ROLES]:
+    for key in [(layer, role) for layer in plan.kept for role in ROLES if (layer, role) not in plan.sublayers]:
         scale = updates[key].scale if key in updates else 1.0
         if scale is not None and (key in updates or key[0] >= stop):
             divided[key] = Update(scale=scale / alpha if key[0] >= stop else scale)

@@ -16,8 +16,8 @@ from typing import ClassVar
 import torch
 
 from svl.compensation.regression import Regression
-from svl.compensation.run_rows import WRITER, check_rows, notes_on_runs, stream_run_rows
-from svl.core import Compensation, HiddenStates, Patch, Plan, SvlError, Update
+from svl.compensation.run_rows import anchor_of, check_rows, notes_on_runs, stream_run_rows
+from svl.core import Compensation, HiddenStates, Patch, Plan, Update, check_number
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,7 @@ class MeanUpdate(Compensation):
 
     def __post_init__(self) -> None:
         check_rows(self.rows)
-        if self.ridge < 0:
-            raise SvlError(f"compensation.ridge is {self.ridge:g}, but must be at least 0")
+        check_number("compensation.ridge", self.ridge, least=0)
 
     def fit(self, hidden: HiddenStates, plan: Plan) -> Patch:
         """The mean update of every removed run that has a kept layer before it.
@@ -48,19 +47,19 @@ class MeanUpdate(Compensation):
         if not runs:
             return Patch(notes=tuple(notes))
         fits, means = {run: Regression() for run in runs}, {run: Regression() for run in runs}
-        for run, rows in stream_run_rows(hidden, runs, self.rows):
+        for run, rows in stream_run_rows(hidden, plan, self.rows):
             one = torch.ones_like(rows.before[:, :1])
             means[run].add(one, rows.after - rows.before, rows.weights)
             fits[run].add(rows.written, one, rows.weights)
         updates = {}
         for run in runs:
-            layer = run[0] - 1
+            layer, role = anchor_of(plan, run)
             mean = means[run].solve(0)[0].float().cpu()
-            if hidden.has_bias(layer, WRITER):
-                updates[layer, WRITER] = Update(shift=mean)
+            if hidden.has_bias(layer, role):
+                updates[layer, role] = Update(shift=mean)
                 continue
             u = fits[run].solve(self.ridge)
-            updates[layer, WRITER] = Update(left=mean[:, None], right=u.mT.float().cpu().contiguous())
+            updates[layer, role] = Update(left=mean[:, None], right=u.mT.float().cpu().contiguous())
             missed = fits[run].left_over(u)
             notes.append(
                 f"layer {layer} has no bias: the constant is folded into its weight, {missed:.0%} of it missed"

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from svl.compensation.run_rows import notes_on_runs
+from svl.compensation.run_rows import check_whole_before_runs, notes_on_runs
 from svl.core import Compensation, HiddenStates, Patch, Plan, one_of
 
 
@@ -46,8 +46,17 @@ class Merge(Compensation):
     def __post_init__(self) -> None:
         one_of("compensation.formula", self.formula, ("paper", "released"))
 
+    def check_plan(self, plan: Plan) -> None:
+        """Raise SvlError if a layer that others would be merged into has lost its attention or MLP."""
+        check_whole_before_runs(plan, "merge")
+
     def fit(self, hidden: HiddenStates, plan: Plan) -> Patch:
-        """Kept layers as sums over layers of the dense model."""
+        """Kept layers as sums over layers of the dense model.
+
+        Raises:
+            SvlError: as `check_plan` does.
+        """
+        self.check_plan(plan)
         if plan.merges:
             return Patch(blends=merge_coefficients(plan.merges, self.formula))
         merges = [(start - 1, range(start, stop)) for start, stop in plan.runs_with_layer_before]

@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 
 from svl.compensation.regression import HeldOutRegression, check_ridges
-from svl.compensation.run_rows import check_rows
-from svl.core import Compensation, HiddenStates, LayerStep, Patch, Plan, SvlError, Update, one_of
+from svl.compensation.run_rows import check_rows, check_targets, targets_left
+from svl.core import Compensation, HiddenStates, LayerStep, Patch, Plan, Update, check_count, one_of
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,10 @@ class Refit(Compensation):
 
     def __post_init__(self) -> None:
         one_of("compensation.layers", self.layers, ("all", "gaps"))
-        for target in self.targets:
-            one_of("compensation.targets", target, ("mlp", "attn"))
+        check_targets(self.targets)
         check_rows(self.rows)
         check_ridges(self.ridges, self.fold)
-        if self.texts < 0:
-            raise SvlError(f"compensation.texts is {self.texts}, but must be at least 0")
+        check_count("compensation.texts", self.texts)
 
     @property
     def own_texts(self) -> int:
@@ -86,7 +84,8 @@ class Refit(Compensation):
         for step in hidden.walk(plan):
             if self.layers == "gaps" and step.layer not in before_runs:
                 continue
-            for writer in self.targets:
+            for writer in targets_left(plan, step.layer, self.targets):
+                one_of("compensation.targets for this model", writer, tuple(hidden.writers))
                 change, note = self._refit(step, writer)
                 notes.append(f"layer {step.layer} {writer}: {note}")
                 if not bool(change.any()):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from svl.core import SvlError
+from svl.core import SvlError, check_count
 
 BLOCK = 2048  # rows or columns of a large matrix that are computed at once
 
@@ -40,6 +40,11 @@ class Regression:
         self.weight += float(w.sum())
         self.rows += int((w > 0).sum())
 
+    @property
+    def reads_nothing(self) -> bool:
+        """Whether all rows of x are 0, so that no B makes a difference."""
+        return self.gram is not None and not bool(self.gram.any())
+
     def take_rows_of(self, other: Regression) -> None:
         """Add the rows of another regression, which has some, to those that are here."""
         self.gram += other.gram  # type: ignore[operator]
@@ -49,7 +54,7 @@ class Regression:
         self.rows += other.rows
 
     def solve(self, ridge: float) -> Tensor:
-        """B, fp64 [n_in, n_out]; 0 for an infinite ridge.
+        """B, fp64 [n_in, n_out]; 0 for an infinite ridge, and where all rows of x are 0, which no B can change.
 
         Raises:
             SvlError: if there is no row of weight above 0, a number is not finite, or no unique solution exists.
@@ -58,7 +63,7 @@ class Regression:
             raise SvlError("the selector leaves no token for compensation; choose another selector, or rows=all")
         if not bool(self.gram.isfinite().all() and self.cross.isfinite().all()):
             raise SvlError("hidden states are not finite, so nothing can be fitted to them; choose another model.dtype")
-        if ridge == math.inf:
+        if ridge == math.inf or self.reads_nothing:
             return torch.zeros_like(self.cross)
         n = len(self.gram)
         scale = self.gram.diagonal().mean()
@@ -67,6 +72,8 @@ class Regression:
         factor, info = torch.linalg.cholesky_ex(system)
         del system  # of the size of the Gram matrix, which counts where n_in is an MLP's width
         if int(info) or float(factor.diagonal().min()) ** 2 < n * torch.finfo(torch.float64).eps * float(scale):
+            if ridge > 0:
+                raise SvlError(f"too few independent tokens for a fit with a ridge of {ridge:g}; choose a larger one")
             raise SvlError("too few independent tokens for a fit without ridge; set compensation.ridge above 0")
         return torch.cholesky_solve(self.cross, factor)
 
@@ -116,52 +123,70 @@ class Halves:
         """The larger of the shares of the halves' weighted energy of y that x B with this B does not explain."""
         return max(half.left_over(solution) for half in self.halves.values())
 
-    def take_rows_of(self, other: Halves) -> None:
-        """Add the rows of `other`, each half to the half that it belongs to."""
-        for generated, half in other.halves.items():
-            if generated in self.halves:
-                self.halves[generated].take_rows_of(half)
-            else:
-                self.halves[generated] = half
+    @property
+    def rows(self) -> int:
+        """How many rows of weight above 0 there are."""
+        return sum(half.rows for half in self.halves.values())
+
+    def take_rows_of(self, other: Halves, generated: bool) -> None:
+        """Move the rows of one half of `other` to the same half here."""
+        if (half := other.halves.pop(generated, None)) is None:
+            return
+        if generated in self.halves:
+            self.halves[generated].take_rows_of(half)
+        else:
+            self.halves[generated] = half
 
 
 class HeldOutRegression:
     """A regression whose ridge is chosen by the error on every `fold`-th sample after a fit to the others.
 
-    Given samples and generated texts weigh the same, and the error is the larger one of theirs. An infinite ridge is
-    the fit that changes nothing. Where no sample is held out, because there are fewer than `fold`, the first ridge is
-    taken, as it is if there is no other.
+    Of n < `fold` samples, the last one is held out; of equals, the larger ridge is taken. Given samples and generated
+    texts weigh the same, and the error is the larger one of theirs. An infinite ridge is the fit that changes nothing.
+    Where nothing can be held out, or fitted to what is left, as of a single sample, the largest ridge is taken: it
+    changes least. One ridge alone is taken as it is.
     """
 
     def __init__(self, ridges: Sequence[float], fold: int) -> None:
-        self.ridges, self.fold = ridges, fold
+        self.ridges, self.fold = sorted(ridges, reverse=True), fold
         self.fitted, self.held_out = Halves(), Halves()
         self.n_samples = {False: 0, True: 0}
+        self.how = ""  # the ridge was chosen, where that is not as usual
 
     def add_sample(self, x: Tensor, y: Tensor, w: Tensor, generated: bool) -> None:
         """The rows of one sample: `x` [T, n_in], `y` [T, n_out], weights `w` [T]."""
         self.n_samples[generated] += 1
-        part = self.held_out if self.n_samples[generated] % self.fold == 0 else self.fitted
+        n = self.n_samples[generated]
+        if n <= self.fold:  # there may be no more of them, so the last one is held out until there are
+            self.fitted.take_rows_of(self.held_out, generated)
+        part = self.held_out if n <= self.fold or n % self.fold == 0 else self.fitted
         part.add(x, y, w, generated)
 
     def solve(self) -> tuple[Tensor, str]:
         """B, fp64 [n_in, n_out], fitted to all samples with the chosen ridge; and a note that names this ridge and the
         share of the energy of y that B leaves. Raises as `Regression.solve` does."""
-        ridge = self.ridges[0]
-        if self.held_out.halves:
-            if len(self.ridges) > 1:
-                seen = self.fitted.whole()
-                ridge = min(self.ridges, key=lambda r: self.held_out.left_over(seen.solve(r)))
-            self.fitted.take_rows_of(self.held_out)
-            self.ridges, self.held_out = (ridge,), Halves()  # chosen; solved again, it is the same
-        whole = self.fitted.whole()
+        if len(self.ridges) > 1:
+            self.ridges = [self._choose()]  # solved again, it is the same
+        for generated in (False, True):
+            self.fitted.take_rows_of(self.held_out, generated)
+        whole, ridge = self.fitted.whole(), self.ridges[0]
         solution = whole.solve(ridge)
-        return solution, f"ridge {ridge:g}, {whole.left_over(solution):.0%} of the gap left"
+        return solution, f"ridge {ridge:g}{self.how}, {whole.left_over(solution):.0%} of the gap left"
+
+    def _choose(self) -> float:
+        """The ridge of least error on what is held out."""
+        n = self.n_samples[False] + self.n_samples[True]
+        if not (self.fitted.rows and self.held_out.rows):
+            self.how = f" (the largest: {n} sample{'s' * (n != 1)} can tell none from another)"
+            return self.ridges[0]
+        if n < self.fold:
+            self.how = f" (by the last of {n} samples)"
+        seen = self.fitted.whole()
+        return min(self.ridges, key=lambda ridge: self.held_out.left_over(seen.solve(ridge)))
 
 
 def check_ridges(ridges: Sequence[float], fold: int) -> None:
     """Raise SvlError unless `ridges` and `fold` are settings of a `HeldOutRegression`."""
-    if not ridges or min(ridges) <= 0:
-        raise SvlError("compensation.ridges must be numbers above 0")
-    if fold < 2:
-        raise SvlError(f"compensation.fold is {fold}, but must be at least 2")
+    if not ridges or not all(isinstance(ridge, int | float) and ridge > 0 for ridge in ridges):  # NaN is not, either
+        raise SvlError(f"compensation.ridges is {list(ridges)}, but must be numbers above 0 (infinity: no change)")
+    check_count("compensation.fold", fold, least=2)

@@ -24,7 +24,8 @@ from svl.compensation.gap_subspace import (
     leading_directions,
     measure_gaps,
 )
-from svl.core import Compensation, HiddenStates, Patch, Plan, SvlError, Update, one_of
+from svl.compensation.run_rows import check_targets, targets_left
+from svl.core import Compensation, HiddenStates, Patch, Plan, Update, check_count, check_number, one_of
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,9 @@ class Subspace(Compensation):
         one_of("compensation.rows", self.rows, ("selected", "all", "means"))
         one_of("compensation.anchor", self.anchor, ("before", "after"))
         one_of("compensation.scope", self.scope, ("run", "layer"))
-        for target in self.targets:
-            one_of("compensation.targets", target, ("mlp", "attn"))
-        if self.rank < 0:
-            raise SvlError(f"compensation.rank is {self.rank}, but must be at least 0")
+        check_targets(self.targets)
+        check_count("compensation.rank", self.rank)
+        check_number("compensation.gain", self.gain)
         check_guard(self.guard)
 
     def fit(self, hidden: HiddenStates, plan: Plan) -> Patch:
@@ -70,14 +70,18 @@ class Subspace(Compensation):
         Raises:
             SvlError: if the model lacks a target projection, or `rank` exceeds its width.
         """
-        for target in self.targets:
-            one_of("compensation.targets for this model", target, tuple(hidden.writers))
         points, notes = self.gap_points(plan)
+        targets = {anchor: targets_left(plan, anchor, self.targets) for anchor in points}
+        for target in (*self.targets, *(role for roles in targets.values() for role in roles)):
+            one_of("compensation.targets for this model", target, tuple(hidden.writers))
         if self.rank == 0 or not points:
             return Patch(notes=tuple(notes))
-        watched = [] if self.guard is None else [(anchor, target) for anchor in points for target in self.targets]
-        grams, norms = measure_gaps(hidden, points, self.rows, watched)
-        massive = {} if self.guard is None else find_massive_writes(hidden, norms, self.guard)
+        lost = [(i, role) for i in points for role in self.targets if role not in targets[i]]
+        notes += [f"layer {i} has no {role} any more: its {targets[i][0]} is changed alone" for i, role in lost]
+        writers = [] if self.guard is None else [(i, role) for i, roles in targets.items() for role in roles]
+        base = plan.with_layers(())
+        grams, norms = measure_gaps(hidden, points, self.rows, writers, base)
+        massive = {} if self.guard is None else find_massive_writes(hidden, norms, self.guard, base)
 
         updates: dict[tuple[int, str], Update] = {}
         spectra: dict[int, tuple[float, ...]] = {}
@@ -85,7 +89,7 @@ class Subspace(Compensation):
             matrix = gaps.centered_matrix() if self.centered else gaps.matrix()
             usual, values = leading_directions(matrix, self.rank)
             spectra[anchor] = tuple(values.clamp(min=0).sqrt().tolist())
-            for target in self.targets:
+            for target in targets[anchor]:
                 directions = usual
                 if write := massive.get((anchor, target)):
                     directions, _ = leading_directions(matrix, self.rank, write.direction)

@@ -15,7 +15,6 @@ Cost: two more passes over the calibration set, up to the deepest layer involved
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,8 +22,8 @@ from torch import Tensor
 
 from svl.compensation.gap_subspace import check_guard, find_massive_writes, leading_directions, measure_gaps
 from svl.compensation.regression import HeldOutRegression, check_ridges
-from svl.compensation.run_rows import WRITER, Run, check_rows, notes_on_runs, stream_run_rows
-from svl.core import Compensation, HiddenStates, Patch, Plan, SvlError, Update, one_of
+from svl.compensation.run_rows import Run, anchor_of, check_rows, notes_on_runs, stream_run_rows
+from svl.core import Compensation, HiddenStates, Patch, Plan, Update, check_count, one_of
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,7 @@ class SubspaceFit(Compensation):
         check_rows(self.rows)
         check_guard(self.guard)
         check_ridges(self.ridges, self.fold)
-        if self.rank < 1:
-            raise SvlError(f"compensation.rank is {self.rank}, but must be at least 1")
+        check_count("compensation.rank", self.rank, least=1)
 
     def fit(self, hidden: HiddenStates, plan: Plan) -> Patch:
         """V K V^T of every removed run that has a kept layer before it; notes name the ridges and the gap in V left.
@@ -59,13 +57,16 @@ class SubspaceFit(Compensation):
         Raises:
             SvlError: if the model lacks the projection, `rank` exceeds its width, or no token is selected.
         """
-        one_of("the writer that compensation needs", WRITER, tuple(hidden.writers))
         runs, notes = plan.runs_with_layer_before, list(notes_on_runs(plan))
         if not runs:
             return Patch(notes=tuple(notes))
-        directions = self._directions(hidden, runs, notes)
-        regressions = {run: HeldOutRegression(self.ridges, self.fold) for run in runs}
-        for run, rows in stream_run_rows(hidden, runs, self.rows):
+        for _, role in (anchor_of(plan, run) for run in runs):
+            one_of("the writer that compensation needs", role, tuple(hidden.writers))
+        directions = self._directions(hidden, plan, notes)
+        regressions = {run: HeldOutRegression(self.ridges, self.fold) for run in runs if directions[run].any()}
+        for run, rows in stream_run_rows(hidden, plan, self.rows) if regressions else ():
+            if run not in regressions:
+                continue
             written = rows.written.double() @ directions[run]
             gap = (rows.after - rows.before).double() @ directions[run]
             regressions[run].add_sample(written, gap - written, rows.weights, rows.generated)
@@ -74,22 +75,26 @@ class SubspaceFit(Compensation):
             change, note = regression.solve()  # K^T - I
             v = directions[run]
             left = (v + v @ change.mT).float().cpu()
-            updates[run[0] - 1, WRITER] = Update(left=left, right=v.mT.float().cpu().contiguous())
-            notes.append(f"layer {run[0] - 1} {WRITER}: {note} inside the subspace, of what SCP leaves")
+            layer, role = anchor_of(plan, run)
+            updates[layer, role] = Update(left=left, right=v.mT.float().cpu().contiguous())
+            notes.append(f"layer {layer} {role}: {note} inside the subspace, of what SCP leaves")
         return Patch(updates, notes=tuple(notes))
 
-    def _directions(self, hidden: HiddenStates, runs: Sequence[Run], notes: list[str]) -> dict[Run, Tensor]:
+    def _directions(self, hidden: HiddenStates, plan: Plan, notes: list[str]) -> dict[Run, Tensor]:
         """V of every run, fp64 [d, k]; what there is to say of it goes to `notes`."""
+        runs, base = plan.runs_with_layer_before, plan.with_layers(())
         points = {start - 1: [(stop, start)] for start, stop in runs}
-        watched = [] if self.guard is None else [(anchor, WRITER) for anchor in points]
-        grams, norms = measure_gaps(hidden, points, self.rows, watched)
-        massive = {} if self.guard is None else find_massive_writes(hidden, norms, self.guard)
+        watched = [] if self.guard is None else [anchor_of(plan, run) for run in runs]
+        grams, norms = measure_gaps(hidden, points, self.rows, watched, base)
+        massive = {} if self.guard is None else find_massive_writes(hidden, norms, self.guard, base)
         directions = {}
         for run in runs:
-            anchor = run[0] - 1
+            anchor = anchor_of(plan, run)
             left_out = None
-            if write := massive.get((anchor, WRITER)):
+            if write := massive.get(anchor):
                 left_out = write.direction
-                notes.append(write.note(anchor, WRITER))
-            directions[run], _ = leading_directions(grams[anchor].matrix(), self.rank, left_out)
+                notes.append(write.note(*anchor))
+            directions[run], _ = leading_directions(grams[anchor[0]].matrix(), self.rank, left_out)
+            if not directions[run].any():
+                notes.append(f"layers {run[0]}..{run[1] - 1} leave no gap that layer {anchor[0]} could fill")
         return directions

@@ -23,6 +23,7 @@ from svl.core.methods import (
 )
 from svl.core.patch import JoinedPart, Patch, TensorChange, Update
 from svl.core.plan import Plan, layers_to_remove
+from svl.core.settings import check_count, check_number
 from svl.core.stats import Stats, TokenTrace, no_selected_token
 
 __all__ = [
@@ -44,6 +45,8 @@ __all__ = [
     "TokenSelector",
     "TokenTrace",
     "Update",
+    "check_count",
+    "check_number",
     "checked_patch",
     "checked_plan",
     "checked_weights",

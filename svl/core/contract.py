@@ -106,6 +106,8 @@ def checked_patch(compensation: Compensation, patch: Patch, plan: Plan) -> Patch
         changed = {layer for layer, _ in patch.updates} | set(patch.blends) | set(patch.joins)
         if gone := sorted(changed - set(plan.kept)):
             raise SvlError(f"{who} changes layers {gone}, which the plan does not keep")
+        if lost := sorted(set(patch.updates) & set(plan.sublayers)):
+            raise SvlError(f"{who} changes '{lost[0][1]}' of layer {lost[0][0]}, which the plan takes from that layer")
         for (layer, writer), update in patch.updates.items():
             if not _is_finite(update):
                 raise SvlError(f"{who} gives a change of '{writer}' of layer {layer} that is not finite")

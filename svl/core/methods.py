@@ -69,6 +69,13 @@ class Strategy(Method, ABC):
     stepwise: ClassVar[bool] = False
     sublayers_for_one: ClassVar[int] = 2
 
+    def check(self, stats: Stats, n_remove: int) -> None:
+        """Raise SvlError for settings that cannot be on this model; asked before anything is measured.
+
+        `stats` says how many layers there are and which may go, and nothing else.
+        """
+        stats.candidates(n_remove)
+
     @abstractmethod
     def plan(self, stats: Stats, n_remove: int) -> Plan:
         """A plan that removes `n_remove` layers (0-based), none of them protected."""
@@ -95,9 +102,16 @@ class Compensation(Method, ABC):
         """How many texts of the dense model's own `fit` is to see, unless the configuration says."""
         return 0
 
+    def check_plan(self, plan: Plan) -> None:
+        """Raise SvlError if nothing can be fitted for such a plan; asked as soon as the plan is known."""
+
     @abstractmethod
     def fit(self, hidden: HiddenStates, plan: Plan) -> Patch:
-        """Changes of kept weights, or maps at cuts, which make up for what `plan` removes: fp32 on the CPU."""
+        """Changes of kept weights, or maps at cuts, which make up for what `plan` removes: fp32 on the CPU.
+
+        A plan may also take attentions or MLPs of kept layers (`plan.sublayers`): those must not be changed, and gaps
+        are those of the model without them, which `hidden.stream(..., plan.with_layers(()))` runs.
+        """
 
     def extend(self, hidden: HiddenStates, plan: Plan, patch: Patch) -> Patch:
         """What `fit` gives for a plan with an order, `patch` being what it gave for all removals but the last one.

@@ -6,6 +6,7 @@ import json
 import math
 import operator
 import reprlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -162,6 +163,14 @@ class Plan:
     def runs_with_layer_before(self) -> tuple[tuple[int, int], ...]:
         """The removed runs that a kept layer stands before: all but one from layer 0 on."""
         return tuple((start, stop) for start, stop in self.runs if start > 0)
+
+    def with_layers(self, removed: Iterable[int], order: Iterable[int] = ()) -> Plan:
+        """A plan that takes these whole layers, and what this one takes of layers that stay.
+
+        Without any layer, it is what the gaps of this plan are measured on: the model that lacks its sub-layers only.
+        """
+        attn, mlp = self.removed_attn, self.removed_mlp
+        return Plan(self.n_layers, tuple(removed), order=tuple(order), removed_attn=attn, removed_mlp=mlp)
 
     def to_json(self) -> str:
         """The plan as JSON text, readable by `from_json`."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from svl.core.contract import checked_weights
-from svl.core.errors import SvlError
+from svl.core.errors import SvlError, one_of
 from svl.core.plan import Plan
 
 if TYPE_CHECKING:
@@ -129,10 +129,12 @@ class Stats:
         check_finite(means.flatten().tolist())
         return means
 
-    def windows(self, transform: Callable[[Tensor], Tensor] = lambda cosine: cosine) -> Tensor:
+    def windows(self, transform: Callable[[Tensor], Tensor] = lambda cosine: cosine, over: str = "tokens") -> Tensor:
         """Mean transform(cos(h_i, h_j)) over all selected tokens of all samples: fp64 [L + 1, L + 1] for i < j.
 
-        Other entries are NaN. Of a selector with weights per layer, those of layer i count.
+        Other entries are NaN. Of a selector with weights per layer, those of layer i count. With `over` samples, every
+        sample has the same weight, whatever its length: the mean of the samples' means, without samples that have no
+        selected token.
 
         Raises:
             SvlError: if the selector leaves no token in the whole calibration set.
@@ -141,13 +143,18 @@ class Stats:
 
         i, j = torch.triu_indices(self.n_layers + 1, self.n_layers + 1, 1)
         table = torch.full((self.n_layers + 1,) * 2, math.nan, dtype=torch.float64)
-        table[i, j] = self._mean("windows", transform, i)
+        table[i, j] = self._mean("windows", transform, i, over)
         return table
 
     def _mean(
-        self, name: str, transform: Callable[[Tensor], Tensor] = lambda x: x, layers: Tensor | None = None
+        self,
+        name: str,
+        transform: Callable[[Tensor], Tensor] = lambda x: x,
+        layers: Tensor | None = None,
+        over: str = "tokens",
     ) -> Tensor:
         """Mean over tokens of a trace's field [rows, T], whose rows belong to `layers` (all, in order, if None)."""
+        one_of("the mean", over, ("tokens", "samples"))
         if self.selector is None:
             raise SvlError(f"a mean of {name} over tokens needs a token selector")
         total: Any = 0.0
@@ -157,8 +164,10 @@ class Stats:
                 raise SvlError(f"calibration did not measure '{name}'; add it to calibration.statistics")
             w = checked_weights(self.selector, trace, self.n_layers).double()
             w = (w[layers] if w.ndim == 2 and layers is not None else w).expand_as(values)
-            total = total + (w * transform(values.double())).sum(-1)
-            weight = weight + w.sum(-1)
+            here, mass = (w * transform(values.double())).sum(-1), w.sum(-1)
+            if over == "samples":  # each of weight 1, if any token is selected
+                here, mass = here / mass.where(mass > 0, 1), (mass > 0).double()
+            total, weight = total + here, weight + mass
         if isinstance(weight, float) or not bool((weight > 0).all()):
             raise no_selected_token(self.selector)
         return total / weight
@@ -193,8 +202,18 @@ class Stats:
         return Plan(self.n_layers, tuple(range(start, start + n_remove)), importance)
 
     def without(self, layers: Iterable[int]) -> Stats:
-        """The same statistics with `layers` protected, too, by their numbers in the dense model; -1 is its last."""
-        spared, numbers = {i % self.dense_layers for i in layers}, self.numbers
+        """The same statistics with `layers` protected, too, by their numbers in the dense model; -1 is its last, ...
+
+        Raises:
+            SvlError: if it has no such layer.
+        """
+        layers, depth, numbers = tuple(layers), self.dense_layers, self.numbers
+        if wrong := [i for i in layers if not -depth <= i < depth]:
+            raise SvlError(
+                f"strategy.protected names layers {wrong}, but the model has layers 0..{depth - 1} "
+                f"(from the end: -1..-{depth})"
+            )
+        spared = {i % depth for i in layers}
         return replace(self, removable=tuple(i for i in self.removable if numbers[i] not in spared))
 
     def required_probe(self) -> RemovalProbe:

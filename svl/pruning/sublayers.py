@@ -14,9 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from svl.core.errors import SvlError
 from svl.core.patch import Patch, Update
 from svl.core.plan import Plan
 from svl.models.lvlm import Lvlm
+from svl.models.placement import stored_tensor
+from svl.pruning.folding import tensors_of_update
 
 Sublayer = tuple[int, str]  # original layer, role
 
@@ -60,9 +63,22 @@ def names_of_zeros(lvlm: Lvlm, plan: Plan) -> list[str]:
 
 
 def with_zeros(patch: Patch, plan: Plan, left_out: list[Sublayer] | None = None) -> Patch:
-    """A patch after which removed sub-layers write 0, but for those that are left out."""
+    """A patch after which removed sub-layers write 0, but for those that are left out.
+
+    Raises:
+        SvlError: if the patch changes what a removed sub-layer writes: that would have no effect.
+    """
+    if lost := sorted(set(patch.updates) & set(plan.sublayers)):
+        raise SvlError(f"the patch changes '{lost[0][1]}' of layer {lost[0][0]}, which the plan takes from that layer")
     zeros = {key: Update(scale=0.0) for key in plan.sublayers if key not in (left_out or ())}
     return replace(patch, updates={**patch.updates, **zeros}) if zeros else patch
+
+
+def zeroed_tensors(lvlm: Lvlm, plan: Plan, layer: int) -> dict[str, Tensor]:
+    """Zeros for all that removed sub-layers of a layer of the dense model write with, by names within the layer."""
+    lost = [role for i, role in plan.sublayers if i == layer]
+    names = [name for role in lost for name in tensors_of_update(lvlm.anatomy, layer, role, Update(scale=0.0))]
+    return {name: torch.zeros_like(stored_tensor(lvlm.layers[layer], name)) for name in names}
 
 
 def leave_out(kept: nn.ModuleList, layers: str, plan: Plan, left_out: list[Sublayer]) -> tuple[str, ...]:

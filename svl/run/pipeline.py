@@ -31,6 +31,7 @@ from svl.run.run_result import RunStages, build_result, result_inputs
 from svl.run.setup import RunSetup
 from svl.run.stages import StageLog, make_stage
 from svl.run.strategy_inputs import (
+    check_choices,
     count_removals,
     describe_origin,
     read_statistics,
@@ -155,7 +156,7 @@ class Run:
         def build(folder: Path) -> Output:
             from svl.calibration import calibrate
 
-            count_removals(setup, read_statistics(setup, None))  # what can be found wrong now costs no calibration
+            check_choices(setup)  # what can be found wrong now costs no calibration
             calibrate.check_selector(setup.dense, setup.samples, setup.selector)
             early_checks.check_compensation(setup)
             measure(folder)
@@ -217,7 +218,8 @@ class Run:
         all_plan = setup.probes or setup.rescores  # what they try out and measure again is in step in all processes
         entry = make_stage(setup, "plan", inputs, build, help=in_scratch(build) if all_plan else None)
         removed, passes = entry.output["removed"], entry.output.get("passes")
-        brief = f"removes layers {removed}, {len(removed)} in all"
+        nothing = not removed and "sublayers" not in entry.output
+        brief = "removes nothing" if nothing else f"removes layers {removed}, {len(removed)} in all"
         cost = "" if passes is None else f", chosen one by one in {passes} passes over the calibration set"
         parts = f"; of others {', '.join(entry.output['sublayers'])}" if "sublayers" in entry.output else ""
         return self.log.stage("plan", entry, f"{brief}{parts}{cost}", brief=brief + parts)
@@ -250,9 +252,11 @@ class Run:
         early_checks.tell_zeros(entry.output["zeros"])
 
     def compensate(self, stats: Entry | None, texts: Entry | None, plan: Plan) -> Entry | None:
-        """Stage `patch`: updates of kept weights; None if no layer is removed."""
+        """Stage `patch`: updates of kept weights; None if no whole layer is removed."""
         setup = self.setup
         if not plan.removed:
+            if plan.sublayers and setup.compensates:
+                log.warning("  compensation: no whole layer is removed, so there is no gap to fill: nothing is changed")
             return None
         streams = bool(setup.compensation.needs)  # hidden states
 

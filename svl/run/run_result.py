@@ -80,7 +80,7 @@ def result_inputs(setup: RunSetup, stages: RunStages) -> dict[str, Any]:
         "model": setup.name,
         "model_fingerprint": setup.fingerprint,
         "strategy": setup.choice("strategy"),
-        "compensation": setup.choice("compensation"),
+        "compensation": setup.choice("compensation") if stages.plan.removed or stages.plan.is_empty else "none",
         "recovery": setup.choice("recovery") if stages.recovered else "none",
         "selector": setup.choice("selector") if setup.calibrates else None,
         "ratio": provenance["ratio"],

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svl.core import Plan, RemovalProbe, Rescoring, Stats, layers_to_remove
+from svl.core import Plan, RemovalProbe, Rescoring, Stats, checked_plan, layers_to_remove
 from svl.run.generated import read_texts
 from svl.run.keys import method_identity, stage_code
 from svl.run.stages import make_stage
@@ -40,6 +40,23 @@ def count_removals(setup: RunSetup, stats: Stats) -> int:
         n = layers_to_remove(setup.cfg.ratio, stats.n_layers)
     stats.candidates(n)
     return n
+
+
+def check_choices(setup: RunSetup) -> None:
+    """Find out, before anything is measured, what of strategy and compensation cannot be on this model.
+
+    A strategy that needs no measurement has its plan now.
+
+    Raises:
+        SvlError: if there is such a thing.
+    """
+    stats = read_statistics(setup, None)
+    n_remove = count_removals(setup, stats)
+    setup.strategy.check(stats, n_remove)
+    if not setup.strategy.needs:
+        plan = checked_plan(setup.strategy, stats, n_remove)
+        setup.dense.anatomy.check_plan(plan, setup.name)
+        setup.compensation.check_plan(plan)
 
 
 def resumable_probe(setup: RunSetup) -> RemovalProbe:

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from svl.core import Plan, Stats, Strategy
+from svl.core import Plan, Stats, Strategy, check_count
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,9 @@ class Angular(Strategy):
 
     first: int = 1
     needs: ClassVar[frozenset[str]] = frozenset({"windows"})
+
+    def __post_init__(self) -> None:
+        check_count("strategy.first", self.first)
 
     def plan(self, stats: Stats, n_remove: int) -> Plan:
         """Remove one block of `n_remove` layers; importance is the angular distance across each single layer."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from svl.core import Plan, Stats, Strategy, SvlError, one_of
+from svl.core import Plan, Stats, Strategy, SvlError, check_count, one_of
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,13 @@ class BlockPruner(Strategy):
             one_of("strategy.targets", target, ("attn", "mlp"))
         if not self.targets:
             raise SvlError("strategy.targets is empty, but must name attn, mlp or both")
+        check_count("strategy.samples", self.samples, least=1, unless="all")
+
+    def check(self, stats: Stats, n_remove: int) -> None:
+        """Raise SvlError if there are fewer than 2 `n_remove` blocks."""
+        blocks = len(self.targets) * len(stats.candidates(n_remove))
+        if 2 * n_remove > blocks:
+            raise SvlError(f"cannot remove {2 * n_remove} blocks: only {blocks} of {self.targets} may go")
 
     def plan(self, stats: Stats, n_remove: int) -> Plan:
         """Remove 2 `n_remove` blocks of removable layers; there is no importance.
@@ -43,12 +50,11 @@ class BlockPruner(Strategy):
         Raises:
             SvlError: if there are fewer, or no layer would be left.
         """
+        self.check(stats, n_remove)
         probe = stats.required_probe().with_samples(self.samples)
         blocks: list[tuple[int, str]] = [
             (i, role) for role in ("attn", "mlp") if role in self.targets for i in stats.candidates(n_remove)
         ]
-        if 2 * n_remove > len(blocks):
-            raise SvlError(f"cannot remove {2 * n_remove} blocks: only {len(blocks)} of {self.targets} may go")
         removed: list[tuple[int, str]] = []
         for _ in range(2 * n_remove):
             _, losses = probe.sublayer_losses(removed, [block for block in blocks if block not in removed])

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from svl.core import Plan, Stats, Strategy, one_of
+from svl.core import Plan, Stats, Strategy, check_count, one_of
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class DepthShapley(Strategy):
 
     def __post_init__(self) -> None:
         one_of("strategy.effect", self.effect, ("loss", "logits"))
+        check_count("strategy.samples", self.samples, least=1, unless="all")
 
     def plan(self, stats: Stats, n_remove: int) -> Plan:
         """Importance: the effect."""

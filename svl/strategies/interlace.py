@@ -13,18 +13,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from svl.core import Plan, Stats, Strategy
+from svl.core import Plan, Stats, Strategy, one_of
 
 
 @dataclass(frozen=True)
 class Interlace(Strategy):
-    """One layer out of every triplet, so that no two neighbours go."""
+    """One layer out of every triplet, so that no two neighbours go.
 
+    Attributes:
+        mean: tokens (of all samples, pooled) | samples (mean of the samples' means, as released).
+    """
+
+    mean: str = "tokens"
     needs: ClassVar[frozenset[str]] = frozenset({"windows"})
+
+    def __post_init__(self) -> None:
+        one_of("strategy.mean", self.mean, ("tokens", "samples"))
 
     def plan(self, stats: Stats, n_remove: int) -> Plan:
         """Importance: 1 - cosine across each single layer. Its provenance names `partners`, which the paper trains."""
-        allowed, cosine = set(stats.candidates(n_remove)), stats.windows()
+        allowed, cosine = set(stats.candidates(n_remove)), stats.windows(over=self.mean)
         single = cosine.diagonal(1).tolist()
         removed: list[int] = []
         partners: list[int] = []

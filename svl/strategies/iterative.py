@@ -42,6 +42,11 @@ class Iterative(Strategy):
             raise SvlError(f"strategy.of is {name}, which cannot be asked for one layer after another (see `stepwise`)")
         object.__setattr__(self, "needs", self.of.needs | {"rescoring"})
 
+    def check(self, stats: Stats, n_remove: int) -> None:
+        """Raise SvlError as the strategy within does for one layer."""
+        stats.candidates(n_remove)
+        self.of.check(stats, min(1, n_remove))
+
     def plan(self, stats: Stats, n_remove: int) -> Plan:
         """Importance: that of a removed layer at its step, of a kept one at the last step."""
         stats.candidates(n_remove)

@@ -19,8 +19,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from svl.core import Plan, Stats, Strategy, SvlError, one_of
-from svl.strategies.merging import Merges, merge_plan, merge_similarity, search_threshold
+from svl.core import Plan, Stats, Strategy, SvlError, check_count, one_of
+from svl.strategies.merging import Merges, check_threshold, merge_similarity, plan_by_threshold, search_threshold
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Laco(Strategy):
 
     Attributes:
         merge: formula of merging: paper | released.
-        threshold: similarity to stay above; null: search for the one that meets the ratio.
+        threshold: similarity to stay above, from -1 to 1; null: search for the one that meets the ratio.
         size: layers that become one (C of the paper: 3 to 7).
         interval: layers to go down after a merge (I).
         highest: layer above the first merge tried (H), which stays; null: the last.
@@ -48,8 +48,22 @@ class Laco(Strategy):
 
     def __post_init__(self) -> None:
         one_of("strategy.merge", self.merge, ("paper", "released"))
-        if self.size < 2 or self.interval < 1:
-            raise SvlError("strategy.size must be at least 2 and strategy.interval at least 1")
+        check_threshold(self.threshold)
+        check_count("strategy.size", self.size, least=2)
+        check_count("strategy.interval", self.interval, least=1)
+        check_count("strategy.highest", self.highest, unless="the last layer")
+        check_count("strategy.lowest", self.lowest)
+        check_count("strategy.samples", self.samples, least=1, unless="all")
+
+    def check(self, stats: Stats, n_remove: int) -> None:
+        """Raise SvlError if there is no layer `highest`, or no room for a merge that is asked for."""
+        highest = stats.n_layers - 1 if self.highest is None else self.highest
+        nothing_asked = self.threshold is None and n_remove == 0
+        if not (nothing_asked or self.lowest + self.size <= highest) or highest >= stats.n_layers:
+            raise SvlError(
+                f"strategy.size {self.size} does not fit between strategy.lowest {self.lowest} and the highest layer "
+                f"{highest} of a model with layers 0..{stats.n_layers - 1}"
+            )
 
     def plan(self, stats: Stats, n_remove: int) -> Plan:
         """The merges; with a threshold, as many as it lets pass, whatever the ratio.
@@ -57,13 +71,9 @@ class Laco(Strategy):
         Raises:
             SvlError: if there is no layer `highest`, or merging cannot remove so many layers.
         """
+        self.check(stats, n_remove)
         probe, n_layers = stats.required_probe().with_samples(self.samples), stats.n_layers
         highest = n_layers - 1 if self.highest is None else self.highest
-        if not self.lowest + self.size <= highest < n_layers:
-            raise SvlError(
-                f"strategy.size {self.size} does not fit between strategy.lowest {self.lowest} and the highest layer "
-                f"{highest} of a model with layers 0..{n_layers - 1}"
-            )
         allowed = frozenset(stats.candidates(0 if self.threshold is not None else n_remove))
         similarity = merge_similarity(probe, n_layers, self.merge)
 
@@ -82,5 +92,5 @@ class Laco(Strategy):
             return merges
 
         if self.threshold is not None:
-            return merge_plan(n_layers, walk(self.threshold, n_layers - 1), self.threshold)
+            return plan_by_threshold(n_layers, walk, self.threshold)
         return search_threshold(walk, n_layers, n_remove)

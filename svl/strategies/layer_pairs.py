@@ -23,6 +23,10 @@ class LayerPairs(Strategy):
     needs: ClassVar[frozenset[str]] = frozenset({"windows"})
     stepwise: ClassVar[bool] = True
 
+    def check(self, stats: Stats, n_remove: int) -> None:
+        """Raise SvlError if too few layers are behind another one."""
+        stats.without((0,)).candidates(n_remove)
+
     def plan(self, stats: Stats, n_remove: int) -> Plan:
         """Importance: A(i - 1) of layer i; the first layer, which nothing is before, always stays."""
         distance = stats.windows(lambda cosine: cosine.clamp(-1, 1).arccos() / math.pi).diagonal(2).tolist()

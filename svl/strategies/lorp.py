@@ -7,7 +7,7 @@ being numbered by depth. The redundancy of a layer is its mean S with the other 
 first and the last layer stay. First, each cluster loses its most redundant layer, as far as the number allows; then,
 as long as more are to go, the cluster whose remaining members have the largest mean S of pairs (eq. 10) loses the next.
 
-As released: S averages the means of samples, here all tokens are pooled. Where no cluster with a layer to lose has two
+As released, S averages the means of samples: `mean` samples. Where no cluster with a layer to lose has two
 members left, the first one in depth loses it.
 
 Cost: one calibration pass, whatever n.
@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from svl.core import Plan, Stats, Strategy, SvlError
+from svl.core import Plan, Stats, Strategy, SvlError, check_count, one_of
 from svl.core.errors import explained
 
 Similarity = list[list[float]]  # S, [L][L]
@@ -33,18 +33,27 @@ class Lorp(Strategy):
 
     Attributes:
         clusters: their number; None: as the locality score says.
-        protected: layers never removed; -1 is the last.
+        protected: layers never removed; negative numbers count from the end, -1 being the last.
         seed: of the k-means of spectral clustering.
+        mean: tokens (of all samples, pooled) | samples (mean of the samples' means, as released).
     """
 
     clusters: int | None = None
     protected: tuple[int, ...] = (0, -1)
     seed: int = 0
+    mean: str = "tokens"
     needs: ClassVar[frozenset[str]] = frozenset({"windows"})
 
     def __post_init__(self) -> None:
-        if self.clusters is not None and self.clusters < 1:
-            raise SvlError(f"strategy.clusters is {self.clusters}, but must be at least 1, or null for the paper's")
+        check_count("strategy.clusters", self.clusters, least=1, unless="the paper's")
+        check_count("strategy.seed", self.seed)
+        one_of("strategy.mean", self.mean, ("tokens", "samples"))
+
+    def check(self, stats: Stats, n_remove: int) -> None:
+        """Raise SvlError if layers that do not exist are protected, too few are left, or clusters outnumber layers."""
+        stats.without(self.protected).candidates(n_remove)
+        if self.clusters is not None and self.clusters > stats.n_layers:
+            raise SvlError(f"strategy.clusters is {self.clusters}, but the model has only {stats.n_layers} layers")
 
     def plan(self, stats: Stats, n_remove: int) -> Plan:
         """Importance: 1 - redundancy; 2, the most that a cosine allows, for the only layer of a cluster.
@@ -52,11 +61,12 @@ class Lorp(Strategy):
         Raises:
             SvlError: if fewer layers may be removed, or there are fewer layers than clusters.
         """
+        self.check(stats, n_remove)
         stats = stats.without(self.protected)
         allowed, n_layers = stats.candidates(n_remove), stats.n_layers
         if n_remove == 0:
             return Plan(n_layers, ())
-        similarity = pairwise_similarity(stats)
+        similarity = pairwise_similarity(stats, self.mean)
         locality = locality_score(similarity)
         clusters = self._cluster(similarity, self.clusters or min(clusters_of(locality), n_layers - 1))
         redundancy = [-1.0] * n_layers
@@ -71,8 +81,6 @@ class Lorp(Strategy):
 
     def _cluster(self, similarity: Similarity, n: int) -> list[list[int]]:
         """The members of each cluster, ascending; clusters by the depth of their first member."""
-        if n > len(similarity):
-            raise SvlError(f"strategy.clusters is {n}, but the model has only {len(similarity)} layers")
         import numpy as np  # scikit-learn takes seconds to import
         from sklearn.cluster import SpectralClustering
 
@@ -83,9 +91,9 @@ class Lorp(Strategy):
         return [[i for i, other in enumerate(labels) if other == label] for label in dict.fromkeys(labels)]
 
 
-def pairwise_similarity(stats: Stats) -> Similarity:
-    """S: mean cos(h_i, h_j) of the states that enter layers i and j; 1 on the diagonal."""
-    upper = stats.windows().tolist()
+def pairwise_similarity(stats: Stats, over: str = "tokens") -> Similarity:
+    """S: mean cos(h_i, h_j), over tokens or samples, of the states that enter layers i and j; 1 on the diagonal."""
+    upper = stats.windows(over=over).tolist()
     n = stats.n_layers
     return [[1.0 if i == j else upper[min(i, j)][max(i, j)] for j in range(n)] for i in range(n)]
 

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import cache
 
 from svl.compensation.merge import merge_coefficients
-from svl.core import Patch, Plan, RemovalProbe, SvlError
+from svl.core import Patch, Plan, RemovalProbe, SvlError, check_number
+
+log = logging.getLogger(__name__)
 
 Merges = tuple[tuple[int, tuple[int, ...]], ...]  # as in Plan
 Walk = Callable[[float, int], Merges]  # threshold, number of layers after which it ends -> merges
 
 STEPS = 10  # of bisection: thresholds to 0.002
+
+
+def check_threshold(threshold: float | None) -> None:
+    """Raise SvlError unless `threshold` may be a similarity to stay above; None: it is searched for."""
+    check_number("strategy.threshold", threshold, least=-1, most=1, unless="a search")
+
+
+def plan_by_threshold(n_layers: int, walk: Walk, threshold: float) -> Plan:
+    """The plan of what a threshold lets pass; where that is nothing, the log says so."""
+    merges = walk(threshold, n_layers - 1)
+    if not merges:
+        log.warning("  no merge stays above a similarity of %g, so nothing is removed; lower it", threshold)
+    return merge_plan(n_layers, merges, threshold)
 
 
 def merge_plan(n_layers: int, merges: Merges, threshold: float | None = None) -> Plan:

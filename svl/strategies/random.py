@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 
-from svl.core import Plan, Stats, Strategy
+from svl.core import Plan, Stats, Strategy, check_count
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,9 @@ class Random(Strategy):
     stepwise: ClassVar[bool] = True
 
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_count("strategy.seed", self.seed)
 
     def plan(self, stats: Stats, n_remove: int) -> Plan:
         """Importance is a random permutation of 0..L-1; of layers that are left, their places in the dense model's."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from svl.core import Plan, Stats, Strategy, SvlError
+from svl.core import Plan, Stats, Strategy, check_count
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class ShortenedMagnitude(Strategy):
     """Remove the blocks of smallest weights.
 
     Attributes:
-        protected: layers never removed; -1 is the last ("+").
+        protected: layers never removed; negative numbers count from the end, -1 being the last ("+").
         power: 1 (as in the paper) or 2.
     """
 
@@ -28,8 +28,11 @@ class ShortenedMagnitude(Strategy):
     stepwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.power < 1:
-            raise SvlError(f"strategy.power is {self.power}, but must be at least 1")
+        check_count("strategy.power", self.power, least=1)
+
+    def check(self, stats: Stats, n_remove: int) -> None:
+        """Raise SvlError if layers that do not exist are protected, or too few are left."""
+        stats.without(self.protected).candidates(n_remove)
 
     def plan(self, stats: Stats, n_remove: int) -> Plan:
         """Importance: the size."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from svl.core import Plan, Stats, Strategy
+from svl.core import Plan, Stats, Strategy, check_count
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class ShortenedTaylor(Strategy):
     """Remove the blocks of least salience.
 
     Attributes:
-        protected: layers never removed; -1 is the last ("+").
+        protected: layers never removed; negative numbers count from the end, -1 being the last ("+").
         samples: calibration samples for the gradient (null: all).
     """
 
@@ -28,6 +28,13 @@ class ShortenedTaylor(Strategy):
     samples: int | None = 16
     needs: ClassVar[frozenset[str]] = frozenset({"probe", "gradients"})
     stepwise: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_count("strategy.samples", self.samples, least=1, unless="all")
+
+    def check(self, stats: Stats, n_remove: int) -> None:
+        """Raise SvlError if layers that do not exist are protected, or too few are left."""
+        stats.without(self.protected).candidates(n_remove)
 
     def plan(self, stats: Stats, n_remove: int) -> Plan:
         """Importance: the salience."""

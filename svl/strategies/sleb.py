@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from svl.core import Plan, Stats, Strategy, SvlError
+from svl.core import Plan, Stats, Strategy, SvlError, check_count
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,9 @@ class Sleb(Strategy):
     samples: int | None = 16
     needs: ClassVar[frozenset[str]] = frozenset({"probe"})
     stepwise: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_count("strategy.samples", self.samples, least=1, unless="all")
 
     def plan(self, stats: Stats, n_remove: int) -> Plan:
         """Importance: the loss added by the layer's own removal, at its step or, of kept ones, after the last."""

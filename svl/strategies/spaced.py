@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from svl.core import Plan, Stats, Strategy, SvlError
+from svl.core import Plan, Stats, Strategy, SvlError, check_count
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,7 @@ class Spaced(Strategy):
     needs: ClassVar[frozenset[str]] = frozenset({"cosine"})
 
     def __post_init__(self) -> None:
-        if self.gap < 0:
-            raise SvlError(f"strategy.gap is {self.gap}, but must be at least 0")
+        check_count("strategy.gap", self.gap)
 
     def plan(self, stats: Stats, n_remove: int) -> Plan:
         """Importance: 1 - mean cosine."""

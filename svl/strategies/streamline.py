@@ -11,15 +11,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from svl.core import Plan, Stats, Strategy
+from svl.core import Plan, Stats, Strategy, one_of
 
 
 @dataclass(frozen=True)
 class Streamline(Strategy):
-    """Block of largest cosine between its input and its output."""
+    """Block of largest cosine between its input and its output.
 
+    Attributes:
+        mean: tokens (of all samples, pooled) | samples (mean of the samples' means, as released).
+    """
+
+    mean: str = "tokens"
     needs: ClassVar[frozenset[str]] = frozenset({"windows"})
+
+    def __post_init__(self) -> None:
+        one_of("strategy.mean", self.mean, ("tokens", "samples"))
 
     def plan(self, stats: Stats, n_remove: int) -> Plan:
         """Remove one block of `n_remove` layers; importance is 1 - cosine across each single layer."""
-        return stats.window(1 - stats.windows(), n_remove)
+        return stats.window(1 - stats.windows(over=self.mean), n_remove)

@@ -18,8 +18,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from svl.core import Plan, Stats, Strategy, SvlError, one_of
-from svl.strategies.merging import Merges, merge_plan, merge_similarity, search_threshold
+from svl.core import Plan, Stats, Strategy, SvlError, check_count, one_of
+from svl.strategies.merging import Merges, check_threshold, merge_similarity, plan_by_threshold, search_threshold
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Swm(Strategy):
 
     Attributes:
         merge: formula of merging: paper | released.
-        threshold: similarity to stay above; None: search for the one that meets the ratio.
+        threshold: similarity to stay above, from -1 to 1; None: search for the one that meets the ratio.
         highest: highest layer of the first window; None: the one below the last.
         samples: calibration samples that similarity is measured on; the paper has 10 texts of 128 tokens.
     """
@@ -41,6 +41,14 @@ class Swm(Strategy):
 
     def __post_init__(self) -> None:
         one_of("strategy.merge", self.merge, ("paper", "released"))
+        check_threshold(self.threshold)
+        check_count("strategy.highest", self.highest, unless="the one below the last")
+        check_count("strategy.samples", self.samples, least=1, unless="all")
+
+    def check(self, stats: Stats, n_remove: int) -> None:
+        """Raise SvlError if there is no layer `highest`."""
+        if self.highest is not None and self.highest >= stats.n_layers:
+            raise SvlError(f"strategy.highest is {self.highest}, but the model has layers 0..{stats.n_layers - 1}")
 
     def plan(self, stats: Stats, n_remove: int) -> Plan:
         """The merges; with a threshold, as many as it lets pass, whatever the ratio.
@@ -48,10 +56,9 @@ class Swm(Strategy):
         Raises:
             SvlError: if there is no layer `highest`, or merging cannot remove so many layers.
         """
+        self.check(stats, n_remove)
         probe, n_layers = stats.required_probe().with_samples(self.samples), stats.n_layers
         highest = n_layers - 2 if self.highest is None else self.highest
-        if not 0 <= highest < n_layers:
-            raise SvlError(f"strategy.highest is {highest}, but the model has layers 0..{n_layers - 1}")
         allowed = frozenset(stats.candidates(0 if self.threshold is not None else n_remove))
         similarity = merge_similarity(probe, n_layers, self.merge)
 
@@ -73,5 +80,5 @@ class Swm(Strategy):
             return merges
 
         if self.threshold is not None:
-            return merge_plan(n_layers, walk(self.threshold, n_layers - 1), self.threshold)
+            return plan_by_threshold(n_layers, walk, self.threshold)
         return search_threshold(walk, n_layers, n_remove)

@@ -1,0 +1,45 @@
+"""What numbers a setting may be: checked when a method is made, so before anything is computed."""
+
+from __future__ import annotations
+
+import math
+import reprlib
+
+from svl.core.errors import SvlError
+from svl.core.plan import whole_number
+
+
+def check_number(
+    name: str,
+    value: object,
+    *,
+    least: float = -math.inf,
+    most: float = math.inf,
+    above: float = -math.inf,
+    unless: str = "",
+) -> None:
+    """Raise SvlError unless `value` is a finite number in [least, most], and above `above`.
+
+    With `unless`, which says what None means, it may also be None.
+    """
+    if value is None and unless:
+        return
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not usable or not least <= value <= most or not value > above:  # type: ignore[operator]
+        bounds = [f"{word} {bound:g}" for word, bound in (("at least", least), ("at most", most), ("above", above))
+                  if math.isfinite(bound)]  # fmt: skip
+        shown = f"{value:g}" if isinstance(value, float) else reprlib.repr(value)
+        or_null = f", or null for {unless}" if unless else ""
+        raise SvlError(f"{name} is {shown}, but must be {' and '.join(bounds) or 'a finite number'}{or_null}")
+
+
+def check_count(name: str, value: object, *, least: int = 0, unless: str = "") -> None:
+    """Raise SvlError unless `value` is a whole number of at least `least`.
+
+    With `unless`, which says what None means, it may also be None.
+    """
+    if value is None and unless:
+        return
+    if whole_number(name, value) < least:
+        or_null = f", or null for {unless}" if unless else ""
+        raise SvlError(f"{name} is {value}, but must be at least {least}{or_null}")

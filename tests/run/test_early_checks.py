@@ -1,0 +1,112 @@
+"""What cannot be on a model is found before the calibration pass; what was not compensated is said."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from svl import config
+from svl.calibration import calibrate
+from svl.config import CONF
+from svl.core import Plan, Stats, SvlError
+from svl.run import pipeline
+from svl.strategies.laco import Laco
+from svl.strategies.shortened_magnitude import ShortenedMagnitude
+from svl.strategies.swm import Swm
+
+
+def composed(tmp_path, *words):
+    config.register_with_hydra()
+    words = [*words, "benchmark=none", "tracker=none", "model.device=cpu"]
+    words += [f"paths.store={tmp_path}", f"paths.outputs={tmp_path}", "calibration.samples=2"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", overrides=words)
+
+
+NAMED = "strategy=manual", "compensation=magnitude"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((*NAMED, "strategy.layers=[16]"), r"plan removes layers \[16\], but the model has layers 0\.\.15"),
+        ((*NAMED, "strategy.layers=[1]", "strategy.attn=[17]"), r"removed_attn of a plan is \[17\]"),
+        ((*NAMED, "strategy.layers=[1]", "model.protect=[1]"), r"removes layers \[1\], which are protected"),
+        (
+            ("strategy=manual", "strategy.layers=[3]", "strategy.mlp=[2]", "compensation=come"),
+            r"compensation=come puts removed layers into layer 2, but the plan takes its mlp",
+        ),
+        (("strategy=sleb", "strategy.samples=0", "compensation=magnitude"), r"samples is 0, but must be at least 1"),
+        (("strategy=lorp", "strategy.protected=[16]"), r"strategy\.protected names layers \[16\], but the model has"),
+        (("strategy=lorp", "strategy.clusters=17"), r"strategy\.clusters is 17, but the model has only 16 layers"),
+        (
+            ("strategy=shortened_ppl", "compensation=linear", "strategy.protected=[-17]"),
+            r"strategy\.protected names layers \[-17\], but the model has layers 0\.\.15 \(from the end: -1\.\.-16\)",
+        ),
+        (("strategy=swm", "compensation=linear", "strategy.highest=16"), r"strategy\.highest is 16, but the model has"),
+        (("strategy=laco", "compensation=linear", "strategy.size=17"), r"strategy\.size 17 does not fit between"),
+        (
+            ("strategy=block_pruner", "compensation=linear", "strategy.targets=[mlp]", "n_remove=9"),
+            "18 blocks: only",
+        ),
+        (
+            ("strategy=iterative", "strategy@strategy.of=shortened_ppl", "strategy.of.protected=[16]"),
+            r"strategy\.protected names layers \[16\]",
+        ),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, tuple) else "",
+)
+def test_what_cannot_be_costs_no_calibration(words, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibrate, "calibrate", lambda *_, **__: pytest.fail("calibrated nevertheless"))
+    with pytest.raises(SvlError, match=message):
+        pipeline.Run(composed(tmp_path, *words), tmp_path).execute()
+
+
+def test_a_plan_without_a_gap_is_told_not_to_be_compensated(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    words = "strategy=manual", "strategy.mlp=[2]", "compensation=linear"
+    result = pipeline.Run(composed(tmp_path, *words), tmp_path).execute()
+    assert (result["compensation"], result["compensated"]) == ("none", [])
+    assert "no whole layer is removed, so there is no gap to fill: nothing is changed" in caplog.text
+    result = pipeline.Run(composed(tmp_path, *words, "strategy.layers=[3]"), tmp_path).execute()
+    assert (result["compensation"], result["compensated"]) == ("linear", ["2.attn"])
+    result = pipeline.Run(composed(tmp_path, "strategy=identity", "compensation=linear"), tmp_path).execute()
+    assert result["compensation"] == "linear"  # of nothing, as it was asked for
+    assert "removes nothing" in caplog.text
+
+
+def test_layers_that_do_not_exist_cannot_be_protected():
+    stats = Stats(16, tuple(range(16)))
+    for wrong in (40, 16, -17):
+        with pytest.raises(
+            SvlError, match=rf"strategy\.protected names layers \[{wrong}\], but the model has layers 0"
+        ):
+            stats.without((0, wrong))
+        with pytest.raises(SvlError, match=r"strategy\.protected names layers"):
+            ShortenedMagnitude(protected=(wrong,)).plan(stats, 1)
+    assert stats.without((0, 15, -16, -2)).removable == tuple(range(1, 14))
+
+
+class Unlike:
+    """A probe on which nothing is similar once it is merged."""
+
+    def with_samples(self, n):
+        return self
+
+    def similarity(self, plan, patch):
+        return -1.0
+
+
+@pytest.mark.parametrize("strategy", [Laco(threshold=0.9, size=2), Swm(threshold=0.9)], ids=str)
+def test_a_threshold_that_nothing_passes_is_told(strategy, caplog):
+    assert strategy.plan(Stats(4, (0, 1, 2, 3), probe=Unlike()), 2).removed == ()
+    assert "no merge stays above a similarity of 0.9, so nothing is removed" in caplog.text
+
+
+def test_no_layer_to_remove_needs_no_room_for_a_merge():
+    assert Laco(size=2).plan(Stats(2, (0, 1), probe=Unlike()), 0) == Plan(2, ())
+    assert Swm().plan(Stats(2, (0, 1), probe=Unlike()), 0) == Plan(2, ())
+    with pytest.raises(SvlError, match="size 2 does not fit"):
+        Laco(size=2).plan(Stats(2, (0, 1), probe=Unlike()), 1)
