@@ -15,7 +15,6 @@ import inspect
 import os
 import typing
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from svl import plugins
+from svl.config_ranges import HYDRA, check_known, check_least, check_numbers, type_hints
 from svl.config_schema import Svl, TrainingData
 from svl.core import Compensation, Method, Strategy, SvlError, TokenSelector, did_you_mean, layers_to_remove, one_of
 from svl.core.patch import NO_STOCK_FORM, NO_TRIALS
@@ -51,7 +51,6 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
-HYDRA = "hydra"  # the key of Hydra's own settings, where a configuration has them
 RATIO_DIGITS = 6  # of a ratio: 0.1 + 0.2 is 0.3 in every key, name and table
 
 
@@ -79,9 +78,6 @@ def _accelerators() -> int:
     from torch import accelerator  # few configurations need it
 
     return max(1, accelerator.device_count())
-
-
-_type_hints = cache(typing.get_type_hints)  # evaluating them takes a millisecond
 
 
 def build_method(node: DictConfig, group: str, where: str | None = None) -> Any:
@@ -153,7 +149,7 @@ def _build_inner(node: Any, group: str, by_name: bool, where: str) -> Any:
 def _method_fields(cls: type) -> dict[str, tuple[str, bool]]:
     """The fields of a method that hold methods themselves -> their group, and whether they are several by name."""
     groups = {kind: group for group, kind in METHODS.items()}
-    hints, found = _type_hints(cls), {}
+    hints, found = type_hints(cls), {}
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
         by_name = typing.get_origin(hint) is Mapping
@@ -194,7 +190,7 @@ def _find_class(target: str, group: str, where: str) -> type[Method]:
 
 def _schema(cls: type) -> type:
     """A mutable twin of a frozen dataclass, with tuples as lists and without methods: what OmegaConf can type-check."""
-    hints, inner = _type_hints(cls), _method_fields(cls)
+    hints, inner = type_hints(cls), _method_fields(cls)
     fields: list[Any] = []
     for f in dataclasses.fields(cls):
         if not f.init or f.name in inner:
@@ -275,7 +271,7 @@ def validate_config(cfg: DictConfig) -> dict[str, Any]:
         if name != HYDRA:
             resolved_setting(cfg, name)  # what refers to nothing is found now, not when it is first used
     _check_mappings(cfg)
-    _check_numbers(cfg)
+    check_numbers(cfg)
     load_options(cfg.model)
     if cfg.model.offload and cfg.model.device_map is not None:
         raise SvlError("model.offload leaves layers on disk, model.device_map places them: set one of the two")
@@ -324,7 +320,7 @@ def training_data(recovery: DictConfig) -> DictConfig:
         raise SvlError(
             f"recovery.data.{idle[0]} has no effect: without recovery.data.path, recovery trains on the calibration set"
         )
-    _check_least(found, {"samples": 1, "frames": 1, "seed": 0}, "recovery.data.")
+    check_least(found, {"samples": 1, "frames": 1, "seed": 0}, "recovery.data.")
     return found
 
 
@@ -351,45 +347,6 @@ def resolved_setting(cfg: DictConfig, name: Any) -> Any:
     """A setting, or all of a group."""
     value = cfg[name]
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-
-
-def check_known(cfg: DictConfig, kind: type = Svl, where: str = "") -> None:
-    """Raise SvlError on a setting that there is not: Hydra adds it, where it is written with a plus."""
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    for key in map(str, cfg):
-        if key == HYDRA and not where:
-            continue
-        if key not in fields:
-            known = [where + name for name in fields]
-            hint = did_you_mean(where + key, known)
-            raise SvlError(f"there is no setting '{where}{key}'{hint}; known here: {', '.join(known)}")
-        if dataclasses.is_dataclass(inner := _type_hints(kind)[key]):
-            check_known(cfg[key], typing.cast(type, inner), f"{where}{key}.")
-
-
-def _check_numbers(cfg: DictConfig) -> None:
-    """Raise SvlError if a number is out of its range."""
-    least: dict[str, int] = dict.fromkeys(("calibration.batch_size", "calibration.samples", "calibration.frames"), 1)
-    least |= dict.fromkeys(("benchmark.batch_size", "benchmark.max_new_tokens", "benchmark.frames"), 1)
-    least |= {f"benchmark.tasks.{task}.max_new_tokens": 1 for task in cfg.benchmark.tasks}
-    least |= {"efficiency.batch_size": 1, "efficiency.new_tokens": 2, "efficiency.warmup": 0, "efficiency.repeats": 0}
-    least |= {"together": 1, "calibration.generated": 0, "calibration.generated_tokens": 1, "seed": 0}
-    least |= {"calibration.seed": 0}
-    _check_least(cfg, least)
-    limit = cfg.benchmark.limit
-    if limit is not None and not (0 < limit < 1 or (limit >= 1 and limit == int(limit))):
-        raise SvlError(f"benchmark.limit is {limit:g}, but must be a whole number of samples, or a share below 1")
-    for task, settings in cfg.benchmark.tasks.items():
-        if not settings.scale > 0:
-            raise SvlError(f"benchmark.tasks.{task}.scale is {settings.scale:g}, but must be above 0")
-
-
-def _check_least(cfg: DictConfig, least: dict[str, int], where: str = "") -> None:
-    """Raise SvlError if a number, by its name, is less than it must be."""
-    for name, bound in least.items():
-        value = OmegaConf.select(cfg, name)
-        if value is not None and value < bound:
-            raise SvlError(f"{where}{name} is {value}, but must be at least {bound}")
 
 
 def _check_evaluator(name: str) -> None:

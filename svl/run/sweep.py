@@ -21,7 +21,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from svl.config import METHODS, build_method, check_known
+from svl.config import METHODS, build_method
+from svl.config_ranges import check_known
 from svl.core import SvlError
 from svl.run import hydra_internals, time_left
 from svl.run.job_records import clear_records

@@ -45,7 +45,7 @@ def test_interlace_trains_the_other_one_of_the_first_two_of_each_triplet(llava):
         cosine[i, j] = value
 
     class Given(Stats):
-        def windows(self):
+        def windows(self, over="tokens"):
             return cosine
 
     plan = Triplets().plan(Given(12, tuple(range(12))), 2)
