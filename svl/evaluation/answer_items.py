@@ -78,17 +78,21 @@ def short_items(text: str, target: str, metric: str = "accuracy") -> dict[str, I
     return {metric: {"score": float(is_right), "answer": answer}, **off_format(text, target if is_right else answer)}
 
 
-def read_as(text: str, target: str) -> str | None:
-    """A short answer, read as what the right one is: yes or no, a number (in its words), or a text."""
+def read_as(text: str, target: str, counted: bool = True) -> str | None:
+    """A short answer, read as what the right one is: yes or no, a plain number, or a text.
+
+    Numbers are given in the words of the right one; `counted`: what is counted may be named behind ("2 cars").
+    """
     answer = read_short_answer(text)
     if answer is None or same_answer(answer, target):
         return answer
     if normalise(target) in ("yes", "no"):
         return read_yes_no(text) or answer
     said, right = read_number(text), read_number(target)
-    if said is None or right is None or said.value != right.value or not agree(said.unit, right.unit):
+    if said is None or right is None or said.value != right.value or right.unit[:1].isalpha():
         return answer
-    return target
+    is_same = agree(said.unit, right.unit) if counted else said.unit == right.unit
+    return target if is_same else answer
 
 
 def agree(unit: str, other: str) -> bool:

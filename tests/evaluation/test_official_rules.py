@@ -303,7 +303,9 @@ def test_yes_no_and_numbers_among_open_questions_are_read_as_such():
     for text, right in (("Two", 1), ("2 cars", 1), ("There are 2.", 1), ("two or three", 0), ("3", 0)):
         assert score(utils.realworldqa({"question": "How many?", "answer": "2"}, [text]), "accuracy") == right
         assert score(utils.gqa({"answer": "2"}, [text]), "exact_match") == right
-        assert score(utils.vqa({"answers": ["2"] * 10}, [text]), "exact_match") == right
+    for answer, text in (("7 up", "7"), ("50 mph", "50"), ("5 am", "5 pm"), ("5 am", "5"), ("3m", "3"), ("2", "2 pm")):
+        assert score(utils.vqa({"answers": [answer] * 10}, [text]), "exact_match") == 0
+    assert score(utils.vqa({"answers": ["2"] * 10}, ["There are 2."]), "exact_match") == 1
     assert not utils.is_relaxed_match(".5", "5")
     assert not utils.is_relaxed_match("5", ".5")
 
@@ -312,6 +314,9 @@ def test_an_open_answer_is_off_format_if_the_strict_rule_misses_it():
     chart = {"answer": "12", "type": "human_test"}
     for text, off in (("12", 0), ("12.", 0), ("The total is 12", 1), ("about 12", 1), ("12 people", 1), ("13", 0)):
         assert score(utils.chartqa(chart, [text]), "off_format") == off, text
+    for text, answer in (("42", "42.0"), ("0.50", "0.5")):
+        assert score(utils.chartqa({**chart, "answer": answer}, [text]), "off_format") == 0
+    assert score(utils.vqa({"answers": ["2"] * 10}, ["two"]), "off_format") == 0
     for text, off in (("dog", 0), ("Dog.", 0), ("a dog", 1), ("**dog**", 1), ("cat", 0), ("It is a cat", 1)):
         assert score(utils.gqa({"answer": "dog"}, [text]), "off_format") == off, text
     video = {"candidates": ["red", "green"], "answer": "green"}

@@ -198,7 +198,9 @@ def test_what_is_denied_doubted_or_listed_is_no_choice(text):
             "Select option B", "The option B", "The letter B", "correct: B", "Final: B", "Ans. B"),
         *("B, not A", "B and not A", "B, because A is not round", "The answer is B, not A.", "B. Not A",
             "The correct answer is B and not A", "B is correct, A is wrong", "It is no cat, so the answer is B.",
-            "There is no doubt that the answer is B", "I'm not sure, but the answer is B"),
+            "There is no doubt that the answer is B", "I'm not sure, but the answer is B",
+            "The answer is B, it is not A", "Since there is no sign the answer is B",
+            "If I had to choose, the answer is B", "(B) it is not round"),
         *("B (dog)", "B [dog]", "B (see picture)", "B?", "B👍", "✅ B", "B…", "B、", "「B」", ": B", ". B", "<B>"),
         *("B B B", "BBBB", "B.B.", '{"answer": "B"}', '```json\n{"answer": "B"}\n```'),
         *("答案是B", "正确答案是B。", "选B"),
@@ -225,6 +227,19 @@ def test_a_letter_is_read_whatever_stands_around_it(text, options):
 )  # fmt: skip
 def test_menus_doubts_and_conclusions_of_yes_and_no(text, answer):
     assert reading.read_yes_no(text) == answer
+
+
+@pytest.mark.parametrize(
+    "text", ["B. No, it is not.", "No, it isn't.", "(B) No, it does not", "No", "no.", "The answer is No."]
+)
+def test_a_no_among_the_options_denies_nothing(text):
+    assert reading.read_choice(text, {"A": "Yes", "B": "No"}) == "B"
+
+
+def test_a_negation_elsewhere_denies_nothing():
+    assert reading.read_choice("The car with no lights is red", {"A": "red", "B": "blue"}) == "A"
+    assert reading.read_choice("B. red, it is not blue", {"A": "blue", "B": "red"}) == "B"
+    assert reading.read_choice("There is no dog", ANIMALS) is None
 
 
 def test_options_that_differ_in_little():

@@ -8,15 +8,24 @@ from svl.evaluation.reading.form import BE
 
 _SENTENCE = re.compile(r"[.!?;\n]")
 _CLAUSE = re.compile(r",|\b(?:so|but|therefore|thus|hence)\b", re.IGNORECASE)
-_CERTAIN = re.compile(r"\b(?:no|without(?:\s+an?y?)?)\s+(?:doubt|question)\b|\bnot\s+only\b", re.IGNORECASE)
-_CONDITION = re.compile(r"\s*(?:if|whether|unless|assuming|suppose)\b", re.IGNORECASE)
-_REST_OF_QUESTION = re.compile(r"[^.!;\n]*\?")
-_BEFORE = re.compile(
-    r"n['’]t\b|\b(?:not|no|cannot|never|neither|nor|doubt|unsure|unlikely|impossible|if|whether|except|excluding)\b",
+_CERTAIN = re.compile(r"\b(?:no|without(?:\s+an?y?)?)\s+(?:doubt|question)\b", re.IGNORECASE)
+_CONDITION = re.compile(  # not "If I had to choose"
+    r"\s*(?:if\b(?!\s+(?:i|we|you)\s+(?:had|have|were|must|ask)\b)|whether\b|unless\b|assuming\b|suppose\b)",
     re.IGNORECASE,
 )
+_REST_OF_QUESTION = re.compile(r"[^.!;\n]*\?")
+_DOUBTED = re.compile(
+    r"""\b(?:doubt|unsure|uncertain|unlikely|impossible|if|whether)\b
+        |(?:n['’]t|\bnot|\bnever|\bcannot)\s+(?:\w+ly\s+)?(?:sure|certain|clear|convinced|think|believe|say|agree|know|tell|likely|possible|true)\b""",
+    re.VERBOSE | re.IGNORECASE,
+)
+_DENIED = re.compile(  # right before what is named: "not option", "isn't the", "can't be a", "no"
+    r"""(?:n['’]t|\b(?:not|no|never|cannot|neither|nor|except|excluding))\s+
+        (?:(?:be|option|choice|answer|letter|an?|the|my)\s+)*\W*$""",
+    re.VERBOSE | re.IGNORECASE,
+)
 _BEHIND = re.compile(
-    rf"""[\s,]*(?:(?:which|that|it|this|option|choice|answer)\s+)*
+    rf"""[\s,]*(?:(?:which|that|option|choice|answer)\s+)*
         (?:(?:is|are|was|were|do|does|did|could|would|should|might|must|has|have)(?:n['’]t|\s+not)\b
         |(?:can|won)['’]t\b|(?:can|will|may)\s+not\b|cannot\b|never\b|no\W*$
         |(?:[–—-]\s*|{BE}\s+|seems?\s+|looks?\s+)?(?:\w+ly\s+)?
@@ -28,14 +37,14 @@ _BEHIND = re.compile(
 def is_denied(text: str, start: int, end: int) -> bool:
     """Whether what stands at `text[start:end]` is denied, doubted, or asked for where it stands.
 
-    That is, by a word before it in its clause, by the sentence being a condition or a question, or by what follows
-    directly. "It is not a cat, so the answer is B" and "B, not A" do not deny B.
+    That is, by a word right before it, by a doubt in its clause, by the sentence being a condition or a question, or by
+    what follows directly. "It is not a cat, so the answer is B", "B, not A" and "B, it is not A" do not deny B.
     """
     before = _SENTENCE.split(text[:start])[-1]
     if _CONDITION.match(before) or (before.strip() and _REST_OF_QUESTION.match(text[end:])):
         return True
     clause = _CLAUSE.split(_CERTAIN.sub("", before))[-1]
-    return bool(_BEFORE.search(clause)) or is_denied_behind(text[end:])
+    return bool(_DOUBTED.search(clause) or _DENIED.search(clause)) or is_denied_behind(text[end:])
 
 
 def is_denied_behind(rest: str) -> bool:

@@ -266,9 +266,9 @@ def mmmu(doc: dict[str, Any], results: list[str]) -> dict[str, Item]:
     if target.startswith("["):
         target = ast.literal_eval(target)
     readings = [results[0], read_short_answer(results[0]) or ""]
-    right = any(eval_open(target, parse_open_response(text)) for text in readings)
-    found = {"score": float(right), "answer": results[0]}
-    return {"accuracy": found, **off_format(results[0], read_short_answer(results[0]))}
+    strict, read = (float(bool(eval_open(target, parse_open_response(text)))) for text in readings)
+    found = {"score": max(strict, read), "answer": results[0]}
+    return {"accuracy": found, **_form_of(found, strict, results[0])}
 
 
 def mmmu_options(doc: dict[str, Any]) -> list[str]:
@@ -311,14 +311,14 @@ def vqa(doc: dict[str, Any], results: list[str]) -> dict[str, Item]:
         return sum(min(1, n / 3) for n in others) / len(given)
 
     strict = agreement(text)
-    answer = max(sorted({read_as(text, right) or "" for right in doc["answers"]}), key=agreement)
+    answer = max(sorted({read_as(text, right, counted=False) or "" for right in doc["answers"]}), key=agreement)
     found = {"score": max(strict, agreement(answer)), "answer": answer}
     return {"exact_match": found, **_form_of(found, strict, text)}
 
 
 def _form_of(found: Item, strict: float, text: str) -> dict[str, Item]:
     """The item of the form of an answer in one's own words, which a strict rule may accept as it stands."""
-    items = off_format(text, found["answer"])
+    items = off_format(text, read_short_answer(text))
     if found["score"] > strict:
         items["off_format"]["score"] = 1.0
     return items
