@@ -132,6 +132,8 @@ def stepwise_choices() -> list[str]:
     for file in (file for folder in plugins.conf_folders() for file in (folder / "strategy").glob("*.yaml")):
         with contextlib.suppress(SvlError, OmegaConfBaseException, yaml.YAMLError):  # another one's mistake
             content: Any = OmegaConf.load(file)
+            if not OmegaConf.is_dict(content):
+                continue
             if getattr(_find_class(str(content.get("_target_")), "strategy", file.stem), "stepwise", False):
                 found.add(file.stem)
     return sorted(found)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from svl.core.errors import SvlError
 from svl.models.hub_snapshot import find_hub_snapshot
-from svl.models.weight_files import check_no_adapter, find_weight_files
+from svl.models.weight_files import check_no_adapter, checkpoint_files, find_weight_files
 from svl.store.files import digest, file_digest, write_text_whole
 
 LARGE = 64 * 2**20  # bytes of a file whose hash is remembered
@@ -45,16 +45,9 @@ def checkpoint_fingerprint(path: str, revision: str | None, cache: Path, full_ha
     find_weight_files(folder)
     remember = None if full_hash or os.environ.get("SVL_FULL_HASH") == "1" else cache
     try:
-        return digest({name: _file_hash(folder / name, remember) for name in _hashed_files(folder)})
+        return digest({name: _file_hash(folder / name, remember) for name in checkpoint_files(folder)})
     except OSError as error:
         raise SvlError(f"model.path: cannot read '{path}': {error}") from error
-
-
-def _hashed_files(folder: Path) -> list[str]:
-    """Names of the files that count, in folders, too."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix.lower() != ".md")
-    names = [file.relative_to(folder).as_posix() for file in files]
-    return [name for name in names if not name.startswith(".") and "/." not in name]
 
 
 def _file_hash(file: Path, cache: Path | None) -> str:

@@ -128,6 +128,11 @@ class Halves:
         """How many rows of weight above 0 there are."""
         return sum(half.rows for half in self.halves.values())
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether there are rows of weight above 0, in each half that there is."""
+        return bool(self.halves) and all(half.rows for half in self.halves.values())
+
     def take_rows_of(self, other: Halves, generated: bool) -> None:
         """Move the rows of one half of `other` to the same half here."""
         if (half := other.halves.pop(generated, None)) is None:
@@ -176,7 +181,7 @@ class HeldOutRegression:
     def _choose(self) -> float:
         """The ridge of least error on what is held out."""
         n = self.n_samples[False] + self.n_samples[True]
-        if not (self.fitted.rows and self.held_out.rows):
+        if not (self.fitted.has_rows and self.held_out.rows):
             self.how = f" (the largest: {n} sample{'s' * (n != 1)} can tell none from another)"
             return self.ridges[0]
         if n < self.fold:

@@ -191,15 +191,24 @@ class Stats:
         Raises:
             SvlError: if every such block has a protected layer.
         """
-        allowed = set(self.candidates(n_remove))
+        self.candidates(n_remove)
         importance = tuple(distance.diagonal(1).tolist())
         if n_remove == 0:
             return Plan(self.n_layers, (), importance)
-        starts = [s for s in range(first, self.n_layers - n_remove + 1) if allowed.issuperset(range(s, s + n_remove))]
-        if not starts:
-            raise SvlError(f"no {n_remove} layers in a row may be removed; choose a lower ratio, or another strategy")
-        start = min(starts, key=lambda s: float(distance[s, s + n_remove]))
+        start = min(self.starts(n_remove, first), key=lambda s: float(distance[s, s + n_remove]))
         return Plan(self.n_layers, tuple(range(start, start + n_remove)), importance)
+
+    def starts(self, n_remove: int, first: int = 0) -> list[int]:
+        """Where a block of so many layers that may all go can start, from `first` on.
+
+        Raises:
+            SvlError: if there is none.
+        """
+        allowed = set(self.candidates(n_remove))
+        found = [s for s in range(first, self.n_layers - n_remove + 1) if allowed.issuperset(range(s, s + n_remove))]
+        if not found:
+            raise SvlError(f"no {n_remove} layers in a row may be removed; choose a lower ratio, or another strategy")
+        return found
 
     def without(self, layers: Iterable[int]) -> Stats:
         """The same statistics with `layers` protected, too, by their numbers in the dense model; -1 is its last, ...

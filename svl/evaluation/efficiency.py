@@ -188,8 +188,9 @@ def _stored_bytes(tensor: Any) -> int:
 def pass_counts(lvlm: Lvlm, inputs: dict[str, Tensor]) -> dict[str, int]:
     """FLOPs (multiplications and additions) and KV-cache bytes of one prefill."""
     counted = sdpa_kernel(SDPBackend.MATH) if lvlm.device.type == "cpu" else nullcontext()
-    # torch's counter does not know the products of all experts at once
-    experts: Any = {torch.ops.aten._grouped_mm: _grouped_flops}
+    # torch's counter does not know the products of all experts at once, where torch or transformers has them
+    named = ((torch.ops.aten, "_grouped_mm"), (torch.ops.transformers, "grouped_mm_fallback"))
+    experts: Any = {getattr(library, name): _grouped_flops for library, name in named if hasattr(library, name)}
     with torch.inference_mode(), counted, FlopCounterMode(display=False, custom_mapping=experts) as counter:
         cache = lvlm.model(**inputs, use_cache=True).past_key_values
     return {"prefill_flops": counter.get_total_flops(), "cache_bytes": _cache_bytes(cache)}

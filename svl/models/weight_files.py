@@ -35,11 +35,24 @@ FilesState = tuple[tuple[str, int, int, int, int], ...]  # path, size, time of c
 def state_of_files(path: str | Path) -> FilesState:
     """What tells whether any file in a checkpoint folder is still the one it was; nothing for a hub id.
 
-    The same by which a fingerprint trusts a hash that it remembers. Texts about the model do not count.
+    The same files, and the same by which a fingerprint trusts a hash that it remembers.
+
+    Raises:
+        SvlError: if one cannot be looked at.
     """
-    files = [file for file in Path(path).rglob("*") if file.suffix.lower() != ".md" and file.is_file()]
-    stats = [(file, file.stat()) for file in sorted(files)]
+    folder = Path(path)
+    try:
+        stats = [(file, file.stat()) for file in (folder / name for name in checkpoint_files(folder))]
+    except OSError as error:
+        raise SvlError(f"model.path: cannot read '{path}': {error}") from error
     return tuple((str(f.absolute()), s.st_size, s.st_mtime_ns, s.st_ino, s.st_ctime_ns) for f, s in stats)
+
+
+def checkpoint_files(folder: Path) -> list[str]:
+    """Names of the files that count, in folders, too: not texts about the model, and nothing hidden (locks, caches)."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix.lower() != ".md")
+    names = [file.relative_to(folder).as_posix() for file in files]
+    return [name for name in names if not name.startswith(".") and "/." not in name]
 
 
 @dataclass(frozen=True)

@@ -52,9 +52,7 @@ def join_rules(shapes: Shapes, parts: Sequence[JoinedPart], hidden: int) -> dict
         if module in ROWS or (is_column and leaf == "weight"):
             kind, axis = (ROWS | COLUMNS)[module], int(is_column)
             if len(shape) <= axis or counts[kind] == 0 or shape[axis] % counts[kind]:
-                raise SvlError(
-                    f"the patch joins {counts[kind]} {kind} in '{name}', which does not fit its shape {shape}"
-                )
+                raise _misfit(name, shape, kind, counts[kind])
             rules[name] = Rule(kind, axis, shape[axis] // counts[kind])
             inside.setdefault(block, {})[kind] = rules[name].size
     for name, shape in shapes.items():
@@ -100,7 +98,7 @@ def _check_indices(name: str, shape: tuple[int, ...], kind: str, parts: Sequence
     """Raise SvlError if a part asks for what a tensor does not have."""
     units = [getattr(part, kind) for part in parts]
     if any(bool((u < 0).any() or (u >= count).any()) for u in units):
-        raise _misfit(name, shape, kind, count)
+        raise SvlError(f"the patch joins {kind} in '{name}' that it does not have: there are {count}")
 
 
 def _misfit(name: str, shape: tuple[int, ...], kind: str, count: int) -> SvlError:

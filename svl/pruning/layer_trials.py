@@ -8,7 +8,7 @@ layer adds to them; five or so runs of a layer cost next to nothing beside a cal
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -92,9 +92,10 @@ def check_folding(lvlm: Lvlm, inputs: Inputs | None = None) -> None:
 
     def check(trial: LayerTrial) -> None:
         anatomy, what = lvlm.anatomy, f"layer {trial.number} of '{lvlm.name}'"
-        roles, state = tuple(anatomy.writers), trial.state.float()
+        roles = tuple(anatomy.writers)
         nothing = dict.fromkeys(roles, 0.0)
         without = trial.scaled(anatomy, nothing)
+        state = trial.state.to(without)  # which came from another device, maybe
         if len(roles) == 2 and not _is_small(without - state, 4 * trial.eps * (without.norm() + state.norm())):
             raise SvlError(
                 f"{what} passes on another state than it is given when {_named(trial, anatomy)} write nothing: it "
@@ -111,7 +112,7 @@ def check_folding(lvlm: Lvlm, inputs: Inputs | None = None) -> None:
                     "compensation=none"
                 )
 
-    _try_layers(lvlm, inputs, check)
+    _try_layers(lvlm, inputs, check, layer_kinds(lvlm, range(len(lvlm.layers))))
 
 
 def check_joining(lvlm: Lvlm, inputs: Inputs | None = None) -> None:
@@ -123,11 +124,8 @@ def check_joining(lvlm: Lvlm, inputs: Inputs | None = None) -> None:
         SvlError: if layers have tensors of which it is not known how they are joined, no two neighbours are of one
             shape, or the order does matter.
     """
-    joined_layers = joinable_layers(lvlm)
 
     def check(trial: LayerTrial) -> None:
-        if trial.number not in joined_layers:
-            return
         part = _own_parts(lvlm, trial.number, backwards=True)
         rules = join_rules(folding.parameter_shapes(lvlm.layers[trial.number]), (part,), lvlm.anatomy.hidden_size)
         joined = {}
@@ -140,7 +138,7 @@ def check_joining(lvlm: Lvlm, inputs: Inputs | None = None) -> None:
                 "another order, computes something else; choose another compensation"
             )
 
-    _try_layers(lvlm, inputs, check)
+    _try_layers(lvlm, inputs, check, layer_kinds(lvlm, sorted(joinable_layers(lvlm))))
 
 
 def joinable_layers(lvlm: Lvlm) -> set[int]:
@@ -202,10 +200,11 @@ def _named(trial: LayerTrial, anatomy: Anatomy, role: str | None = None) -> str:
     return " and ".join(names) if len(names) <= 2 else f"{', '.join(names[:2])}, ..."
 
 
-def layer_kinds(lvlm: Lvlm) -> list[int]:
-    """The first layer of every kind: of the same modules, shapes, and switches of its own."""
+def layer_kinds(lvlm: Lvlm, layers: Iterable[int]) -> list[int]:
+    """The first of these layers of every kind: of the same modules, shapes, and switches of its own."""
     first: dict[Any, int] = {}
-    for i, layer in enumerate(lvlm.layers):
+    for i in layers:
+        layer = lvlm.layers[i]
         modules = tuple((name, type(module)) for name, module in layer.named_modules())
         shapes = tuple(folding.parameter_shapes(layer).items())
         switches = tuple((n, value) for m in layer.modules() for n, value in vars(m).items() if isinstance(value, bool))
@@ -213,12 +212,11 @@ def layer_kinds(lvlm: Lvlm) -> list[int]:
     return list(first.values())
 
 
-def _try_layers(lvlm: Lvlm, inputs: Inputs | None, check: Callable[[LayerTrial], None]) -> None:
-    """Call `check` with one layer of every kind, within a forward pass that ends behind the last of them.
+def _try_layers(lvlm: Lvlm, inputs: Inputs | None, check: Callable[[LayerTrial], None], numbers: Sequence[int]) -> None:
+    """Call `check` with the layers of these numbers, within a forward pass that ends behind the last of them.
 
     Layers that do not run on these inputs (cross-attention, without a picture) are not tried.
     """
-    kinds = layer_kinds(lvlm)
     inputs = example_inputs(lvlm) if inputs is None else inputs
 
     def hook(i: int) -> Callable[..., None]:
@@ -227,13 +225,13 @@ def _try_layers(lvlm: Lvlm, inputs: Inputs | None, check: Callable[[LayerTrial],
             given = args[0] if args else kwargs["hidden_states"]
             noise = torch.randn(given.shape, generator=torch.Generator().manual_seed(i)) * SMALL
             check(LayerTrial(i, layer, noise.to(given), args[1:], rest))
-            if i == kinds[-1]:
+            if i == numbers[-1]:
                 raise _EndedError
 
         return attempt
 
     def work(model: Lvlm, _: None) -> None:
-        handles = [model.layers[i].register_forward_hook(hook(i), with_kwargs=True) for i in kinds]
+        handles = [model.layers[i].register_forward_hook(hook(i), with_kwargs=True) for i in numbers]
         try:
             with suppress(_EndedError), torch.no_grad():
                 model.model(**inputs, use_cache=False)

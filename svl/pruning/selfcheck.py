@@ -73,8 +73,6 @@ def example_inputs(lvlm: Lvlm) -> dict[str, Tensor]:
     from PIL import Image
 
     with_image = lvlm.takes_images and getattr(lvlm.processor, "chat_template", None) is not None
-    if lvlm.takes_images and not with_image:
-        log.info("  surgery is checked on text: '%s' has no chat template that places a picture", lvlm.name)
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     images = [Image.fromarray(pixels).resize((224, 224))] if with_image else []
     with explained(f"the processor of '{lvlm.name}' fails on an example"):
@@ -92,6 +90,8 @@ def check_surgery(lvlm: Lvlm, pruned: Lvlm, plan: Plan, inputs: dict[str, Tensor
     Raises:
         SvlError: if it is more, unless the plan removes layers whose protection was waived.
     """
+    if lvlm.takes_images and inputs.keys() <= {"input_ids", "attention_mask"}:
+        log.info("  surgery is checked on text: '%s' has no chat template that places a picture", lvlm.name)
     handles = [lvlm.layers[i].register_forward_hook(_pass_on_input, with_kwargs=True) for i in plan.removed]
     for i, role in plan.sublayers:
         writer = lvlm.layers[i].get_submodule(lvlm.anatomy.writers[role][i].module)

@@ -96,7 +96,7 @@ class Student(nn.Module):
             self.samples += sum(len(group[ANSWER]) for group in groups)
         loss = terms.total_loss(self.recovery.losses, found)
         if not loss.requires_grad:  # of a batch without a picture, if only the projector is trained
-            loss = loss + 0 * torch.stack([parameter.sum() for parameter in self.trained.values()]).sum()
+            loss = loss + sum(0 * parameter.sum().to(loss.device) for parameter in self.trained.values())
         return {"loss": loss.to(groups[0][ANSWER].device)}
 
     def take_terms(self) -> dict[str, float]:

@@ -218,8 +218,10 @@ def _damage(checkpoint: Path) -> str | None:
                 json.loads(path.read_text())
             elif path.suffix == ".safetensors":
                 load_file(path)
-            elif damaged := zipfile.ZipFile(path).testzip():  # as torch writes
-                return f"{name}: {damaged}"
+            else:
+                with zipfile.ZipFile(path) as archive:  # as torch writes
+                    if damaged := archive.testzip():
+                        return f"{name}: {damaged}"
         except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
             return f"{name}: {reason_of(error)}"
     return None

@@ -6,7 +6,8 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from svl.core import Patch, Plan
+from svl.core import Patch, Plan, SvlError
+from svl.core.contract import answering
 
 if TYPE_CHECKING:
     from svl.run.setup import RunSetup
@@ -21,13 +22,14 @@ def check_compensation(setup: RunSetup) -> None:
         SvlError: if it cannot.
     """
     compensation = setup.compensation
-    if not compensation.needs or not compensation.foldable:
+    if not compensation.needs or not compensation.foldable or setup.layers_are_tried:
         return
     from svl.pruning import layer_trials
 
     layer_trials.check_folding(setup.dense)
     if compensation.joins:
         layer_trials.check_joining(setup.dense)
+    setup.layers_are_tried = True
 
 
 def check_patch_fits(setup: RunSetup, plan: Plan, patch: Patch) -> None:
@@ -37,8 +39,17 @@ def check_patch_fits(setup: RunSetup, plan: Plan, patch: Patch) -> None:
     folding.check_patch(patch, plan, setup.dense.anatomy, setup.dense.layers)
 
 
-def check_combined(setup: RunSetup, plan: Plan) -> None:
-    """Raise SvlError if what pruning is combined with cannot act on what the plan leaves."""
+def check_plan(setup: RunSetup, plan: Plan) -> None:
+    """Raise SvlError if the compensation, or what pruning is combined with, can do nothing with what a plan leaves."""
+    compensation = setup.compensation
+    if plan.removed:
+        with answering(compensation):
+            compensation.check_plan(plan)
+    if plan.removed and plan.sublayers and compensation.needs and setup.cfg.model.offload:
+        raise SvlError(
+            "a compensation is fitted to the model without the plan's sub-layers, which must be in memory for it, but "
+            "model.offload leaves layers on disk: set compensation=none, or model.offload=false"
+        )
     if "visual_tokens" in setup.combined:
         setup.combined["visual_tokens"].check_plan(plan)
 

@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 from svl.checkpoints.pruning_record import changed_writers
 from svl.config import plain_values
 from svl.core import Plan, checked_plan, fitted_patch
+from svl.core.contract import answering
 from svl.processes import process_rank
 from svl.run import early_checks, exporting, parallel, tracking
 from svl.run.figure_data import spectra_record, write_example_picture, write_token_scores
@@ -111,7 +112,7 @@ class Run:
         texts = self.generate()
         planned = self.plan(stats, texts)
         plan = Plan.from_json((planned.path / "plan.json").read_text())
-        early_checks.check_combined(self.setup, plan)
+        early_checks.check_plan(self.setup, plan)
         self.check(plan)
         patch = self.compensate(stats, texts, plan)
         overlap = compare_pictures(self.setup, plan)  # before hours of training
@@ -188,6 +189,8 @@ class Run:
         def build(folder: Path) -> Output:
             measured = read_statistics(setup, source)
             n_remove = count_removals(setup, measured)
+            with answering(setup.strategy):
+                setup.strategy.check(measured, n_remove)
             if setup.probes:
                 measured = dataclasses.replace(measured, probe=resumable_probe(setup))
             if setup.rescores:

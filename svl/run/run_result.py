@@ -70,17 +70,22 @@ class RunStages:
         return {name: [entry for entry in entries if entry] for name, entries in stages.items()}
 
 
+NO_COMPENSATION = "svl.compensation.none.NoCompensation"  # compensation=none
+
+
 def result_inputs(setup: RunSetup, stages: RunStages) -> dict[str, Any]:
     """What identifies a run: its names, settings, and the keys of its stages."""
     provenance = stages.plan.provenance
     keys = {name: [entry.key for entry in entries] for name, entries in stages.by_name.items()}
     keys["dense"] = [entry.key for entry in stages.dense.values()]
+    fills = bool(stages.plan.removed) or stages.plan.is_empty  # a plan of sub-layers alone has no gap
+    settings = setup.distinguishing_settings()
     return {
         "name": setup.cfg.name,
         "model": setup.name,
         "model_fingerprint": setup.fingerprint,
         "strategy": setup.choice("strategy"),
-        "compensation": setup.choice("compensation") if stages.plan.removed or stages.plan.is_empty else "none",
+        "compensation": setup.choice("compensation") if fills else "none",
         "recovery": setup.choice("recovery") if stages.recovered else "none",
         "selector": setup.choice("selector") if setup.calibrates else None,
         "ratio": provenance["ratio"],
@@ -89,7 +94,7 @@ def result_inputs(setup: RunSetup, stages: RunStages) -> dict[str, Any]:
         "seed": setup.cfg.seed,
         "depends_on_seed": setup.depends_on_seed(),
         "limit": next((score.output["limit"] for score in stages.pruned.values()), None),
-        "settings": setup.distinguishing_settings(),
+        "settings": settings if fills else {**settings, "compensation": {"_target_": NO_COMPENSATION}},
         "keys": keys,
         "scales": {task: setup.cfg.benchmark.tasks[task].scale for task in setup.tasks},
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ from omegaconf import DictConfig
 from svl.checkpoints import export
 from svl.checkpoints.fingerprint import checkpoint_fingerprint
 from svl.config import load_options, plain_values, round_ratio, training_data, validate_config
+from svl.config_schema import TrainingData
 from svl.core import Method, SvlError, TokenSelector, one_of
 from svl.core.errors import out_of_memory
 from svl.data.sample_files import read_samples
@@ -208,6 +211,7 @@ class RunSetup:
         return self._samples
 
     _samples: Samples | None = None
+    layers_are_tried = False  # by svl.run.early_checks, in this run
 
     @cached_property
     def training_samples(self) -> Samples:
@@ -333,8 +337,9 @@ def _told_of(group: str) -> Iterator[None]:
     try:
         yield
     except SvlError as error:
-        told = str(error).replace("calibration.", f"{group}.").replace("calibration file", f"{group} file")
-        raise SvlError(told) from error
+        settings = "|".join(field.name for field in dataclasses.fields(TrainingData))
+        told = re.sub(rf"\bcalibration\.(?=(?:{settings})\b)", f"{group}.", str(error))
+        raise SvlError(told.replace("calibration file", f"{group} file")) from error
 
 
 def _is_none(method: Method) -> bool:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svl.core import Plan, RemovalProbe, Rescoring, Stats, checked_plan, layers_to_remove
+from svl.core.contract import answering
+from svl.run import early_checks
 from svl.run.generated import read_texts
 from svl.run.keys import method_identity, stage_code
 from svl.run.stages import make_stage
@@ -52,11 +54,12 @@ def check_choices(setup: RunSetup) -> None:
     """
     stats = read_statistics(setup, None)
     n_remove = count_removals(setup, stats)
-    setup.strategy.check(stats, n_remove)
+    with answering(setup.strategy):
+        setup.strategy.check(stats, n_remove)
     if not setup.strategy.needs:
         plan = checked_plan(setup.strategy, stats, n_remove)
         setup.dense.anatomy.check_plan(plan, setup.name)
-        setup.compensation.check_plan(plan)
+        early_checks.check_plan(setup, plan)
 
 
 def resumable_probe(setup: RunSetup) -> RemovalProbe:

@@ -29,6 +29,11 @@ class Angular(Strategy):
     def __post_init__(self) -> None:
         check_count("strategy.first", self.first)
 
+    def check(self, stats: Stats, n_remove: int) -> None:
+        """Raise SvlError if no block of so many layers may go."""
+        if n_remove:
+            stats.starts(n_remove, self.first)
+
     def plan(self, stats: Stats, n_remove: int) -> Plan:
         """Remove one block of `n_remove` layers; importance is the angular distance across each single layer."""
         distance = stats.windows(lambda cosine: cosine.clamp(-1, 1).arccos() / math.pi)

@@ -43,9 +43,9 @@ class Iterative(Strategy):
         object.__setattr__(self, "needs", self.of.needs | {"rescoring"})
 
     def check(self, stats: Stats, n_remove: int) -> None:
-        """Raise SvlError as the strategy within does for one layer."""
+        """Raise SvlError as the strategy within does: it will be asked for as many layers, if one by one."""
         stats.candidates(n_remove)
-        self.of.check(stats, min(1, n_remove))
+        self.of.check(stats, n_remove)
 
     def plan(self, stats: Stats, n_remove: int) -> Plan:
         """Importance: that of a removed layer at its step, of a kept one at the last step."""

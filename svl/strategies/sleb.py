@@ -32,6 +32,10 @@ class Sleb(Strategy):
     def __post_init__(self) -> None:
         check_count("strategy.samples", self.samples, least=1, unless="all")
 
+    def check(self, stats: Stats, n_remove: int) -> None:
+        """Raise SvlError if as many layers, without the first and the last one, may not go."""
+        stats.without((0, -1)).candidates(n_remove)
+
     def plan(self, stats: Stats, n_remove: int) -> Plan:
         """Importance: the loss added by the layer's own removal, at its step or, of kept ones, after the last."""
         allowed, probe = stats.candidates(n_remove), stats.required_probe().with_samples(self.samples)

@@ -28,6 +28,11 @@ class Streamline(Strategy):
     def __post_init__(self) -> None:
         one_of("strategy.mean", self.mean, ("tokens", "samples"))
 
+    def check(self, stats: Stats, n_remove: int) -> None:
+        """Raise SvlError if no block of so many layers may go."""
+        if n_remove:
+            stats.starts(n_remove)
+
     def plan(self, stats: Stats, n_remove: int) -> Plan:
         """Remove one block of `n_remove` layers; importance is 1 - cosine across each single layer."""
         return stats.window(1 - stats.windows(over=self.mean), n_remove)

@@ -83,6 +83,10 @@ def test_a_sample_without_a_selected_token_chooses_nothing():
     solution, note = found.solve()
     torch.testing.assert_close(solution, ridge_fit(draw(1, 0), 30.0))
     assert "the largest: 2 samples" in note
+    mixed = HeldOutRegression(RIDGES, 5)  # what is held out has rows of both kinds, the rest only generated ones
+    for weight, generated in ((0.0, False), (1.0, False), (1.0, True), (1.0, True)):
+        mixed.add_sample(x, y, torch.full((7,), weight), generated)
+    assert "the largest: 4 samples" in mixed.solve()[1]
     empty = HeldOutRegression(RIDGES, 5)
     empty.add_sample(x, y, torch.zeros(7), False)
     with pytest.raises(SvlError, match="the selector leaves no token"):

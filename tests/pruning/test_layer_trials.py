@@ -1,4 +1,4 @@
-"""Layers tried out: whoever is accepted computes what folding and joining mean, and nobody else is."""
+"""Layers tried out: whoever is accepted computes what folding and joining mean; who is refused is listed by name."""
 
 from __future__ import annotations
 

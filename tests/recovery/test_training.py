@@ -482,6 +482,7 @@ def test_every_sample_is_looked_at_before_the_first_step(llava, llama, make_samp
 
     cut = samples.samples[-1].images[0][:-20]
     refused("picture", llava, samples, {"images": (cut,)})
+    refused("image", llava, samples, {"answer": "it is <image>"})
     refused("fewer than two tokens", llama, texts, {"prompt": "", "answer": "", "plain": True})
 
 

@@ -55,6 +55,23 @@ NAMED = "strategy=manual", "compensation=magnitude"
             ("strategy=iterative", "strategy@strategy.of=shortened_ppl", "strategy.of.protected=[16]"),
             r"strategy\.protected names layers \[16\]",
         ),
+        (  # six of sixteen are protected
+            ("strategy=iterative", "strategy@strategy.of=shortened_ppl", "n_remove=11"),
+            r"cannot remove 11 ",
+        ),
+        (("strategy=sleb", "compensation=magnitude", "n_remove=15"), r"cannot remove 15 "),
+        (
+            ("strategy=streamline", "model.protect=[7]", "n_remove=9", "selector=all"),
+            "no 9 layers in a row may be removed",
+        ),
+        (
+            ("strategy=angular", "model.protect=[7]", "n_remove=8", "selector=all", "strategy.first=9"),
+            "no 8 layers in a row may be removed",
+        ),
+        (
+            (*NAMED[:1], "compensation=linear", "strategy.layers=[3]", "strategy.mlp=[5]", "model.offload=true"),
+            "model.offload leaves layers on disk: set compensation=none",
+        ),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, tuple) else "",
 )
@@ -69,12 +86,27 @@ def test_a_plan_without_a_gap_is_told_not_to_be_compensated(tmp_path, caplog):
     words = "strategy=manual", "strategy.mlp=[2]", "compensation=linear"
     result = pipeline.Run(composed(tmp_path, *words), tmp_path).execute()
     assert (result["compensation"], result["compensated"]) == ("none", [])
+    assert result["settings"]["compensation"] == {"_target_": "svl.compensation.none.NoCompensation"}
     assert "no whole layer is removed, so there is no gap to fill: nothing is changed" in caplog.text
     result = pipeline.Run(composed(tmp_path, *words, "strategy.layers=[3]"), tmp_path).execute()
     assert (result["compensation"], result["compensated"]) == ("linear", ["2.attn"])
     result = pipeline.Run(composed(tmp_path, "strategy=identity", "compensation=linear"), tmp_path).execute()
     assert result["compensation"] == "linear"  # of nothing, as it was asked for
     assert "removes nothing" in caplog.text
+
+
+def test_a_compensation_is_asked_about_a_plan_whatever_is_stored(tmp_path, monkeypatch):
+    """Also where calibration need not run, and the plan comes from measurements."""
+    words = "strategy=shortgpt", "selector=all", "n_remove=2"
+    pipeline.Run(composed(tmp_path, *words, "compensation=none"), tmp_path).execute()
+
+    def refuse(self, plan):
+        raise SvlError(f"not without layers {plan.removed}")
+
+    monkeypatch.setattr("svl.compensation.linear.Linear.check_plan", refuse)
+    monkeypatch.setattr(pipeline, "fitted_patch", lambda *_: pytest.fail("fitted nevertheless"))
+    with pytest.raises(SvlError, match="not without layers"):
+        pipeline.Run(composed(tmp_path, *words, "compensation=linear"), tmp_path).execute()
 
 
 def test_layers_that_do_not_exist_cannot_be_protected():

@@ -120,6 +120,7 @@ def test_a_run_that_is_killed_ends_in_the_same_weights(fork_server, tmp_path):
             ["recovery.data.path=${svl:demo}/text/calibration.jsonl", "recovery.data.columns={text: body}"],
             "recovery.data.columns names 'body', but there is no such column",
         ),
+        (["recovery.data.path=calibration.jsonl"], "'calibration.jsonl'"),
         (["seed=-1"], "seed is -1, but must be at least 0"),
         (["recovery.learning_rate=inf"], "recovery.learning_rate is inf, but must be a finite number"),
         (["model.offload=true", "benchmark=none"], "model.offload leaves layers on disk: set recovery=none"),
