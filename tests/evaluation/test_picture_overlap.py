@@ -32,6 +32,7 @@ def test_equal_pixels_are_found_however_they_are_stored():
         return file.getvalue()
 
     pictures = [stored(shown, "png"), stored(shown, "bmp"), stored(changed, "png")]
+    tasks["svl_prose_fiction"] = TaskOptions("loss", include_path=f"{folder}/tasks")  # which shows none
     mine = Samples("mine", tuple(Sample(row, "?", (picture,), "a") for row, picture in enumerate(pictures)))
     assert picture_overlap(mine, tasks) == {"benchmark": 5, "shared": 2, "rows": [0, 1]}
     theirs = svl.read_samples(f"{folder}/data/calibration.parquet")
