@@ -26,11 +26,12 @@ def check_number(
         return
     usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not usable or not least <= value <= most or not value > above:  # type: ignore[operator]
-        bounds = [f"{word} {bound:g}" for word, bound in (("at least", least), ("at most", most), ("above", above))
-                  if math.isfinite(bound)]  # fmt: skip
+        limits = (("at least", least), ("at most", most), ("above", above))
+        bounds = [f"{word} {bound:g}" for word, bound in limits if math.isfinite(bound)]
+        wanted = " and ".join(bounds) if usable and bounds else ", ".join(["a finite number", *bounds])
         shown = f"{value:g}" if isinstance(value, float) else reprlib.repr(value)
         or_null = f", or null for {unless}" if unless else ""
-        raise SvlError(f"{name} is {shown}, but must be {' and '.join(bounds) or 'a finite number'}{or_null}")
+        raise SvlError(f"{name} is {shown}, but must be {wanted}{or_null}")
 
 
 def check_count(name: str, value: object, *, least: int = 0, unless: str = "") -> None:

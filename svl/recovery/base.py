@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from svl.core import Method, SvlError, one_of
+from svl.core import Method, SvlError, check_count, check_number, one_of
 
 if TYPE_CHECKING:
     from svl.core import Plan
@@ -102,19 +101,15 @@ class Recovery(Method, ABC):
     def __post_init__(self) -> None:
         one_of("recovery.schedule", self.schedule, ("cosine", "constant"))
         one_of("recovery.precision", self.precision, ("auto", "bfloat16"))
-        for name, value in vars(self).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise SvlError(f"recovery.{name} is {value}, but must be a finite number")
-        least = {"steps": 0, "batch_size": 1, "accumulate": 1, "save_every": 1, "weight_decay": 0, "max_grad_norm": 0}
-        least |= {"seed": 0}
-        for name, bound in least.items():
-            if (value := getattr(self, name)) is not None and value < bound:
-                raise SvlError(f"recovery.{name} is {value}, but must be at least {bound}")
-        for name in ("budget_s", "learning_rate"):
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise SvlError(f"recovery.{name} is {value}, but must be above 0")
-        if not 0 <= self.warmup < 1:
-            raise SvlError(f"recovery.warmup is {self.warmup}, but must lie in [0, 1): it is a share of the budget")
+        for name, least in (("batch_size", 1), ("accumulate", 1), ("save_every", 1), ("seed", 0)):
+            check_count(f"recovery.{name}", getattr(self, name), least=least)
+        check_count("recovery.steps", self.steps, unless="those of budget_s, or one pass over the data")
+        check_number("recovery.budget_s", self.budget_s, above=0, unless="no limit")
+        check_number("recovery.learning_rate", self.learning_rate, above=0)
+        for name in ("weight_decay", "max_grad_norm", "warmup"):
+            check_number(f"recovery.{name}", getattr(self, name), least=0)
+        if not self.warmup < 1:
+            raise SvlError(f"recovery.warmup is {self.warmup:g}, but must be below 1: it is a share of the budget")
 
     def passes_of_each(self, processes: int) -> int:
         """Passes for one step that each of so many processes does.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from svl.core import SvlError
+from svl.core import SvlError, check_number
 from svl.recovery.base import Losses
 from svl.recovery.lora import Lora
 
@@ -34,12 +34,10 @@ class Distill(Lora):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("answers", "logits", "states"):
-            if not getattr(self, name) >= 0:
-                raise SvlError(f"recovery.{name} is {getattr(self, name)}, but must be at least 0")
+            check_number(f"recovery.{name}", getattr(self, name), least=0)
         if not self.answers + self.logits + self.states:
             raise SvlError("recovery.answers, logits and states are all 0, so there is nothing to train for")
-        if not self.temperature > 0:
-            raise SvlError(f"recovery.temperature is {self.temperature}, but must be above 0")
+        check_number("recovery.temperature", self.temperature, above=0)
 
     @property
     def losses(self) -> Losses:

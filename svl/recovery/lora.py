@@ -6,7 +6,7 @@ import importlib.util
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from svl.core import SvlError, one_of
+from svl.core import SvlError, check_count, check_number, one_of
 from svl.recovery.base import Adapter, Parts, Recovery
 from svl.recovery.modules import layers_beside_gaps, linear_modules, projector_tensors
 
@@ -39,11 +39,11 @@ class Lora(Recovery):
             raise SvlError("LoRA needs peft: pip install 'svl[recovery]', or choose recovery=projector or interlace")
         one_of("recovery.layers", self.layers, ("kept", "gaps"))
         one_of("recovery.targets", self.targets, ("all", "attn", "mlp"))
-        for name in ("rank", "alpha"):
-            if getattr(self, name) < 1:
-                raise SvlError(f"recovery.{name} is {getattr(self, name)}, but must be at least 1")
-        if not 0 <= self.dropout < 1:
-            raise SvlError(f"recovery.dropout is {self.dropout}, but must lie in [0, 1)")
+        check_count("recovery.rank", self.rank, least=1)
+        check_count("recovery.alpha", self.alpha, least=1)
+        check_number("recovery.dropout", self.dropout, least=0)
+        if not self.dropout < 1:
+            raise SvlError(f"recovery.dropout is {self.dropout:g}, but must be below 1")
 
     @property
     def adapter(self) -> Adapter:

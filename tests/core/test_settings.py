@@ -59,7 +59,7 @@ def test_a_threshold_is_a_cosine(cls):
 
 
 def test_what_is_allowed_is_said():
-    with pytest.raises(SvlError, match=r"^a is nan, but must be above 0$"):
+    with pytest.raises(SvlError, match=r"^a is nan, but must be a finite number, above 0$"):
         check_number("a", math.nan, above=0)
     with pytest.raises(SvlError, match=r"^a is inf, but must be a finite number$"):
         check_number("a", math.inf)

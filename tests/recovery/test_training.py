@@ -505,7 +505,7 @@ def test_weights_that_are_not_finite_are_not_kept(llava, samples):
         (Lora, {"rank": 0}, "recovery.rank is 0"),
         (Lora, {"layers": "all"}, "recovery.layers is 'all', but must be one of: kept, gaps"),
         (Lora, {"steps": -1}, "recovery.steps is -1, but must be at least 0"),
-        (Lora, {"budget_s": 0.0}, "recovery.budget_s is 0.0, but must be above 0"),
+        (Lora, {"budget_s": 0.0}, "recovery.budget_s is 0, but must be above 0"),
         (Distill, {"answers": 0.0, "states": 0.0}, "are all 0"),
         (Projector, {"schedule": "cosin"}, "did you mean 'cosine'"),
     ],
