@@ -214,7 +214,7 @@ def indices(n: int) -> torch.Tensor:
         ({1: (JoinedPart(0, 1, 1, indices(48), indices(4), indices(2)),)}, "joins layer 1, which the pruned"),
         ({0: ()}, r"joins layer 0 of layers \[\]"),
         ({0: (JoinedPart(0, 1, 1, indices(47), indices(4), indices(2)),)}, "joins 47 channels in 'mlp.gate_proj"),
-        ({0: (JoinedPart(0, 1, 1, indices(48) + 1, indices(4), indices(2)),)}, "joins 48 channels"),
+        ({0: (JoinedPart(0, 1, 1, indices(48) + 1, indices(4), indices(2)),)}, "joins channels in .* there are 48"),
         ({0: (JoinedPart(0, float("nan"), 1, indices(48), indices(4), indices(2)),)}, "not finite numbers"),
     ],
 )  # fmt: skip

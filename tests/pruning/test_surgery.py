@@ -227,9 +227,10 @@ def test_the_self_check_stops_what_is_wrong(dtype, checkpoint):
 def test_the_self_check_works_without_a_template(checkpoint, caplog):
     lvlm = svl.load(checkpoint("llava"), device="cpu", name="untemplated")
     lvlm.processor.chat_template = None
-    with caplog.at_level("INFO"):
-        inputs = selfcheck.example_inputs(lvlm)
+    inputs, plan = selfcheck.example_inputs(lvlm), Plan(4, (1,))
     assert "pixel_values" not in inputs
+    with caplog.at_level("INFO"):
+        assert selfcheck.check_surgery(lvlm, apply(lvlm, plan), plan, inputs) < 1e-2
     assert "no chat template" in caplog.text
 
 
