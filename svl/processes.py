@@ -63,6 +63,8 @@ def join_processes() -> None:
         watch.join()  # a thread that talks while the interpreter ends would abort it
         with suppress(RuntimeError):  # the first process, which keeps the store, has left already
             beats.set(f"{rank} left", "")
+        if distributed.is_initialized():  # gloo's threads, too, would abort an interpreter that ends
+            distributed.destroy_process_group()
 
     atexit.register(leave)
 
