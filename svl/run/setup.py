@@ -310,8 +310,8 @@ class RunSetup:
         if self.recovers:
             named = method_settings(self.recovery)
             named = {name: value for name, value in named.items() if name not in self.recovery.unrelated}
-            file = Path(self.training_samples.source).name
             samples = self.training_samples
+            file = Path(samples.source).name
             data = {"data": file, "samples": len(samples), "digest": digest([samples.fingerprint, samples.answers])}
             settings["recovery"] = {"_target_": self.cfg.recovery["_target_"], **named, **data}
         if self.combined:
