@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,7 @@ def check_patch(patch: Patch, plan: Plan, anatomy: Anatomy, layers: nn.ModuleLis
             raise SvlError(f"the patch blends layer {layer} of layers {sorted(terms)}: not of 0..{plan.n_layers - 1}")
         if not all(isinstance(c, int | float) and math.isfinite(c) for c in terms.values()):
             raise SvlError(f"the patch blends layer {layer} with coefficients that are not finite numbers")
+        check_blend(layer, terms, layers)
     starts = [start for start, _ in plan.runs]
     for start, matrix in patch.maps.items():
         if start not in starts:
@@ -73,6 +74,16 @@ def check_patch(patch: Patch, plan: Plan, anatomy: Anatomy, layers: nn.ModuleLis
             expected |= {"delta": shape, "weight": shape}
         for part, shape in expected.items():
             check_part(getattr(update, part), shape, f"'{part}' of the patch for '{role}' of layer {layer}")
+
+
+def check_blend(layer: int, sources: Collection[int], layers: nn.ModuleList) -> None:
+    """Raise SvlError if projections of `sources` differ in names or shapes from those of the layer that they become."""
+    own = projection_shapes(layers[layer])
+    if unlike := [i for i in sources if projection_shapes(layers[i]) != own]:
+        raise SvlError(
+            f"layers {sorted({layer, *sources})} cannot be merged: projections of layer {unlike[0]} differ in names or "
+            f"shapes from those of layer {layer}; choose another compensation, or other layers"
+        )
 
 
 def check_join(layer: int, parts: tuple[JoinedPart, ...], plan: Plan, layers: nn.ModuleList, hidden: int) -> None:
@@ -145,6 +156,24 @@ def _folded(block: Tensor, factors: Sequence[Tensor], extra: Tensor | None, scal
 def parameter_shapes(layer: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shapes of a layer's parameters, by name."""
     return {name: tuple(p.shape) for name, p in layer.named_parameters()}
+
+
+def projection_shapes(layer: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of a layer's `projections`, by name."""
+    shapes = parameter_shapes(layer)
+    return {name: shapes[name] for name in projections(layer)}
+
+
+def merge_kinds(anatomy: Anatomy, layers: nn.ModuleList) -> tuple[int | None, ...]:
+    """`core.Stats.kinds` of a model's `layers`, which may be on the meta device."""
+    first: list[dict[str, tuple[int, ...]]] = []
+    kinds: list[int | None] = []
+    for i, layer in enumerate(layers):
+        shapes = projection_shapes(layer)
+        if shapes not in first:
+            first.append(shapes)
+        kinds.append(None if i < anatomy.entered else first.index(shapes))
+    return tuple(kinds)
 
 
 def projections(layer: nn.Module) -> list[str]:

@@ -22,13 +22,18 @@ if TYPE_CHECKING:
 
 def read_statistics(setup: RunSetup, stats: Entry | None) -> Stats:
     """The calibration seen through the selector; without one, the bare depth of the model."""
+    kinds: tuple[int | None, ...] = ()
+    if "probe" in setup.probes:  # which holds the model anyway
+        from svl.pruning.folding import merge_kinds
+
+        kinds = merge_kinds(setup.dense.anatomy, setup.dense.layers)
     if stats is None:
         anatomy = setup.dense.anatomy
-        return Stats(anatomy.n_layers, anatomy.removable)
+        return Stats(anatomy.n_layers, anatomy.removable, kinds=kinds)
     from svl.calibration.calibrate import TraceFolder
 
     removable = tuple(stats.output["removable"])
-    return Stats(stats.output["n_layers"], removable, TraceFolder(stats.path), setup.selector)
+    return Stats(stats.output["n_layers"], removable, TraceFolder(stats.path), setup.selector, kinds=kinds)
 
 
 def count_removals(setup: RunSetup, stats: Stats) -> int:
