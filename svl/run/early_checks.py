@@ -26,7 +26,7 @@ def check_compensation(setup: RunSetup) -> None:
         return
     from svl.pruning import layer_trials
 
-    layer_trials.check_folding(setup.dense)
+    layer_trials.check_folding(setup.dense, only_scales=compensation.only_scales)
     if compensation.joins:
         layer_trials.check_joining(setup.dense)
     setup.layers_are_tried = True
