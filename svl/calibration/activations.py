@@ -86,9 +86,9 @@ class Activations:
         factor = self._factors.get((layer, writer))
         if not factor:
             raise SvlError(
-                f"what '{writer}' of layer {layer} of '{self.lvlm.name}' writes is not added to the residual stream, or "
-                "for some tokens or channels only, or times different numbers, so nothing can be fitted to it; choose "
-                "another compensation"
+                f"what '{writer}' of layer {layer} of '{self.lvlm.name}' writes is not added to the residual stream, "
+                "or for some tokens or channels only, or times different numbers, so nothing can be fitted to it; "
+                "choose another compensation"
             )
         return factor
 

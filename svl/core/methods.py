@@ -93,12 +93,14 @@ class Compensation(Method, ABC):
         joins: whether it joins layers (`Patch.joins`), so that models whose layers cannot be are refused at once.
         only_scales: whether all that it does to what projections write is to multiply it by numbers, which a gate for
             each channel behind them does not disturb.
+        in_memory: whether `fit` needs the whole model in memory, so that it is refused with `model.offload`.
     """
 
     known_needs: ClassVar[frozenset[str]] = frozenset({"hidden"})
     foldable: ClassVar[bool] = True
     joins: ClassVar[bool] = False
     only_scales: ClassVar[bool] = False
+    in_memory: ClassVar[bool] = False
 
     @property
     def own_texts(self) -> int:
@@ -107,6 +109,10 @@ class Compensation(Method, ABC):
 
     def check_plan(self, plan: Plan) -> None:
         """Raise SvlError if nothing can be fitted for such a plan; asked as soon as the plan is known."""
+
+    def refitted(self, plan: Plan) -> Collection[tuple[int, str]]:
+        """Writers, as (layer, role), whose weights change one by one, so that each must be a single matrix."""
+        return ()
 
     @abstractmethod
     def fit(self, hidden: HiddenStates, plan: Plan) -> Patch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from svl.core.plan import Plan
 from svl.models.anatomy import Anatomy
 from svl.models.lvlm import Lvlm
 from svl.pruning.joining import join_rules
+
+if TYPE_CHECKING:
+    from svl.core.methods import Compensation
 
 COLUMNS = 256  # of a matrix that are changed at a time
 POST_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm", "post_self_attn_layernorm")
@@ -31,6 +35,30 @@ def check_foldable(lvlm: Lvlm) -> None:
             f"'{lvlm.name}' normalises after its projections ({', '.join(sorted(norms))}), which renormalises what a "
             "compensation folds into them; use compensation=none"
         )
+
+
+def check_single(compensation: Compensation, plan: Plan, anatomy: Anatomy) -> None:
+    """Raise SvlError if a compensation changes weights one by one where several write in one role (experts)."""
+    for layer, role in compensation.refitted(plan):
+        if role in anatomy.writers and not anatomy.writers[role][layer].single:
+            raise SvlError(
+                f"the writer '{role}' of layer {layer} has several matrices, but {type(compensation).__name__} needs "
+                "one to refit; choose another compensation, or compensation.targets without it"
+            )
+
+
+def check_single_somewhere(compensation: Compensation, anatomy: Anatomy) -> None:
+    """Raise SvlError as `check_single` does if it would for every plan by which weights change."""
+    plans = [Plan(anatomy.n_layers, (layer,)) for layer in anatomy.removable if anatomy.n_layers > 1]
+    plans = [plan for plan in plans if compensation.refitted(plan)]
+    problems = []
+    for plan in plans:  # what bars it bars each plan whose first run begins there
+        try:
+            check_single(compensation, plan, anatomy)
+        except SvlError as error:
+            problems.append(error)
+    if problems and len(problems) == len(plans):
+        raise problems[0]
 
 
 def check_patch(patch: Patch, plan: Plan, anatomy: Anatomy, layers: nn.ModuleList) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svl.core import Plan, RemovalProbe, Rescoring, Stats, checked_plan, layers_to_remove
+from svl.core import Plan, RemovalProbe, Rescoring, Stats, checked_plan, fitted_patch, layers_to_remove
 from svl.core.contract import answering
 from svl.run import early_checks
 from svl.run.generated import read_texts
@@ -65,6 +65,9 @@ def check_choices(setup: RunSetup) -> None:
         plan = checked_plan(setup.strategy, stats, n_remove)
         setup.dense.anatomy.check_plan(plan, setup.name)
         early_checks.check_plan(setup, plan)
+        early_checks.check_single_writers(setup, plan)
+        if plan.removed and not setup.compensation.needs:  # what it does needs no measurement, either
+            early_checks.check_patch_fits(setup, plan, fitted_patch(setup.compensation, None, plan))  # type: ignore[arg-type]
 
 
 def resumable_probe(setup: RunSetup) -> RemovalProbe:

@@ -27,8 +27,8 @@ def check_reach(n_layers: int, walk: Walk, n_remove: int) -> None:
     """Raise SvlError if a walk that takes every merge does not remove `n_remove` layers."""
     if (reached := len(merge_plan(n_layers, walk(-1.0, n_remove)).removed)) < n_remove:
         raise SvlError(
-            f"merging reaches {reached} removed layers only, not {n_remove}: choose a lower ratio, or other settings of "
-            "the walk"
+            f"merging reaches {reached} removed layers only, not {n_remove}: choose a lower ratio, or other settings "
+            "of the walk"
         )
 
 

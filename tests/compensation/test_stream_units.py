@@ -14,6 +14,7 @@ from transformers import GraniteConfig, GraniteForCausalLM, OPTConfig, OPTForCau
 
 from svl.calibration.activations import Activations
 from svl.calibration.calibrate import calibrate, select
+from svl.compensation.linear_cosine import LinearCosine
 from svl.core import Plan, SvlError, fitted_patch
 from svl.models.anatomy import find_anatomy
 from svl.pruning import layer_trials
@@ -55,7 +56,7 @@ def folded(lvlm):
     with torch.no_grad():
         for layer in model.model.layers:
             for name, p in layer.named_parameters():
-                if "o_proj" in name or "down_proj" in name:
+                if "o_proj" in name or "down_proj" in name:  # biases, too
                     p.mul_(model.config.residual_multiplier)
             layer.residual_multiplier = 1.0
     model.config.residual_multiplier = 1.0
@@ -79,7 +80,8 @@ def test_a_multiplier_and_the_weights_that_hold_it_are_one_model(granite, make_s
     models = (granite, folded(granite))
     torch.testing.assert_close(logits_of(models[0], inputs), logits_of(models[1], inputs), atol=1e-4, rtol=1e-4)
     for lvlm in models:
-        patch = fitted_patch(method("compensation", name), states_of(lvlm, samples), plan)
+        compensation = LinearCosine(lr=3e-3) if name == "linear_cosine" else method("compensation", name)
+        patch = fitted_patch(compensation, states_of(lvlm, samples), plan)
         found.append((logits_of(apply(lvlm, plan, patch), inputs), patch.notes))
     torch.testing.assert_close(found[0][0], found[1][0], atol=2e-3, rtol=2e-3)
     assert found[0][1] == found[1][1]
@@ -88,12 +90,12 @@ def test_a_multiplier_and_the_weights_that_hold_it_are_one_model(granite, make_s
 def test_a_bias_takes_the_mean_update_divided_by_the_multiplier(with_bias, make_samples, encode):
     samples, plan = make_samples([13] * 8, image=False), Plan(4, (2,))
     inputs = encode(with_bias, samples.samples[:4])
-    here, there = (
-        logits_of(apply(lvlm, plan, fitted_patch(method("compensation", "mean_update"), states_of(lvlm, samples), plan)),
-                  inputs)
-        for lvlm in (with_bias, folded(with_bias))
-    )  # fmt: skip
-    torch.testing.assert_close(here, there, atol=2e-3, rtol=2e-3)
+    found = []
+    for lvlm in (with_bias, folded(with_bias)):
+        patch = fitted_patch(method("compensation", "mean_update"), states_of(lvlm, samples), plan)
+        assert patch.updates[1, "mlp"].shift is not None
+        found.append(logits_of(apply(lvlm, plan, patch), inputs))
+    torch.testing.assert_close(*found, atol=2e-3, rtol=2e-3)
 
 
 def test_factors_are_measured_for_every_layer(granite):
@@ -109,7 +111,8 @@ def test_factors_are_measured_for_every_layer(granite):
     layer_trials.check_folding(lvlm)
     lvlm.layers[3].residual_multiplier = torch.linspace(0.5, 1.5, 32)
     found = layer_trials.stream_factors(lvlm, (2, 3))
-    assert (found[3, "attn"], found[3, "mlp"]) == (None, None) and found[2, "mlp"] == pytest.approx(-0.4)
+    assert (found[3, "attn"], found[3, "mlp"]) == (None, None)
+    assert found[2, "mlp"] == pytest.approx(-0.4)
 
 
 def test_a_gate_for_each_channel_is_refused_unless_all_is_scaled(granite, make_samples):
@@ -118,7 +121,9 @@ def test_a_gate_for_each_channel_is_refused_unless_all_is_scaled(granite, make_s
         layer.residual_multiplier = torch.linspace(0.5, 1.5, 32)
     layer_trials.check_folding(lvlm, only_scales=True)
     assert method("compensation", "magnitude").only_scales
-    with pytest.raises(SvlError, match=r"multiplies what self_attn\.o_proj\.weight writes by other numbers in other ch"):
+    with pytest.raises(
+        SvlError, match=r"multiplies what self_attn\.o_proj\.weight writes by other numbers in other ch"
+    ):
         layer_trials.check_folding(lvlm)
     hidden = states_of(lvlm, make_samples([5, 5], image=False))
     for name in ("linear", "refit"):

@@ -1,4 +1,4 @@
-"""What strategies that merge layers measure and try: protected layers, layers of different kinds, numbers out of reach."""
+"""What strategies that merge layers measure and try: protected layers, other kinds of layers, numbers out of reach."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from svl.pruning.surgery import apply
 from svl.strategies.laco import Laco
 from svl.strategies.merging import merge_plan
 from svl.strategies.swm import Swm
-
 
 LOW = ((0, (2,)),)  # a merge into the first layer
 
@@ -71,7 +70,8 @@ def test_nothing_is_merged_into_a_layer_that_visual_features_enter_behind(mimic,
     samples, n = make_samples([3, 5]), lvlm.anatomy.n_layers
     assert lvlm.anatomy.removable == tuple(range(3, n))
     kinds = merge_kinds(lvlm.anatomy, lvlm.layers)
-    assert kinds[:3] == (None,) * 3 and set(kinds[3:]) == {0}
+    assert kinds[:3] == (None,) * 3
+    assert set(kinds[3:]) == {0}
     probe = ModelProbe(lvlm, samples)
     with pytest.raises(SvlError, match=r"another layer 2 cannot be told .* enter behind layers 0\.\.2"):
         probe.similarity(*merged_by(lvlm, ((2, (3,)),)))
@@ -79,11 +79,14 @@ def test_nothing_is_merged_into_a_layer_that_visual_features_enter_behind(mimic,
         counting = Counting()
         with caplog.at_level(logging.INFO):
             plan = strategy.plan(Stats(n, lvlm.anatomy.removable, probe=counting, kinds=kinds), 0)
-        assert plan.merges and all(into >= 3 for asked in counting.asked for into, _ in asked)
+        assert plan.merges
+        assert all(into >= 3 for asked in counting.asked for into, _ in asked)
         assert "nothing is merged into layers [0, 1, 2]" in caplog.text
         caplog.clear()
         last = plan.merges[:1]
-        assert probe.similarity(*merged_by(lvlm, last)) == pytest.approx(whole_similarity(lvlm, samples, last), abs=1e-5)
+        assert probe.similarity(*merged_by(lvlm, last)) == pytest.approx(
+            whole_similarity(lvlm, samples, last), abs=1e-5
+        )
 
 
 @pytest.mark.parametrize("family", ["lfm2_vl", "qwen3_5", "mllama", "llama4", "qwen3_vl_moe", "gemma4"])
@@ -130,7 +133,7 @@ def test_a_number_that_the_walk_cannot_reach_is_refused_before_any_pass(strategy
 
 
 def test_values_that_are_kept_hold_for_any_protected_layers(checkpoint, samples):
-    """One memory for models that differ in `protect` alone, as the store is: whoever asks first, values are the same."""
+    """One memory for models that differ in `protect` alone, as the store is: whoever asks first, values are equal."""
 
     def asked(protect, memory):
         def remember(what, inputs, compute):
