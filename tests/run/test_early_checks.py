@@ -175,7 +175,7 @@ def test_experts_are_not_refitted():
         else:
             with pytest.raises(SvlError, match=f"of layer {gone - 1} has several matrices"):
                 folding.check_single(Refit(layers="gaps"), plan, lvlm.anatomy)
-    with pytest.raises(SvlError, match="of layer 3 has several matrices"):
+    with pytest.raises(SvlError, match="of layer 5 has several matrices"):
         folding.check_single(Refit(), Plan(6, (3,)), lvlm.anatomy)
     folding.check_single(Linear(), Plan(6, (3,)), lvlm.anatomy)
 
