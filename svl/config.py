@@ -285,6 +285,8 @@ def validate_config(cfg: DictConfig) -> dict[str, Any]:
     if cfg.benchmark.tasks:
         _check_evaluator(cfg.evaluator.name)
     methods = {group: build_method(cfg[group], group) for group in METHODS}
+    if cfg.model.offload:
+        _check_offloadable(methods["compensation"])
     if not methods["compensation"].foldable:
         _check_nothing_exports(cfg)
         if {"rescoring", "probe"} <= methods["strategy"].needs:
@@ -292,6 +294,21 @@ def validate_config(cfg: DictConfig) -> dict[str, Any]:
     if methods["recovery"].heals:
         _check_recovery(cfg)
     return methods
+
+
+def _check_offloadable(compensation: Compensation) -> None:
+    """Raise SvlError if a compensation cannot be fitted, or is of no use, with `model.offload`."""
+    name = type(compensation).__name__
+    if compensation.in_memory:
+        raise SvlError(
+            f"model.offload leaves the model on disk, but {name} needs it whole in memory; set model.offload=false, or "
+            "choose another compensation"
+        )
+    if not compensation.foldable:
+        raise SvlError(
+            f"model.offload leaves the model on disk, where nothing but an export can use what is fitted, but {name} "
+            "gives maps at cuts, which no checkpoint can express; set model.offload=false, or choose another one"
+        )
 
 
 def _check_recovery(cfg: DictConfig) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
@@ -19,7 +19,7 @@ from svl.data.samples import Sample, Samples
 from svl.models.devices import fp64_device
 from svl.models.lvlm import Lvlm, Progress
 from svl.models.placement import stored_tensor
-from svl.pruning import folding, sublayers, surgery
+from svl.pruning import folding, layer_trials, sublayers, surgery
 
 _States = dict[int, Tensor]
 _Writings = dict[tuple[int, str], Tensor]  # by layer and writer
@@ -35,6 +35,7 @@ class StreamedStates:
     states: _States
     reads: _Writings
     writes: _Writings
+    factor: Callable[[int, str], float]  # of what is written (see `Activations.stream_factor`)
     generated: bool = False
 
     def h(self, i: int) -> Tensor:
@@ -44,7 +45,8 @@ class StreamedStates:
         return self.reads[layer, writer].float()
 
     def wrote(self, layer: int, writer: str) -> Tensor:
-        return self.writes[layer, writer].float()
+        written, factor = self.writes[layer, writer].float(), self.factor(layer, writer)
+        return written if factor == 1 else factor * written
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Activations:
     batch_size: int = 8
     show: Progress = no_progress
     generated: Samples = NO_SAMPLES
+    _factors: dict[tuple[int, str], float | None] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @property
     def n_layers(self) -> int:
@@ -74,7 +77,25 @@ class Activations:
 
     def has_bias(self, layer: int, writer: str) -> bool:
         """Whether the projections `writer` of a layer have one bias."""
-        return len(self.lvlm.anatomy.writers[writer][layer].biases) == 1
+        projections = self.lvlm.anatomy.writers[writer][layer]
+        return projections.single and len(projections.biases) == 1
+
+    def stream_factor(self, layer: int, writer: str) -> float:
+        """See `core.HiddenStates`; measured when it is first asked for (see `layer_trials.stream_factors`)."""
+        self._measure_factors([layer])
+        factor = self._factors.get((layer, writer))
+        if not factor:
+            raise SvlError(
+                f"what '{writer}' of layer {layer} of '{self.lvlm.name}' writes is not added to the residual stream, "
+                "or for some tokens or channels only, or times different numbers, so nothing can be fitted to it; "
+                "choose another compensation"
+            )
+        return factor
+
+    def _measure_factors(self, layers: Collection[int]) -> None:
+        if missing := set(layers) - {layer for layer, _ in self._factors}:
+            nothing = {(layer, role): None for layer in missing for role in self.lvlm.anatomy.writers}
+            self._factors.update(nothing | layer_trials.stream_factors(self.lvlm, missing))
 
     @property
     def heads(self) -> tuple[int, int]:
@@ -84,7 +105,7 @@ class Activations:
     def column_sizes(self, layer: int, writer: str) -> Tensor:
         """See `core.HiddenStates`."""
         self.lvlm.require_in_memory("looking at weights")
-        weight = self.lvlm.layers[layer].get_parameter(single_matrix(self.lvlm, layer, writer))
+        weight = stored_tensor(self.lvlm.layers[layer], single_matrix(self.lvlm, layer, writer))
         return weight.detach().to(fp64_device(weight.device)).double().abs().sum(0)
 
     def stream(
@@ -100,6 +121,7 @@ class Activations:
         """
         if plan and (lost := sorted(set(writers) & set(plan.sublayers))):
             raise SvlError(f"nothing can be fitted to '{lost[0][1]}' of layer {lost[0][0]}, which the plan takes")
+        self._measure_factors([layer for layer, _ in writers])
         lvlm = surgery.apply(self.lvlm, plan, patch) if plan and not plan.is_empty else self.lvlm
         kept = plan.kept if plan else range(self.n_layers)
         new = {i: sum(k < i for k in kept) for i in range(self.n_layers + 1)}  # the layer that h_i enters
@@ -133,12 +155,14 @@ class Activations:
         with out_of_memory("compensation", f"lower calibration.batch_size (now {self.batch_size})"):
             shown = lvlm.map(run, [*given, *generated], self.show, "compensate")
             for mark, (present, states, reads, writes) in zip(marks, shown, strict=True):
+                reads, writes = ({key: by_sample(x, present) for key, x in of.items()} for of in (reads, writes))
                 for b, here in enumerate(present.to(place)):
                     yield StreamedStates(
                         self._weights(None if mark else traces, here),
                         {i: states[new[i]][b].to(place)[here] for i in points},
                         {key: x[b].to(place)[here] for key, x in reads.items()},
                         {key: x[b].to(place)[here] for key, x in writes.items()},
+                        self.stream_factor,
                         mark,
                     )
 
@@ -171,7 +195,8 @@ class Activations:
                     for i in range(done, following):
                         sample.dense = sample.run(self.lvlm.layers[i], i, sample.dense)
                 done = following
-                step = WalkStep(here, self.lvlm, walking, sublayers.zeroed_tensors(self.lvlm, plan, here))
+                changed = sublayers.zeroed_tensors(self.lvlm, plan, here)
+                step = WalkStep(here, self.lvlm, walking, changed, self.stream_factor)
                 if here >= first:
                     yield step
                 for sample in walking:
@@ -215,7 +240,8 @@ class WalkStep:
     layer: int
     lvlm: Lvlm
     walking: Sequence[WalkingSample]
-    changed: dict[str, Tensor] = field(default_factory=dict)  # parameters of the layer
+    changed: dict[str, Tensor]  # parameters of the layer
+    factor: Callable[[int, str], float]  # see `Activations.stream_factor`
 
     def rows(self, writer: str) -> Iterator[LayerRows]:
         """See `core.LayerStep`; on the layer's device, or on the CPU if that has no fp64."""
@@ -226,15 +252,22 @@ class WalkStep:
             for sample in self.walking:
                 out = sample.run(layer, self.layer, sample.pruned, self.changed)
                 place = fp64_device(out.device)
-                x, given, wanted = (h[0].to(place).float() for h in (reads[writer], out, sample.dense))
+                read = by_sample(reads[writer], out[:1, :, 0])
+                x, given, wanted = (h[0].to(place).float() for h in (read, out, sample.dense))
                 yield LayerRows(x, given, wanted, sample.weights[self.layer].to(place), sample.generated)
 
     def change(self, writer: str, delta: Tensor) -> Tensor:
         """See `core.LayerStep`."""
-        name = single_matrix(self.lvlm, self.layer, writer)
+        name, factor = single_matrix(self.lvlm, self.layer, writer), self.factor(self.layer, writer)
+        delta = delta if factor == 1 else delta / factor
         weight = self.changed[name] if name in self.changed else stored_tensor(self.lvlm.layers[self.layer], name)
         self.changed[name] = folding.fold_update(weight, Update(delta=delta))
         return self.changed[name]
+
+
+def by_sample(states: Tensor, present: Tensor) -> Tensor:
+    """What a module reads or writes as [B, T, n], of tokens `present` [B, T]; some are called with rows [B T, n]."""
+    return states.reshape(*present.shape, -1) if states.ndim == 2 else states
 
 
 def single_matrix(lvlm: Lvlm, layer: int, role: str) -> str:

@@ -52,7 +52,7 @@ class ScoredSample:
 
     @property
     def state(self) -> Tensor:
-        """[1, T, d], enters the first layer that may be removed."""
+        """[1, T, d], enters the first layer that is run (`replay.start`)."""
         return self.replay.state
 
 
@@ -87,7 +87,7 @@ class ModelProbe:
         if missing := [s for s in self.samples if not s.plain and not s.answer]:
             raise SvlError(f"a loss needs answers, but {len(missing)} samples have none, {missing[0].label} for one")
         self._tail: LogitTail | None = None
-        self._records: dict[int, ScoredSample] = {}
+        self._records: dict[tuple[int, int], ScoredSample] = {}  # by first layer and sample
 
     def with_samples(self, n: int | None) -> ModelProbe:
         """See `core.RemovalProbe`."""
@@ -101,19 +101,19 @@ class ModelProbe:
     @property
     def scored(self) -> list[ScoredSample]:
         """This process's share of the samples (all, if it is the only one), recorded on first use."""
-        return self._recorded(my_share(len(self.samples)))
+        return self._recorded(my_share(len(self.samples)), self.start)
 
-    def _recorded(self, numbers: Iterable[int]) -> list[ScoredSample]:
+    def _recorded(self, numbers: Iterable[int], start: int) -> list[ScoredSample]:
         if not len(self.samples):
             raise SvlError("strategies that try removals out need calibration samples, but there are none")
-        if missing := [n for n in numbers if n not in self._records]:
+        if missing := [n for n in numbers if (start, n) not in self._records]:
             with torch.no_grad():
                 for n in self.show(missing, "record", len(missing)):
                     with counted_rows() as count:
-                        self._records[n] = self._record(self.samples.samples[n])
+                        self._records[start, n] = self._record(self.samples.samples[n], start)
                     # Every process tries its first sample out; that of the first one counts, however many there are.
                     add_rows(count.rows if process_rank() == 0 else self.n_layers)
-        return [self._records[n] for n in numbers]
+        return [self._records[start, n] for n in numbers]
 
     @property
     def tail(self) -> LogitTail:
@@ -147,17 +147,28 @@ class ModelProbe:
         return values
 
     def similarity(self, plan: Plan, patch: Patch) -> float:
-        """See `core.RemovalProbe`."""
+        """See `core.RemovalProbe`.
+
+        Raises:
+            SvlError: if the patch changes a layer that cannot run by itself, as more enters behind it.
+        """
+        changed, lowest = [*patch.blends, *patch.joins, *(i for i, _ in patch.updates)], self.lvlm.anatomy.entered
+        if (first := min(changed, default=self.start)) < lowest:
+            raise SvlError(
+                f"how similar '{self.lvlm.name}' stays with another layer {first} cannot be told by running layers one "
+                f"by one, as visual features enter behind layers 0..{lowest - 1} (DeepStack)"
+            )
+        start = self.start if first >= self.start else lowest  # of few records, whichever layers are changed
 
         @torch.no_grad()
         def measure_share() -> list[float]:
             pruned, found = surgery.apply(self.lvlm, plan, patch), []
-            for sample in self.scored:
+            for sample in self._recorded(my_share(len(self.samples)), start):
                 ends = []
                 for layers, indices in ((self.layers, range(self.n_layers)), (pruned.layers, plan.kept)):
                     state = sample.state
                     for layer, i in zip(layers, indices, strict=True):
-                        if i >= self.start:
+                        if i >= start:
                             state = self._run(layer, i, state, sample)
                     ends.append(self.tail.norm(state).float().flatten())
                 found.append(float(F.cosine_similarity(ends[0], ends[1], dim=0)))
@@ -183,13 +194,13 @@ class ModelProbe:
                 return []  # sums of gradients are the first process's, so that they do not depend on their number
             return taylor_salience(
                 list(enumerate(self.layers))[self.start :],
-                self._recorded(range(len(self.samples))),
+                self._recorded(range(len(self.samples)), self.start),
                 lambda i, state, sample: self._run(self.layers[i], i, state, sample),
                 self.tail.logits,
                 lambda scored: self.show(scored, "gradients", len(scored)),
             )
 
-        found: list[float] = self._remembered("taylor", {}, compute)
+        found: list[float] = self._remembered("taylor", {"start": self.start}, compute)
         return [max(found)] * self.start + found
 
     def magnitude(self, power: int) -> list[float]:
@@ -199,22 +210,23 @@ class ModelProbe:
             for layer in self.layers
         ]
 
-    def _record(self, sample: Sample) -> ScoredSample:
-        """Run one sample through the dense model and keep what its layers are called with."""
+    def _record(self, sample: Sample, start: int) -> ScoredSample:
+        """Run one sample through the dense model and keep what its layers, from `start` on, are called with."""
         if self.lvlm.needs_equal_images:  # layers cannot run for several candidates at once
             raise SvlError(
                 f"'{self.lvlm.name}' reads images by cross-attention, so strategies that try removals out cannot be "
                 "used; choose one that reads statistics"
             )
         inputs, answer = encode_answer(self.lvlm, sample)
+        check = all(first != start for first, _ in self._records)
         with explained_samples([sample]):
-            replay, logits = record_replay(self.lvlm, inputs, self.start, check=self._tail is None)
+            replay, logits = record_replay(self.lvlm, inputs, start, check)
         positions = answer.nonzero()[:, 0]
         positions = positions[positions > 0]
         scored = ScoredSample(replay, positions - 1, inputs["input_ids"][0, positions])
         if self._tail is None:
             state = scored.state
-            for i in range(self.start, self.n_layers):
+            for i in range(start, self.n_layers):
                 state = self._run(self.layers[i], i, state, scored)
             self._tail = find_logit_tail(self.lvlm, state, logits)
         return scored

@@ -54,6 +54,7 @@ class Come(Compensation):
     heads: str = "grouped"
     needs: ClassVar[frozenset[str]] = frozenset({"hidden"})
     joins: ClassVar[bool] = True
+    in_memory: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         one_of("compensation.heads", self.heads, ("grouped", "released"))

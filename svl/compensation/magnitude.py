@@ -45,6 +45,7 @@ class Magnitude(Compensation):
 
     rows: str = "all"
     needs: ClassVar[frozenset[str]] = frozenset({"hidden"})
+    only_scales: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_rows(self.rows)

@@ -56,7 +56,7 @@ class MeanUpdate(Compensation):
             layer, role = anchor_of(plan, run)
             mean = means[run].solve(0)[0].float().cpu()
             if hidden.has_bias(layer, role):
-                updates[layer, role] = Update(shift=mean)
+                updates[layer, role] = Update(shift=mean / hidden.stream_factor(layer, role))
                 continue
             u = fits[run].solve(self.ridge)
             updates[layer, role] = Update(left=mean[:, None], right=u.mT.float().cpu().contiguous())

@@ -56,6 +56,7 @@ class Refit(Compensation):
     rows: str = "all"
     texts: int = 0
     needs: ClassVar[frozenset[str]] = frozenset({"hidden"})
+    in_memory: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         one_of("compensation.layers", self.layers, ("all", "gaps"))
@@ -69,6 +70,15 @@ class Refit(Compensation):
         """See `Compensation`."""
         return self.texts
 
+    def refitted(self, plan: Plan) -> list[tuple[int, str]]:
+        """The projections that are refitted, in the order in which they are."""
+        if not plan.removed:
+            return []
+        layers = [i for i in plan.kept if i >= plan.removed[0] - 1]
+        if self.layers == "gaps":
+            layers = [start - 1 for start, _ in plan.runs_with_layer_before]
+        return [(layer, writer) for layer in layers for writer in targets_left(plan, layer, self.targets)]
+
     def fit(self, hidden: HiddenStates, plan: Plan) -> Patch:
         """The change of every refitted down_proj; its notes name the ridges and the share of the gap that is left.
 
@@ -79,13 +89,12 @@ class Refit(Compensation):
             one_of("compensation.targets for this model", target, tuple(hidden.writers))
         if not plan.removed:
             return Patch()
-        before_runs = {start - 1 for start, _ in plan.runs}
-        updates, notes = {}, []
+        refitted, updates, notes = self.refitted(plan), {}, []
+        for layer, writer in refitted:
+            one_of("compensation.targets for this model", writer, tuple(hidden.writers))
+            hidden.stream_factor(layer, writer)  # raises an error where there is none, before the walk
         for step in hidden.walk(plan):
-            if self.layers == "gaps" and step.layer not in before_runs:
-                continue
-            for writer in targets_left(plan, step.layer, self.targets):
-                one_of("compensation.targets for this model", writer, tuple(hidden.writers))
+            for writer in [writer for layer, writer in refitted if layer == step.layer]:
                 change, note = self._refit(step, writer)
                 notes.append(f"layer {step.layer} {writer}: {note}")
                 if not bool(change.any()):

@@ -45,6 +45,8 @@ def check_targets(targets: Sequence[str]) -> None:
         one_of("compensation.targets", target, ("mlp", "attn"))
     if not targets:
         raise SvlError("compensation.targets is empty, but must name mlp, attn or both")
+    if len(set(targets)) < len(targets):
+        raise SvlError(f"compensation.targets is {list(targets)}, but must name mlp and attn at most once each")
 
 
 def targets_left(plan: Plan, layer: int, targets: Sequence[str]) -> tuple[str, ...]:

@@ -91,11 +91,16 @@ class Compensation(Method, ABC):
         foldable: whether all that it changes are weights of kept layers. One that puts maps at cuts says False: it
             works in memory, on any kind of layer, but is refused where a checkpoint is asked for.
         joins: whether it joins layers (`Patch.joins`), so that models whose layers cannot be are refused at once.
+        only_scales: whether all that it does to what projections write is to multiply it by numbers, which a gate for
+            each channel behind them does not disturb.
+        in_memory: whether `fit` needs the whole model in memory, so that it is refused with `model.offload`.
     """
 
     known_needs: ClassVar[frozenset[str]] = frozenset({"hidden"})
     foldable: ClassVar[bool] = True
     joins: ClassVar[bool] = False
+    only_scales: ClassVar[bool] = False
+    in_memory: ClassVar[bool] = False
 
     @property
     def own_texts(self) -> int:
@@ -104,6 +109,10 @@ class Compensation(Method, ABC):
 
     def check_plan(self, plan: Plan) -> None:
         """Raise SvlError if nothing can be fitted for such a plan; asked as soon as the plan is known."""
+
+    def refitted(self, plan: Plan) -> Collection[tuple[int, str]]:
+        """Writers, as (layer, role), whose weights change one by one, so that each must be a single matrix."""
+        return ()
 
     @abstractmethod
     def fit(self, hidden: HiddenStates, plan: Plan) -> Patch:
@@ -190,7 +199,9 @@ class SampleStates(Protocol):
         ...
 
     def wrote(self, layer: int, writer: str) -> Tensor:
-        """What the projection `writer` of a layer wrote, bias included: fp32 [T, d]."""
+        """What the projection `writer` of a layer wrote, bias included, as the layer adds it to the stream (times a
+        constant, or a gate, where it has one): fp32 [T, d].
+        """
         ...
 
 
@@ -222,7 +233,10 @@ class LayerStep(Protocol):
         ...
 
     def change(self, writer: str, delta: Tensor) -> Tensor:
-        """Add `delta` [d, n_in] to the weight of `writer`, and give the new one; the walk goes on with it."""
+        """Let `writer` add `delta` x more to the residual stream for what it reads, x, and give its new weight.
+
+        `delta` is [d, n_in]. The walk goes on with that weight.
+        """
         ...
 
 
@@ -237,6 +251,16 @@ class HiddenStates(Protocol):
 
     def has_bias(self, layer: int, writer: str) -> bool:
         """Whether the projections `writer` of a layer have one bias."""
+        ...
+
+    def stream_factor(self, layer: int, writer: str) -> float:
+        """How many times what the projections `writer` of a layer give is added to the residual stream: mostly 1.
+
+        `SampleStates.wrote` and `LayerStep.change` allow for it already.
+
+        Raises:
+            SvlError: if it is not one number, or the layer does not run on an example.
+        """
         ...
 
     @property

@@ -9,7 +9,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-_FOLDABLE = "a compensation that folds into weights: linear, linear_replaceme, mean_update, magnitude, subspace, refit"
+_FOLDABLE = (  # all of conf/compensation, as a test checks
+    "a compensation that folds into weights: come, linear, linear_cosine, linear_replaceme, magnitude, mean_update, "
+    "merge, refit, refit_generated, subspace, subspace_fit, subspace_guarded"
+)
 # Why a patch with maps, and a compensation that gives them, is not exported.
 NO_STOCK_FORM = (
     "a map at a cut acts on the residual stream between two layers, which no stock checkpoint can express; evaluate it "

@@ -91,6 +91,8 @@ class Stats:
         probe: the model to try removals on; for strategies that need "probe".
         rescoring: what is left of the model after removals; for strategies that need "rescoring".
         gone: layers of the dense model that the measured one lacks, by their numbers there.
+        kinds: for strategies that merge layers: a number for every layer, equal where projections have the same names
+            and shapes; None where nothing is merged into a layer; empty if all can be merged.
     """
 
     n_layers: int
@@ -100,6 +102,7 @@ class Stats:
     probe: RemovalProbe | None = None
     rescoring: Rescoring | None = None
     gone: tuple[int, ...] = ()
+    kinds: tuple[int | None, ...] = ()
 
     @property
     def dense_layers(self) -> int:
@@ -244,6 +247,11 @@ class Stats:
         if self.rescoring is None:
             raise SvlError("this strategy measures the model again after each removal: it needs 'rescoring'")
         return self.rescoring
+
+    def can_merge(self, into: int, gone: Iterable[int]) -> bool:
+        """Whether layers can be merged into another one (see `kinds`)."""
+        kinds = {self.kinds[i] for i in (into, *gone)} if self.kinds else {0}
+        return len(kinds) == 1 and None not in kinds
 
     def candidates(self, n_remove: int) -> tuple[int, ...]:
         """The removable layers.

@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig
 
 from svl.config import build_method, load_options, plain_values
-from svl.core import layers_to_remove
+from svl.core import Compensation, Stats, checked_plan, fitted_patch, layers_to_remove
 from svl.core.errors import SvlError, explained
 from svl.demo import bundled
 from svl.doctor.findings import Section
@@ -25,7 +25,7 @@ from svl.models.placement import weights_by_place
 from svl.models.prompts import with_prompt_style
 from svl.models.transformers_internals import empty_model
 from svl.models.weight_files import PICKLES, check_index, find_weight_files
-from svl.pruning.folding import check_foldable
+from svl.pruning.folding import check_foldable, check_patch, check_single_somewhere, merge_kinds
 from svl.pruning.layer_trials import joinable_layers
 from svl.store.artifacts import Store
 
@@ -209,6 +209,7 @@ def _examine_methods(cfg: DictConfig, lvlm: Lvlm, section: Section) -> None:
     if compensation.joins:
         with section.examined("joining layers"):
             joinable_layers(lvlm)
+    _examine_choices(cfg, lvlm, compensation, section)
     if not lvlm.takes_images:
         section.note("it reads text only: selectors of visual tokens, FastV and pictures do not apply")
     elif lvlm.takes_videos:
@@ -216,7 +217,29 @@ def _examine_methods(cfg: DictConfig, lvlm: Lvlm, section: Section) -> None:
     else:
         section.ok("it takes pictures")
     if cfg.model.offload:
-        section.note("model.offload: trial removals, refit and benchmarks need the whole model in memory instead")
+        section.note("model.offload: trial removals, refit, come and benchmarks need the whole model in memory instead")
+
+
+def _examine_choices(cfg: DictConfig, lvlm: Lvlm, compensation: Compensation, section: Section) -> None:
+    """What of strategy and compensation cannot be on these layers, as far as it is known without any measurement."""
+    with section.examined("the compensation"):
+        check_single_somewhere(compensation, lvlm.anatomy)
+    kinds = merge_kinds(lvlm.anatomy, lvlm.layers)
+    if len(set(kinds)) > 1:
+        apart = [i for i in range(1, len(kinds)) if kinds[i] is None or kinds[i] != kinds[i - 1]]
+        section.note(
+            f"layers of other kinds than the one before them, which are not merged with it: {_in_ranges(apart)}"
+        )
+    with section.examined("the strategy"):
+        strategy = build_method(cfg.strategy, "strategy")
+        stats = Stats(lvlm.anatomy.n_layers, lvlm.anatomy.removable, kinds=kinds)
+        n_remove = asked_removals(cfg, stats.n_layers)
+        if n_remove > len(stats.removable):
+            return  # as is said of the layers
+        strategy.check(stats, n_remove)
+        if not strategy.needs and not compensation.needs:  # what they come to is known
+            plan = checked_plan(strategy, stats, n_remove)
+            check_patch(fitted_patch(compensation, None, plan), plan, lvlm.anatomy, lvlm.layers)  # type: ignore[arg-type]
 
 
 def _compensates(cfg: DictConfig) -> bool:

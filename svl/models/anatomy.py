@@ -88,6 +88,8 @@ class Anatomy:
         waived: layers that others depend on, but whose protection `model.protect` has lifted: they may be removed, and
             the pruned model then computes something else than the full one that skips them.
         video_token_id: as `image_token_id`, of videos; None where they have no placeholder of their own.
+        entered: behind how many of the first layers visual features enter (DeepStack), so that they cannot run by
+            themselves.
     """
 
     layers: str
@@ -98,6 +100,7 @@ class Anatomy:
     protected: dict[int, str] = field(default_factory=dict)
     waived: tuple[int, ...] = ()
     video_token_id: int | None = None
+    entered: int = 0
 
     @property
     def visual_token_ids(self) -> tuple[int, ...]:
@@ -169,6 +172,7 @@ def find_anatomy(
         protected=protected,
         waived=tuple(i for i in tied if i not in protected),
         video_token_id=token_id(model.config, VIDEO_TOKEN_FIELDS),
+        entered=entered_layers(model.config),
     )
 
 
@@ -220,13 +224,18 @@ def token_id(config: PreTrainedConfig, fields: Sequence[str]) -> int | None:
     return next((value for value in values if isinstance(value, int)), None)
 
 
+def entered_layers(config: PreTrainedConfig) -> int:
+    """Behind how many layers visual features enter: the i-th of them behind decoder layer i, by its position alone."""
+    visual = getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None) or ()
+    return len(visual)
+
+
 def tied_layers(config: PreTrainedConfig) -> dict[int, str]:
     """Layers that others depend on in ways that a pruned config cannot express, each with the reason."""
     text = config.get_text_config(decoder=True)
     types = getattr(text, "layer_types", None) or []
     found = {}
-    visual = getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None) or ()
-    for i in range(len(visual)):  # the i-th of these features is added after decoder layer i, by its position alone
+    for i in range(entered_layers(config)):
         found[i] = "visual features enter after it, by its position (DeepStack)"
     if getattr(text, "num_kv_shared_layers", 0):
         for i, mode in enumerate(text.kv_sharing_modes):

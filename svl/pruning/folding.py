@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from svl.core.plan import Plan
 from svl.models.anatomy import Anatomy
 from svl.models.lvlm import Lvlm
 from svl.pruning.joining import join_rules
+
+if TYPE_CHECKING:
+    from svl.core.methods import Compensation
 
 COLUMNS = 256  # of a matrix that are changed at a time
 POST_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm", "post_self_attn_layernorm")
@@ -31,6 +35,30 @@ def check_foldable(lvlm: Lvlm) -> None:
             f"'{lvlm.name}' normalises after its projections ({', '.join(sorted(norms))}), which renormalises what a "
             "compensation folds into them; use compensation=none"
         )
+
+
+def check_single(compensation: Compensation, plan: Plan, anatomy: Anatomy) -> None:
+    """Raise SvlError if a compensation changes weights one by one where several write in one role (experts)."""
+    for layer, role in compensation.refitted(plan):
+        if role in anatomy.writers and not anatomy.writers[role][layer].single:
+            raise SvlError(
+                f"the writer '{role}' of layer {layer} has several matrices, but {type(compensation).__name__} needs "
+                "one to refit; choose another compensation, or compensation.targets without it"
+            )
+
+
+def check_single_somewhere(compensation: Compensation, anatomy: Anatomy) -> None:
+    """Raise SvlError as `check_single` does if it would for every plan by which weights change."""
+    plans = [Plan(anatomy.n_layers, (layer,)) for layer in anatomy.removable if anatomy.n_layers > 1]
+    plans = [plan for plan in plans if compensation.refitted(plan)]
+    problems = []
+    for plan in plans:  # what bars it bars each plan whose first run begins there
+        try:
+            check_single(compensation, plan, anatomy)
+        except SvlError as error:
+            problems.append(error)
+    if problems and len(problems) == len(plans):
+        raise problems[0]
 
 
 def check_patch(patch: Patch, plan: Plan, anatomy: Anatomy, layers: nn.ModuleList) -> None:
@@ -51,6 +79,7 @@ def check_patch(patch: Patch, plan: Plan, anatomy: Anatomy, layers: nn.ModuleLis
             raise SvlError(f"the patch blends layer {layer} of layers {sorted(terms)}: not of 0..{plan.n_layers - 1}")
         if not all(isinstance(c, int | float) and math.isfinite(c) for c in terms.values()):
             raise SvlError(f"the patch blends layer {layer} with coefficients that are not finite numbers")
+        check_blend(layer, terms, layers)
     starts = [start for start, _ in plan.runs]
     for start, matrix in patch.maps.items():
         if start not in starts:
@@ -73,6 +102,16 @@ def check_patch(patch: Patch, plan: Plan, anatomy: Anatomy, layers: nn.ModuleLis
             expected |= {"delta": shape, "weight": shape}
         for part, shape in expected.items():
             check_part(getattr(update, part), shape, f"'{part}' of the patch for '{role}' of layer {layer}")
+
+
+def check_blend(layer: int, sources: Collection[int], layers: nn.ModuleList) -> None:
+    """Raise SvlError if projections of `sources` differ in names or shapes from those of the layer that they become."""
+    own = projection_shapes(layers[layer])
+    if unlike := [i for i in sources if projection_shapes(layers[i]) != own]:
+        raise SvlError(
+            f"layers {sorted({layer, *sources})} cannot be merged: projections of layer {unlike[0]} differ in names or "
+            f"shapes from those of layer {layer}; choose another compensation, or other layers"
+        )
 
 
 def check_join(layer: int, parts: tuple[JoinedPart, ...], plan: Plan, layers: nn.ModuleList, hidden: int) -> None:
@@ -145,6 +184,24 @@ def _folded(block: Tensor, factors: Sequence[Tensor], extra: Tensor | None, scal
 def parameter_shapes(layer: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shapes of a layer's parameters, by name."""
     return {name: tuple(p.shape) for name, p in layer.named_parameters()}
+
+
+def projection_shapes(layer: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of a layer's `projections`, by name."""
+    shapes = parameter_shapes(layer)
+    return {name: shapes[name] for name in projections(layer)}
+
+
+def merge_kinds(anatomy: Anatomy, layers: nn.ModuleList) -> tuple[int | None, ...]:
+    """`core.Stats.kinds` of a model's `layers`, which may be on the meta device."""
+    first: list[dict[str, tuple[int, ...]]] = []
+    kinds: list[int | None] = []
+    for i, layer in enumerate(layers):
+        shapes = projection_shapes(layer)
+        if shapes not in first:
+            first.append(shapes)
+        kinds.append(None if i < anatomy.entered else first.index(shapes))
+    return tuple(kinds)
 
 
 def projections(layer: nn.Module) -> list[str]:

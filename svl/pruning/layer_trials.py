@@ -8,7 +8,8 @@ layer adds to them; five or so runs of a layer cost next to nothing beside a cal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -71,18 +72,38 @@ class LayerTrial:
                     changed[name] = folding.fold_update(stored_tensor(self.layer, name), update, flipped)
         return self.run(changed)
 
+    def given_and_added(self, anatomy: Anatomy, role: str) -> tuple[Tensor, Tensor, float]:
+        """What the writer `role` gives, and what the layer adds to the stream for it alone: fp32 [B T, d].
+
+        Also how large the error of the second may be, as a norm.
+        """
+        nothing = dict.fromkeys(anatomy.writers, 0.0)
+        without, given = self.scaled(anatomy, nothing), []
+        module = self.layer.get_submodule(anatomy.writers[role][self.number].module)
+        handle = module.register_forward_hook(lambda _, args, output: given.append(output))
+        try:
+            whole = self.scaled(anatomy, {**nothing, role: 1.0})
+        finally:
+            handle.remove()
+        written = given[0][0] if isinstance(given[0], tuple) else given[0]
+        rounding = 4 * self.eps * float(without.norm() + whole.norm())
+        width = anatomy.hidden_size
+        return written.to(whole).reshape(-1, width), (whole - without).reshape(-1, width), rounding
+
     @property
     def eps(self) -> float:
         """The relative distance of neighbouring numbers of the state's dtype."""
         return torch.finfo(self.state.dtype).eps
 
 
-def check_folding(lvlm: Lvlm, inputs: Inputs | None = None) -> None:
+def check_folding(lvlm: Lvlm, inputs: Inputs | None = None, only_scales: bool = False) -> None:
     """Check that scaling what its writers write scales all that a layer adds to the residual stream.
 
     Args:
         lvlm: with weights, in memory or not.
         inputs: of the pass in which layers are tried; by default a short prompt, with a picture if there can be one.
+        only_scales: whether nothing else than scaling is meant to be folded in; what does more needs layers that add
+            what writers give times one number, for all channels.
 
     Raises:
         SvlError: if a norm, or anything else that is not linear, stands between a writer and the stream, or a layer
@@ -111,8 +132,49 @@ def check_folding(lvlm: Lvlm, inputs: Inputs | None = None) -> None:
                     "but normalises it, or the like, which undoes what a compensation folds into that weight; use "
                     "compensation=none"
                 )
+            given, added, rounding = trial.given_and_added(anatomy, role)
+            seen = added.any(-1)
+            if not only_scales and _common_factor(given[seen], added[seen], rounding) is None:
+                raise SvlError(
+                    f"{what} multiplies what {_named(trial, anatomy, role)} writes by other numbers in other channels "
+                    "before it adds it to the residual stream, so what a compensation folds into that weight does not "
+                    "reach the stream as it is meant to; use compensation=magnitude or none"
+                )
 
     _try_layers(lvlm, inputs, check, layer_kinds(lvlm, range(len(lvlm.layers))))
+
+
+def stream_factors(
+    lvlm: Lvlm, layers: Collection[int], inputs: Inputs | None = None
+) -> dict[tuple[int, str], float | None]:
+    """How many times what a writer gives is added to the residual stream, by (layer, role) of `layers`.
+
+    1 in most models, exactly; others multiply it by a constant (Granite) or by a gate of the layer's own (Mllama). None
+    where it is not one number for all channels and tokens. Layers that do not run on these inputs are missing; `inputs`
+    are as of `check_folding`.
+    """
+    found: dict[tuple[int, str], float | None] = {}
+
+    def measure(trial: LayerTrial) -> None:
+        for role in lvlm.anatomy.writers:
+            found[trial.number, role] = _common_factor(*trial.given_and_added(lvlm.anatomy, role))
+
+    _try_layers(lvlm, inputs, measure, sorted(layers))
+    return found
+
+
+def _common_factor(given: Tensor, added: Tensor, rounding: float) -> float | None:
+    """The number that `given` [n, d] is multiplied by to give `added`, 1 if only rounding tells it from that; None if
+    there is no such number."""
+    given, added = given.double(), added.double()
+    energy = float(given.square().sum())
+    if energy == 0 or not bool(added.any()):
+        return 0.0 if energy else 1.0
+    factor = float((given * added).sum()) / energy
+    if not _is_small(added - factor * given, 0.02 * added.norm() + rounding):
+        return None
+    noise = rounding / math.sqrt(energy * given.numel())  # of a mean over that many numbers
+    return 1.0 if abs(factor - 1) <= 1e-3 + 8 * noise else factor
 
 
 def check_joining(lvlm: Lvlm, inputs: Inputs | None = None) -> None:

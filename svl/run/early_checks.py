@@ -24,12 +24,21 @@ def check_compensation(setup: RunSetup) -> None:
     compensation = setup.compensation
     if not compensation.needs or not compensation.foldable or setup.layers_are_tried:
         return
-    from svl.pruning import layer_trials
+    from svl.pruning import folding, layer_trials
 
-    layer_trials.check_folding(setup.dense)
+    folding.check_single_somewhere(compensation, setup.dense.anatomy)
+    layer_trials.check_folding(setup.dense, only_scales=compensation.only_scales)
     if compensation.joins:
         layer_trials.check_joining(setup.dense)
     setup.layers_are_tried = True
+
+
+def check_single_writers(setup: RunSetup, plan: Plan) -> None:
+    """Raise SvlError if the compensation needs single matrices where the plan leaves it experts."""
+    if setup.compensation.refitted(plan):
+        from svl.pruning import folding
+
+        folding.check_single(setup.compensation, plan, setup.dense.anatomy)
 
 
 def check_patch_fits(setup: RunSetup, plan: Plan, patch: Patch) -> None:

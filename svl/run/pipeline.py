@@ -187,6 +187,11 @@ class Run:
         source = stats if setup.selects else None
 
         def build(folder: Path) -> Output:
+            if (
+                setup.probes or setup.rescores
+            ):  # the calibration may be that of another run, which checked its own choices
+                check_choices(setup)
+                early_checks.check_compensation(setup)
             measured = read_statistics(setup, source)
             n_remove = count_removals(setup, measured)
             with answering(setup.strategy):
@@ -268,6 +273,7 @@ class Run:
             from svl.pruning import patch_file
 
             hidden: Any = None
+            early_checks.check_single_writers(setup, plan)
             if streams:
                 early_checks.check_compensation(setup)  # of a calibration that was for another compensation
                 seen, batch_size = read_statistics(setup, stats), setup.cfg.calibration.batch_size

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svl.core import Plan, RemovalProbe, Rescoring, Stats, checked_plan, layers_to_remove
+from svl.core import Plan, RemovalProbe, Rescoring, Stats, checked_plan, fitted_patch, layers_to_remove
 from svl.core.contract import answering
 from svl.run import early_checks
 from svl.run.generated import read_texts
@@ -22,13 +22,18 @@ if TYPE_CHECKING:
 
 def read_statistics(setup: RunSetup, stats: Entry | None) -> Stats:
     """The calibration seen through the selector; without one, the bare depth of the model."""
+    kinds: tuple[int | None, ...] = ()
+    if "probe" in setup.probes:  # which holds the model anyway
+        from svl.pruning.folding import merge_kinds
+
+        kinds = merge_kinds(setup.dense.anatomy, setup.dense.layers)
     if stats is None:
         anatomy = setup.dense.anatomy
-        return Stats(anatomy.n_layers, anatomy.removable)
+        return Stats(anatomy.n_layers, anatomy.removable, kinds=kinds)
     from svl.calibration.calibrate import TraceFolder
 
     removable = tuple(stats.output["removable"])
-    return Stats(stats.output["n_layers"], removable, TraceFolder(stats.path), setup.selector)
+    return Stats(stats.output["n_layers"], removable, TraceFolder(stats.path), setup.selector, kinds=kinds)
 
 
 def count_removals(setup: RunSetup, stats: Stats) -> int:
@@ -60,6 +65,9 @@ def check_choices(setup: RunSetup) -> None:
         plan = checked_plan(setup.strategy, stats, n_remove)
         setup.dense.anatomy.check_plan(plan, setup.name)
         early_checks.check_plan(setup, plan)
+        early_checks.check_single_writers(setup, plan)
+        if plan.removed and not setup.compensation.needs:  # what it does needs no measurement, either
+            early_checks.check_patch_fits(setup, plan, fitted_patch(setup.compensation, None, plan))  # type: ignore[arg-type]
 
 
 def resumable_probe(setup: RunSetup) -> RemovalProbe:

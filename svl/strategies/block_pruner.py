@@ -36,6 +36,8 @@ class BlockPruner(Strategy):
             one_of("strategy.targets", target, ("attn", "mlp"))
         if not self.targets:
             raise SvlError("strategy.targets is empty, but must name attn, mlp or both")
+        if len(set(self.targets)) < len(self.targets):
+            raise SvlError(f"strategy.targets is {list(self.targets)}, but must name attn and mlp at most once each")
         check_count("strategy.samples", self.samples, least=1, unless="all")
 
     def check(self, stats: Stats, n_remove: int) -> None:

@@ -20,7 +20,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from svl.core import Plan, Stats, Strategy, SvlError, check_count, one_of
-from svl.strategies.merging import Merges, check_threshold, merge_similarity, plan_by_threshold, search_threshold
+from svl.strategies.merging import (
+    Merges,
+    Similarity,
+    Walk,
+    check_reach,
+    check_threshold,
+    like_all,
+    merge_similarity,
+    plan_by_threshold,
+    search_threshold,
+    tell_kinds,
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +67,7 @@ class Laco(Strategy):
         check_count("strategy.samples", self.samples, least=1, unless="all")
 
     def check(self, stats: Stats, n_remove: int) -> None:
-        """Raise SvlError if there is no layer `highest`, or no room for a merge that is asked for."""
+        """Raise SvlError if there is no layer `highest`, or merging cannot remove so many layers."""
         highest = stats.n_layers - 1 if self.highest is None else self.highest
         nothing_asked = self.threshold is None and n_remove == 0
         if not (nothing_asked or self.lowest + self.size <= highest) or highest >= stats.n_layers:
@@ -64,6 +75,8 @@ class Laco(Strategy):
                 f"strategy.size {self.size} does not fit between strategy.lowest {self.lowest} and the highest layer "
                 f"{highest} of a model with layers 0..{stats.n_layers - 1}"
             )
+        if self.threshold is None:
+            check_reach(stats.n_layers, self._walk(stats, n_remove, like_all), n_remove)
 
     def plan(self, stats: Stats, n_remove: int) -> Plan:
         """The merges; with a threshold, as many as it lets pass, whatever the ratio.
@@ -72,10 +85,18 @@ class Laco(Strategy):
             SvlError: if there is no layer `highest`, or merging cannot remove so many layers.
         """
         self.check(stats, n_remove)
+        tell_kinds(stats)
         probe, n_layers = stats.required_probe().with_samples(self.samples), stats.n_layers
+        walk = self._walk(stats, n_remove, merge_similarity(probe, n_layers, self.merge))
+        if self.threshold is not None:
+            return plan_by_threshold(n_layers, walk, self.threshold)
+        return search_threshold(walk, n_layers, n_remove)
+
+    def _walk(self, stats: Stats, n_remove: int, similarity: Similarity) -> Walk:
+        """The walk, as a function of its threshold and of the number of layers after which it ends."""
+        n_layers = stats.n_layers
         highest = n_layers - 1 if self.highest is None else self.highest
         allowed = frozenset(stats.candidates(0 if self.threshold is not None else n_remove))
-        similarity = merge_similarity(probe, n_layers, self.merge)
 
         def walk(threshold: float, most: int) -> Merges:
             alive, at = list(range(n_layers)), highest - self.size
@@ -84,13 +105,12 @@ class Laco(Strategy):
                 size = min(self.size, most - (n_layers - len(alive)) + 1)
                 gone = tuple(alive[at + 1 : at + size])
                 tried: Merges = (*merges, (alive[at], gone))
-                if gone and allowed.issuperset(gone) and similarity(tried) > threshold:
+                possible = gone and allowed.issuperset(gone) and stats.can_merge(alive[at], gone)
+                if possible and similarity(tried) > threshold:
                     merges, alive = tried, [i for i in alive if i not in gone]
                     at -= self.interval
                 else:
                     at -= 1
             return merges
 
-        if self.threshold is not None:
-            return plan_by_threshold(n_layers, walk, self.threshold)
-        return search_threshold(walk, n_layers, n_remove)
+        return walk

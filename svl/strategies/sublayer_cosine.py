@@ -35,6 +35,8 @@ class SublayerCosine(Strategy):
             one_of("strategy.targets", target, ROLES)
         if not self.targets:
             raise SvlError("strategy.targets is empty, but must name attn, mlp or both")
+        if len(set(self.targets)) < len(self.targets):
+            raise SvlError(f"strategy.targets is {list(self.targets)}, but must name attn and mlp at most once each")
 
     def plan(self, stats: Stats, n_remove: int) -> Plan:
         """Remove `n_remove` sub-layers of removable layers; of equals the deeper goes first. There is no importance."""

@@ -19,7 +19,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from svl.core import Plan, Stats, Strategy, SvlError, check_count, one_of
-from svl.strategies.merging import Merges, check_threshold, merge_similarity, plan_by_threshold, search_threshold
+from svl.strategies.merging import (
+    Merges,
+    Similarity,
+    Walk,
+    check_reach,
+    check_threshold,
+    like_all,
+    merge_similarity,
+    plan_by_threshold,
+    search_threshold,
+    tell_kinds,
+)
 
 
 @dataclass(frozen=True)
@@ -46,9 +57,11 @@ class Swm(Strategy):
         check_count("strategy.samples", self.samples, least=1, unless="all")
 
     def check(self, stats: Stats, n_remove: int) -> None:
-        """Raise SvlError if there is no layer `highest`."""
+        """Raise SvlError if there is no layer `highest`, or merging cannot remove so many layers."""
         if self.highest is not None and self.highest >= stats.n_layers:
             raise SvlError(f"strategy.highest is {self.highest}, but the model has layers 0..{stats.n_layers - 1}")
+        if self.threshold is None:
+            check_reach(stats.n_layers, self._walk(stats, n_remove, like_all), n_remove)
 
     def plan(self, stats: Stats, n_remove: int) -> Plan:
         """The merges; with a threshold, as many as it lets pass, whatever the ratio.
@@ -57,10 +70,17 @@ class Swm(Strategy):
             SvlError: if there is no layer `highest`, or merging cannot remove so many layers.
         """
         self.check(stats, n_remove)
+        tell_kinds(stats)
         probe, n_layers = stats.required_probe().with_samples(self.samples), stats.n_layers
-        highest = n_layers - 2 if self.highest is None else self.highest
+        walk = self._walk(stats, n_remove, merge_similarity(probe, n_layers, self.merge))
+        if self.threshold is not None:
+            return plan_by_threshold(n_layers, walk, self.threshold)
+        return search_threshold(walk, n_layers, n_remove)
+
+    def _walk(self, stats: Stats, n_remove: int, similarity: Similarity) -> Walk:
+        """The walk, as a function of its threshold and of the number of layers after which it ends."""
+        highest = stats.n_layers - 2 if self.highest is None else self.highest
         allowed = frozenset(stats.candidates(0 if self.threshold is not None else n_remove))
-        similarity = merge_similarity(probe, n_layers, self.merge)
 
         def walk(threshold: float, most: int) -> Merges:
             merges: Merges = ()
@@ -70,7 +90,7 @@ class Swm(Strategy):
                 window: Merges = ()  # one merge, of low + 1 .. high into low; none as long as the window is one layer
                 while low > 0 and low in allowed and high - low < left:
                     larger = ((low - 1, tuple(range(low, high + 1))),)
-                    if similarity(merges + larger) <= threshold:
+                    if not stats.can_merge(*larger[0]) or similarity(merges + larger) <= threshold:
                         break
                     low, window = low - 1, larger
                 if low > 0 or self.merge == "paper":
@@ -79,6 +99,4 @@ class Swm(Strategy):
                 high = low - 1
             return merges
 
-        if self.threshold is not None:
-            return plan_by_threshold(n_layers, walk, self.threshold)
-        return search_threshold(walk, n_layers, n_remove)
+        return walk

@@ -10,6 +10,7 @@ import torch
 from helpers.checkpoints import assert_same_checkpoint, in_memory
 from helpers.families import lvlm_of
 from helpers.references import close, logits
+from helpers.spread_models import map_over, same
 from helpers.streams import record
 from torch import nn
 from torch.nn import functional as F
@@ -244,3 +245,14 @@ def test_layers_of_other_parts_are_refused(family, says):
     both = [JoinedPart(i, 0.5, 0.5, indices(24), indices(2), indices(1)) for i in (2, 3)]
     with pytest.raises(SvlError, match=says):
         apply(lvlm, Plan(n, (3,)), Patch(joins={2: tuple(both)}))
+
+
+def test_layers_on_disk_are_joined_as_in_memory(checkpoint, samples):
+    one = svl.load(checkpoint("llama"), device="cpu")
+    spread = svl.load(checkpoint("llama"), device_map=map_over(one, ["cpu", "disk"]))
+    plan, found = Plan(4, (1, 3)), []
+    for lvlm in (one, spread):
+        stats = select(calibrate(lvlm, samples, batch_size=2), Last())
+        found.append(Come().fit(Activations(lvlm, samples, stats, 2), plan))
+    same(found[1].joins, found[0].joins)
+    assert found[1].notes == found[0].notes

@@ -33,6 +33,9 @@ class Stream:
     def has_bias(self, layer, writer):
         return self.bias
 
+    def stream_factor(self, layer, writer):
+        return 1.0
+
     def stream(self, points=(), writers=(), plan=None, patch=None):
         assert (set(points), list(writers)) == ({1, 2}, [(0, "mlp")])
         yield self

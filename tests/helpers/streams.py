@@ -40,6 +40,9 @@ class GivenStates:
     def has_bias(self, layer: int, writer: str) -> bool:
         return False
 
+    def stream_factor(self, layer: int, writer: str) -> float:
+        return 1.0
+
     def stream(self, points=(), writers=(), plan=None, patch=None) -> Iterator[GivenSample]:
         self.passes.append((tuple(points), tuple(writers)))
         yield from self.samples

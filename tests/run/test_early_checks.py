@@ -5,12 +5,20 @@ from __future__ import annotations
 import logging
 
 import pytest
+from helpers.families import lvlm_of
+from helpers.methods import CHOICES, method
 from hydra import compose, initialize_config_dir
 
 from svl import config
 from svl.calibration import calibrate
+from svl.calibration.removal_probe import ModelProbe
+from svl.calibration.rescoring import ModelRescoring
+from svl.compensation.linear import Linear
+from svl.compensation.refit import Refit
 from svl.config import CONF
 from svl.core import Plan, Stats, SvlError
+from svl.core.patch import NO_STOCK_FORM, NO_TRIALS
+from svl.pruning import folding
 from svl.run import pipeline
 from svl.strategies.laco import Laco
 from svl.strategies.shortened_magnitude import ShortenedMagnitude
@@ -72,6 +80,22 @@ NAMED = "strategy=manual", "compensation=magnitude"
             (*NAMED[:1], "compensation=linear", "strategy.layers=[3]", "strategy.mlp=[5]", "model.offload=true"),
             "model.offload leaves layers on disk: set compensation=none",
         ),
+        *(
+            (("strategy=shortgpt", f"compensation={name}", "model.offload=true"), f"but {kind} needs it whole in mem")
+            for name, kind in (("refit", "Refit"), ("refit_generated", "Refit"), ("come", "Come"))
+        ),
+        *(
+            (("strategy=shortgpt", f"compensation={name}", "model.offload=true"), f"but {kind} gives maps at cuts")
+            for name, kind in (("ghosted", "Ghosted"), ("linearpatch", "LinearPatch"))
+        ),
+        (("strategy=swm", "strategy.highest=3", "n_remove=4"), "merging reaches 3 removed layers only, not 4"),
+        (("strategy=laco", "strategy.interval=6", "n_remove=8"), "merging reaches 6 removed layers only, not 8"),
+        (("strategy=sublayer_cosine", "strategy.targets=[attn,attn]"), "must name attn and mlp at most once each"),
+        (("strategy=block_pruner", "strategy.targets=[mlp,mlp]"), "must name attn and mlp at most once each"),
+        (
+            ("strategy=shortgpt", "compensation=refit", "compensation.targets=[mlp,mlp]"),
+            "must name mlp and attn at most once each",
+        ),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, tuple) else "",
 )
@@ -107,6 +131,60 @@ def test_a_compensation_is_asked_about_a_plan_whatever_is_stored(tmp_path, monke
     monkeypatch.setattr(pipeline, "fitted_patch", lambda *_: pytest.fail("fitted nevertheless"))
     with pytest.raises(SvlError, match="not without layers"):
         pipeline.Run(composed(tmp_path, *words, "compensation=linear"), tmp_path).execute()
+
+
+SEARCHES = [
+    ("strategy=prune_and_comp", "compensation=magnitude"),
+    ("strategy=iterative", "strategy@strategy.of=sleb", "compensation=linear"),
+    ("strategy=sleb", "compensation=linear"),
+    ("strategy=swm", "compensation=linear"),
+]
+
+
+@pytest.mark.parametrize("words", SEARCHES, ids=" ".join)
+def test_a_search_is_not_begun_for_a_compensation_that_is_refused(words, tmp_path, monkeypatch):
+    """Also where the statistics are there already, of a run that had another one."""
+    pipeline.Run(composed(tmp_path, "strategy=shortgpt", "n_remove=2", "compensation=linear"), tmp_path).calibrate()
+
+    def refuse(lvlm):
+        raise SvlError("normalises after its projections")
+
+    monkeypatch.setattr(folding, "check_foldable", refuse)
+    for name in ("losses", "similarity"):
+        monkeypatch.setattr(ModelProbe, name, lambda *_: pytest.fail("tried nevertheless"))
+    monkeypatch.setattr(ModelRescoring, "next_removal", lambda *_: pytest.fail("measured again nevertheless"))
+    with pytest.raises(SvlError, match="normalises after"):
+        pipeline.Run(composed(tmp_path, *words, "n_remove=2", "selector=tis"), tmp_path).execute()
+
+
+def test_experts_are_not_refitted():
+    """Where every layer has them it is known at once, elsewhere when the plan is."""
+    lvlm, _ = lvlm_of("aria")
+    for refit in (Refit(), Refit(layers="gaps"), Refit(targets=("mlp",))):
+        with pytest.raises(SvlError, match=r"the writer 'mlp' of layer \d has several matrices, but Refit needs one"):
+            folding.check_single_somewhere(refit, lvlm.anatomy)
+    folding.check_single_somewhere(Refit(targets=("attn",)), lvlm.anatomy)
+    lvlm, _ = lvlm_of("llama4")  # every second layer has experts
+    folding.check_single_somewhere(Refit(layers="gaps"), lvlm.anatomy)
+    single = [writer.single for writer in lvlm.anatomy.writers["mlp"]]
+    assert single == [True, False] * 3
+    for gone in range(1, 6):
+        plan = Plan(6, (gone,))
+        if single[gone - 1]:
+            folding.check_single(Refit(layers="gaps"), plan, lvlm.anatomy)
+        else:
+            with pytest.raises(SvlError, match=f"of layer {gone - 1} has several matrices"):
+                folding.check_single(Refit(layers="gaps"), plan, lvlm.anatomy)
+    with pytest.raises(SvlError, match="of layer 5 has several matrices"):
+        folding.check_single(Refit(), Plan(6, (3,)), lvlm.anatomy)
+    folding.check_single(Linear(), Plan(6, (3,)), lvlm.anatomy)
+
+
+def test_messages_name_all_compensations_that_fold():
+    methods = {choice: method("compensation", choice) for choice in CHOICES["compensation"]}
+    folding_ones = [choice for choice, made in methods.items() if made.foldable and choice != "none"]
+    for message in (NO_TRIALS, NO_STOCK_FORM):
+        assert message.endswith(f"a compensation that folds into weights: {', '.join(folding_ones)}")
 
 
 def test_layers_that_do_not_exist_cannot_be_protected():
