@@ -3,44 +3,33 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from functools import lru_cache
-from pathlib import Path
+from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
 
-from svl.evaluation.score_statistics import Part, mcnemar, read_sample_lines
+from svl.evaluation.score_statistics import Part, mcnemar, question_parts
 from svl.store.artifacts import Entry
 
 FLIPS, BLOCK = 4000, 200  # draws of a permutation test, and how many at a time
 
 
 def paired_changes(first: Sequence[Entry], second: Sequence[Entry]) -> list[Part] | None:
-    """What every question adds to `first - second` of the main metric; None if they are not of the same questions.
+    """What every question adds to `first - second` of the main metric; None where not known, or not the same questions.
 
     Of several models on either side (those of several seeds) their mean, which is the mean over all pairs of them.
     """
     changes: dict[int, Part] = {}
     for sign, entries in ((1.0, first), (-1.0, second)):
         for entry in entries:
-            parts = question_parts(entry.path / "samples.jsonl")
+            parts = question_parts(entry)
+            if parts is None:
+                return None
             if changes and parts.keys() != changes.keys():
                 return None
             for i, part in parts.items():
                 before = changes[i].value if i in changes else 0.0
                 changes[i] = part._replace(value=before + sign * part.value / len(entries))
     return list(changes.values()) if len(changes) > 1 else None
-
-
-@lru_cache(maxsize=64)  # every method is compared with the best one of its ratio, in every column
-def question_parts(path: Path) -> Mapping[int, Part]:
-    """By number, what the questions of a samples.jsonl add to the main metric."""
-    rows = read_sample_lines(path)
-    # a part in a mean is not written out
-    return {
-        i: Part(row.get("part", row["score"] / len(rows)), row.get("unit", i), row.get("stratum"))
-        for i, row in rows.items()
-    }
 
 
 def paired_p(changes: Iterable[Part]) -> float:

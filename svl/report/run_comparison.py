@@ -181,7 +181,8 @@ def _compare_task(ours: Entry | None, theirs: Entry | None) -> TaskComparison:
     change = score_statistics.compare_answers(ours, theirs)
     if change is None:
         return TaskComparison()
-    cells = (f"{100 * change['agreement']:.1f} %", str(change["gained"]), str(change["lost"]), f"{change['p']:.2g}")
+    p = "–" if change["p"] is None else f"{change['p']:.2g}"
+    cells = (f"{100 * change['agreement']:.1f} %", str(change["gained"]), str(change["lost"]), p)
     return TaskComparison(cells, score_statistics.change_error(ours, theirs), (ours, theirs))
 
 

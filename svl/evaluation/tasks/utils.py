@@ -21,6 +21,7 @@ from svl.evaluation.answer_items import (
     listed_options,
     off_format,
     read_as,
+    scored,
     short_items,
     yes_no_items,
 )
@@ -41,13 +42,17 @@ from svl.evaluation.task_metrics import (
     f1,
     f1_parts,
     f1_splits,
+    f1_splits_parts,
     mme_above_chance,
     mme_above_chance_parts,
     mme_parts,
     mme_score,
     precision,
+    precision_parts,
     recall,
+    recall_parts,
     yes_ratio,
+    yes_ratio_parts,
 )
 
 # what the YAML files name besides the functions below
@@ -67,13 +72,17 @@ __all__ = [
     "f1",
     "f1_parts",
     "f1_splits",
+    "f1_splits_parts",
     "mme_above_chance",
     "mme_above_chance_parts",
     "mme_parts",
     "mme_score",
     "precision",
+    "precision_parts",
     "recall",
+    "recall_parts",
     "yes_ratio",
+    "yes_ratio_parts",
 ]
 
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
@@ -90,7 +99,7 @@ def pope(doc: dict[str, Any], results: list[str]) -> dict[str, Item]:
     over all questions; `f1_llava` by LLaVA's eval_pope.py, the same rule, which is reported by split: their mean.
     """
     items = yes_no_items(results[0], doc["answer"])
-    by_script = {**items["f1"], "answer": pope_script_answer(results[0])}
+    by_script = scored(pope_script_answer(results[0]), items["f1"]["target"], target=items["f1"]["target"])
     split = {"split": doc.get("category")}
     return {
         **items,
