@@ -14,10 +14,10 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from svl.core import Plan
+from svl.evaluation.averages import NORMAL_95, metric_error
 from svl.report.results import Run
 
 BESIDE = ("likelihood", "above_chance", "off_format")  # averages besides that of the main metrics, as tables show them
-NORMAL_95 = 1.96  # a 95 % interval of a normal distribution, in standard errors on either side
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,9 @@ class Estimate:
 
     @classmethod
     def of(cls, metric: Mapping[str, Any] | None) -> Estimate:
-        """That of a metric in a result.
-
-        Where all answers are right, or all wrong, they have no deviation: the error is that of the 95 % interval.
-        """
-        value, error, low, high = ((metric or {}).get(name) for name in ("value", "stderr", "low", "high"))
-        if not error:
-            error = (high - low) / (2 * NORMAL_95) if low is not None and high is not None else None
-        return cls(value, error, low, high)
+        """That of a metric in a result."""
+        value, low, high = ((metric or {}).get(name) for name in ("value", "low", "high"))
+        return cls(value, metric_error(metric), low, high)
 
     def times(self, scale: float) -> Estimate:
         """It in a unit of 1 / `scale`."""
@@ -237,7 +232,7 @@ class Row:
     @property
     def retained(self) -> Estimate:
         """The average as a fraction of the dense one."""
-        return pool_estimates([Estimate.of(run.result["retained"]) for run in self.runs])
+        return pool_estimates([Estimate.of(run.retained) for run in self.runs])
 
 
 @dataclass(frozen=True)

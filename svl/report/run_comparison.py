@@ -233,6 +233,9 @@ def _metric_notes(first: ComparedRun, second: ComparedRun, compared: Mapping[str
     if only:
         notes += [f"Scored by one of them only: {for_markdown(', '.join(only))}."]
         notes += ["The averages are over different benchmarks."]
+    for name, run in (("A", first.run), ("B", second.run)):
+        if run.average_problem:
+            notes.append(f"No average of {name}, as it would mean nothing: {for_markdown(run.average_problem)}.")
     if gone := sorted({*first.gone, *second.gone}):
         notes.append(f"No longer in the store, so without pairs: scores {for_markdown(', '.join(gone))}.")
     return notes
