@@ -136,6 +136,8 @@ class RunSetup:
         self.tasks = task_options(benchmark)
         for task, options in self.tasks.items():
             benchmarks.check_task(task, options)
+            said = benchmark.tasks[task].higher_is_better
+            benchmarks.check_direction(task, options.metric, said, benchmark.include_path)
         self.task_fingerprints = {
             task: benchmarks.benchmark_fingerprint(task, benchmark.include_path, benchmark.data) for task in self.tasks
         }
