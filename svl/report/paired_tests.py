@@ -10,6 +10,14 @@ import numpy as np
 from svl.evaluation.score_statistics import Part, mcnemar, question_parts
 from svl.store.artifacts import Entry
 
+DIFFERENCES = {  # of the inputs of scores that answers to one question are not compared across
+    "benchmark": "the benchmark's files differ",
+    "metric": "the metrics differ",
+    "limit": "limits differ",
+    "style": "prompt styles differ",
+    "frames": "numbers of frames differ",
+    "evaluator": "what answers the questions differs",
+}
 FLIPS, BLOCK = 4000, 200  # draws of a permutation test, and how many at a time
 
 
@@ -22,7 +30,7 @@ def paired_changes(first: Sequence[Entry], second: Sequence[Entry]) -> list[Part
     for sign, entries in ((1.0, first), (-1.0, second)):
         for entry in entries:
             parts = question_parts(entry)
-            if parts is None:
+            if parts is None or unlike(first[0], entry):
                 return None
             if changes and parts.keys() != changes.keys():
                 return None
@@ -30,6 +38,18 @@ def paired_changes(first: Sequence[Entry], second: Sequence[Entry]) -> list[Part
                 before = changes[i].value if i in changes else 0.0
                 changes[i] = part._replace(value=before + sign * part.value / len(entries))
     return list(changes.values()) if len(changes) > 1 else None
+
+
+def unlike(first: Entry, second: Entry) -> str | None:
+    """Why two scores of one task are not of the same questions, asked in the same way, or None."""
+    both = (first, second)
+    ours, theirs = inputs = [entry.manifest.get("inputs") or {} for entry in both]
+    for name, what in DIFFERENCES.items():
+        if ours.get(name) != theirs.get(name):
+            return what
+    # the cap that held, where a score tells it: one that is given may be the task's own
+    caps = [e.output.get("max_new_tokens", given.get("max_new_tokens")) for e, given in zip(both, inputs, strict=True)]
+    return "caps of an answer's length differ" if caps[0] != caps[1] else None
 
 
 def paired_p(changes: Iterable[Part]) -> float:

@@ -83,6 +83,13 @@ class Run:
         """The average of another metric than the main ones ("off_format"), as `main_metric`; empty where unknown."""
         return (self.result.get("beside") or {}).get(name) or {}
 
+    @property
+    def evaluation(self) -> dict[str, Any]:
+        """How its answers were had, where that was not as usual: prompt style, caps, frames, evaluator."""
+        settings = self.result["settings"]
+        styles = {"style": dict(settings["style"])} if settings.get("style") else {}
+        return {**(settings.get("evaluation") or {}), **styles}
+
     def settings(self) -> Iterator[tuple[str, str]]:
         """Settings of its methods and of what else tells runs apart, as ("selector.p", "0.5"); only of what it used."""
         for group, settings in sorted(self.result["settings"].items()):

@@ -237,7 +237,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Section:
-    """What goes into one table: runs of one model on the same benchmarks with the same sample limit.
+    """What goes into one table: runs of one model on the same benchmarks, asked in the same way, with the same limit.
 
     Attributes:
         experiment: its name.
@@ -264,8 +264,13 @@ class Section:
 
     @property
     def title(self) -> str:
-        """Experiment, model and, where there is one, the limit."""
-        return f"{self.experiment}: {self.model}" + ("" if self.limit is None else f" (limit={self.limit:g})")
+        """Experiment, model, the limit where there is one, and what is unusual about the evaluation."""
+        unusual = [] if self.limit is None else [f"limit={self.limit:g}"]
+        for name, value in self.last.evaluation.items():
+            if isinstance(value, Mapping) and list(value) == self.tasks and len(set(map(str, value.values()))) == 1:
+                value = value[self.tasks[0]]  # the same for all tasks
+            unusual.append(f"{name}={value if isinstance(value, str) else json.dumps(value)}")
+        return f"{self.experiment}: {self.model}" + (f" ({', '.join(unusual)})" if unusual else "")
 
     @property
     def tasks(self) -> list[str]:
@@ -354,11 +359,12 @@ class Section:
 
 
 def compared_runs(experiment: str, runs: Iterable[Run]) -> list[Section]:
-    """Comparable runs (oldest first), sorted by model; whole benchmarks before limited ones."""
+    """Comparable runs (oldest first), sorted by model; whole benchmarks before limited ones, usual settings first."""
     groups: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
         result = run.result
         tasks = tuple(sorted((task, score["metric"]) for task, score in result["scores"].items()))
         limit = math.inf if result["limit"] is None else result["limit"]
-        groups.setdefault((result["model"], -limit, tasks), []).append(run)
+        evaluation = json.dumps(run.evaluation, sort_keys=True) if run.evaluation else ""
+        groups.setdefault((result["model"], -limit, tasks, evaluation), []).append(run)
     return [Section(experiment, tuple(groups[key])) for key in sorted(groups)]

@@ -12,6 +12,7 @@ from typing import Any
 from svl.core import Plan, SvlError
 from svl.evaluation import score_statistics
 from svl.report.flips_page import flips_page
+from svl.report.paired_tests import unlike
 from svl.report.result_check import problem_of
 from svl.report.results import Run, run_of
 from svl.report.rows import Section, compared_runs
@@ -176,7 +177,7 @@ class TaskComparison:
 def _compare_task(ours: Entry | None, theirs: Entry | None) -> TaskComparison:
     if ours is None or theirs is None:
         return TaskComparison()
-    if problem := _unlike(ours, theirs):
+    if problem := unlike(ours, theirs):
         return TaskComparison(problem=problem)
     change = score_statistics.compare_answers(ours, theirs)
     if change is None:
@@ -184,19 +185,6 @@ def _compare_task(ours: Entry | None, theirs: Entry | None) -> TaskComparison:
     p = "–" if change["p"] is None else f"{change['p']:.2g}"
     cells = (f"{100 * change['agreement']:.1f} %", str(change["gained"]), str(change["lost"]), p)
     return TaskComparison(cells, score_statistics.change_error(ours, theirs), (ours, theirs))
-
-
-def _unlike(first: Entry, second: Entry) -> str | None:
-    """Why two scores of one task are not of the same questions, or None."""
-    differences = {
-        "benchmark": "the benchmark's files differ",
-        "metric": "the metrics differ",
-        "limit": "limits differ",
-    }
-    for name, what in differences.items():
-        if first.manifest["inputs"].get(name) != second.manifest["inputs"].get(name):
-            return what
-    return None
 
 
 def _metrics(first: ComparedRun, second: ComparedRun) -> list[str]:
