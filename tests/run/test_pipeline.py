@@ -199,12 +199,14 @@ def test_whether_another_seed_would_change_anything(words, depends, tmp_path):
         (["benchmark.tasks.svl_demo_open.max_new_tokens=2"], {"max_new_tokens": {"svl_demo_open": 2}}),
         (["benchmark.max_new_tokens=2", "benchmark=smoke"], {"max_new_tokens": dict.fromkeys(DEMO_TASKS, 2)}),
         (["benchmark.frames=3"], {"frames": 3}),
-        (["evaluator=vllm"], {"evaluator": {"name": "vllm", "options": {}}}),
     ],
 )
 def test_what_changes_answers_tells_runs_apart(words, evaluation, tmp_path):
-    cfg = composed(tmp_path, "benchmark=demo", *words)
-    assert RunSetup(cfg).distinguishing_settings().get("evaluation") == evaluation
+    setup = RunSetup(composed(tmp_path, "benchmark=demo", *words))
+    assert setup.distinguishing_settings().get("evaluation") == evaluation
+    setup.cfg.evaluator.name = "vllm"
+    found = setup.distinguishing_settings()["evaluation"]
+    assert found == {**(evaluation or {}), "evaluator": {"name": "vllm", "options": {}}}
 
 
 def test_ratios_that_print_alike_are_one(tmp_path):
