@@ -21,6 +21,7 @@ from svl.evaluation.answer_items import (
     listed_options,
     off_format,
     read_as,
+    read_as_people,
     scored,
     short_items,
     yes_no_items,
@@ -320,7 +321,7 @@ def vqa(doc: dict[str, Any], results: list[str]) -> dict[str, Item]:
         return sum(min(1, n / 3) for n in others) / len(given)
 
     strict = agreement(text)
-    answer = max(sorted({read_as(text, right, counted=False) or "" for right in doc["answers"]}), key=agreement)
+    answer = max(sorted(read_as_people(text, doc["answers"])), key=agreement)
     found = {"score": max(strict, agreement(answer)), "answer": answer}
     return {"exact_match": found, **_form_of(found, strict, text)}
 
@@ -365,7 +366,7 @@ def is_relaxed_match(text: str, target: str) -> bool:
     answer = read_as(text, target) or ""
     if relaxed_correctness(text, target) or relaxed_correctness(answer, target) or same_answer(answer, target):
         return True
-    found, right = read_number(text), read_number(target)
+    found, right = read_number(text, [target]), read_number(target, [target])
     if found is None or right is None or not agree(found.unit, right.unit):
         return False
     return abs(found.value - right.value) <= TOLERANCE * abs(right.value)
