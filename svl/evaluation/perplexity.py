@@ -26,6 +26,7 @@ from svl.evaluation import benchmarks
 from svl.evaluation.score_statistics import Part, standard_error
 from svl.evaluation.settings import TaskOptions
 from svl.models.lvlm import Lvlm
+from svl.models.positions import looked_up_positions
 from svl.text.progress import show_progress
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def text_losses(lvlm: Lvlm, task: str, samples: Sequence[Sample], options: TaskO
             explained(f"task '{task}': documents [{rows}] do not go through the model"),
         ):
             inputs = lvlm.encode([sample.prompt for sample in batch])
-            logits = lvlm.model(**inputs, use_cache=False).logits
+            logits = lvlm.model(**inputs, **looked_up_positions(lvlm, inputs), use_cache=False).logits
             for b, sample in enumerate(batch):
                 real = inputs["attention_mask"][b].bool()
                 tokens = inputs["input_ids"][b][real]
