@@ -21,8 +21,8 @@ from transformers.utils import ModelOutput
 from svl.core import SvlError
 from svl.models.anatomy import NOT_DECODER
 from svl.models.lvlm import Lvlm
-from svl.models.positions import looked_up_positions
 from svl.models.placement import tensor_identities
+from svl.models.positions import looked_up_positions
 
 Identity = tuple[Any, ...]  # of a module: its class and its tensors in memory
 Forward = Callable[..., Any]

@@ -8,7 +8,7 @@ is. Then
 | reader | gives | of | None of |
 |---|---|---|---|
 | `read_yes_no` | "yes" or "no" | `Yes.`, `yes it is`, `It's a no`, `yes no yes` | `not sure`, `No one`, `Yes or no` |
-| `read_choice` | an option's letter | `b`, `(B)`, `B :`, `B at 2`; one option's text | `A red one`, `A or B`, `B. No, C` |
+| `read_choice` | an option's letter | `b`, `(B)`, `B :`, `B at 2`; one option's text | `A or B`, `B. No, C` |
 | `read_short_answer` | a text | anything, without quotes around it and a final period | an empty answer |
 | `read_word` | its first word | `a red circle` | `red or blue` |
 | `read_number` | a number | `$1,200`, `about 12 %`, `There are three` | `3 or 4`, `top 3`, `12k` |
