@@ -36,7 +36,7 @@ def check_known(cfg: DictConfig, kind: type = Svl, where: str = "") -> None:
 def check_numbers(cfg: DictConfig) -> None:
     """Raise SvlError if a number is out of its range; methods check theirs."""
     for name in PLAIN:
-        check_finite(OmegaConf.to_container(cfg[name]) if OmegaConf.is_config(cfg[name]) else cfg[name], name)
+        check_all_finite(OmegaConf.to_container(cfg[name]) if OmegaConf.is_config(cfg[name]) else cfg[name], name)
     least: dict[str, int] = dict.fromkeys(("calibration.batch_size", "calibration.samples", "calibration.frames"), 1)
     least |= dict.fromkeys(("benchmark.batch_size", "benchmark.max_new_tokens", "benchmark.frames"), 1)
     least |= {f"benchmark.tasks.{task}.max_new_tokens": 1 for task in cfg.benchmark.tasks}
@@ -52,14 +52,14 @@ def check_numbers(cfg: DictConfig) -> None:
             raise SvlError(f"benchmark.tasks.{task}.scale is {settings.scale:g}, but must be above 0")
 
 
-def check_finite(value: Any, name: str) -> None:
+def check_all_finite(value: Any, name: str) -> None:
     """Raise SvlError if a number is infinite or NaN, or one within a mapping or list."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            check_finite(inner, f"{name}.{key}")
+            check_all_finite(inner, f"{name}.{key}")
     elif isinstance(value, list):
         for i, inner in enumerate(value):
-            check_finite(inner, f"{name}[{i}]")
+            check_all_finite(inner, f"{name}[{i}]")
     elif isinstance(value, float) and not math.isfinite(value):
         raise SvlError(f"{name} is {value:g}, but must be a finite number")
 

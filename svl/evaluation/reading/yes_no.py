@@ -40,8 +40,8 @@ _SAYS = re.compile(rf"\b(?:answer|response)\s*(?:\s{BE}\s*:?|:)\W*(yes|no)\b(?!\
 def read_yes_no(text: str) -> str | None:
     """ "yes" or "no" if the answer starts with that word, or says that it is the answer; None of both, or neither."""
     line, plain = first_line(text), without_markup(text)
-    if said := _CHINESE.get(re.split("[,.!]", line.text, maxsplit=1)[0]):
-        return said
+    if chinese := _CHINESE.get(re.split("[,.!]", line.text, maxsplit=1)[0]):
+        return chinese
     match = _YES_NO.match(_ASKED.sub("", line.text, count=1))
     if match is None:
         said = {found[1].lower() for found in _SAYS.finditer(plain) if not is_denied(plain, *found.span(1))}
