@@ -82,7 +82,7 @@ class Task:
     """One lmms-eval task of a benchmark."""
 
     metric: str = MISSING  # the main one, in averages
-    higher_is_better: bool = True  # of a loss, false
+    higher_is_better: bool | None = None  # what the task's YAML says of the metric; null: whatever it says
     scale: float = 1.0  # divides the main metric in averages (MME: 2000)
     max_new_tokens: int | None = None  # cap per answer; null: the task's own
     style: str = "default"  # variant of the task's prompts

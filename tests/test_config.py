@@ -254,6 +254,11 @@ def test_seed_reaches_what_is_random():
         (["calibration.batch_size=0"], ["calibration.batch_size is 0"]),
         (["benchmark.limit=0"], ["benchmark.limit is 0", "whole number"]),
         (["benchmark.limit=1.5"], ["benchmark.limit is 1.5", "a share below 1"]),
+        (["benchmark.limit=inf"], ["benchmark.limit is inf", "finite number"]),
+        (["benchmark.limit=nan"], ["benchmark.limit is nan", "finite number"]),
+        (["benchmark.tasks.svl_demo_open.scale=inf"], ["svl_demo_open.scale is inf", "finite number"]),
+        (["evaluator.options={gpu_memory_utilization: nan}"], ["gpu_memory_utilization is nan", "finite number"]),
+        (["model.image_processor={size: [inf]}"], ["model.image_processor.size[0] is inf", "finite number"]),
         (["benchmark.batch_size=-3"], ["benchmark.batch_size is -3"]),
         (
             ["compensation=ghosted", "export.path=new"],

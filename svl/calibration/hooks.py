@@ -18,6 +18,7 @@ from svl.calibration.row_count import add_rows, is_counting
 from svl.core import SvlError, one_of
 from svl.core.errors import reason_of
 from svl.models.lvlm import Lvlm
+from svl.models.positions import looked_up_positions
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ def run_decoder(lvlm: Lvlm, inputs: dict[str, Tensor], all_logits: bool = False)
     # positions alone
     few = {} if all_logits or not takes_number else {"logits_to_keep": [-1]}
     with hooked(_row_hooks(lvlm) if is_counting() else ()):
-        return lvlm.model(**inputs, use_cache=False, **few)
+        return lvlm.model(**inputs, **looked_up_positions(lvlm, inputs), use_cache=False, **few)
 
 
 def _row_hooks(lvlm: Lvlm) -> Iterator[Any]:

@@ -13,6 +13,7 @@ from typing import Any
 from svl.core import SvlError
 from svl.evaluation.reading import (
     LETTERS,
+    LETTERS_OF_MULTIPLES,
     is_off_format,
     normalise,
     read_choice,
@@ -26,6 +27,9 @@ from svl.evaluation.reading import (
 Item = dict[str, Any]
 YES_NO_METRICS = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 
+YES_NO = ("yes", "no")
+
+_APART = re.compile(r"(yes|no)\s*(?:[,.]|$)", re.IGNORECASE)
 _LISTED = re.compile(r"^\s*\(?([A-Z])[.:)]\s+(.+?)\s*$", re.MULTILINE)
 
 
@@ -86,18 +90,35 @@ def read_as(text: str, target: str, counted: bool = True) -> str | None:
     answer = read_short_answer(text)
     if answer is None or same_answer(answer, target):
         return answer
-    if normalise(target) in ("yes", "no"):
+    if normalise(target) in YES_NO:
         return read_yes_no(text) or answer
-    said, right = read_number(text), read_number(target)
+    said, right = read_number(text, [target]), read_number(target, [target])
     if said is None or right is None or said.value != right.value or right.unit[:1].isalpha():
         return answer
     is_same = agree(said.unit, right.unit) if counted else said.unit == right.unit
     return target if is_same else answer
 
 
+def read_as_people(text: str, right: Sequence[str]) -> set[str]:
+    """What `read_as` makes of a short answer by each of several people's.
+
+    Where most of these are no yes or no, only one that stands apart is read: "no, it is" is a no, "no dogs" is none.
+    """
+    is_closed = 2 * sum(normalise(answer) in YES_NO for answer in right) > len(right)
+    found = set()
+    for answer in right:
+        if normalise(answer) in YES_NO and not is_closed:
+            said = read_short_answer(text) or ""
+            apart = _APART.match(said)
+            found.add(apart[1].lower() if apart else said)
+        else:
+            found.add(read_as(text, answer, counted=False) or "")
+    return found
+
+
 def agree(unit: str, other: str) -> bool:
-    """Whether two units are the same, or one is left out."""
-    return not unit or not other or unit == other
+    """Whether two units are the same, or one is left out; not one that may be a multiple: "12" is no "12 m"."""
+    return unit == other or (not (unit and other) and (unit or other) not in LETTERS_OF_MULTIPLES)
 
 
 def word_items(text: str, target: str) -> dict[str, Item]:

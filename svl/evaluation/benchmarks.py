@@ -48,6 +48,8 @@ OWN = Path(__file__).parent / "tasks"
 UPSTREAM = "upstream_"  # before the names of lmms-eval's metrics, where a task has its own beside
 LIKELIHOOD = "likelihood_"  # before the names of a task's metrics, with the likeliest option as the answer
 OFF_FORMAT, ABOVE_CHANCE = "off_format", "above_chance"  # metrics of svl's tasks beside the main one
+NEW_TOKENS = 128  # cap of an answer where neither settings nor the task give one
+LOWER = ("loss", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")  # better, where no YAML says so
 LARGE = 64 * 2**20  # bytes from which on a data file counts by its size and its ends
 LOADERS = ("parquet", "json", "csv", "text", "arrow")  # data sets that are files beside the YAML
 # settings of generation that change nothing if they have one of these values
@@ -255,6 +257,34 @@ def check_metric(task: str, metric: str, include_path: str | None, likelihood: b
     if (name := config.get("upstream")) and "process_results" in config:
         listed += [UPSTREAM + entry["metric"] for entry in task_settings(name, None)["metric_list"]]
     one_of(f"benchmark.tasks.{task}.metric", metric.partition(",")[0], listed)
+
+
+def new_tokens(task: str, include_path: str | None) -> int:
+    """A task's own cap of an answer's length, where settings give none."""
+    settings = task_settings(task, include_path).get("generation_kwargs") or {}
+    return int(settings.get("max_new_tokens") or NEW_TOKENS)
+
+
+def higher_is_better(task: str, metric: str, include_path: str | None) -> bool:
+    """Whether higher values of a task's metric are better: as its YAML says; True where nothing is known."""
+    settings = task_settings(task, include_path)
+    if settings.get("output_type") == "perplexity":
+        return False
+    name, entries = metric.partition(",")[0].removeprefix(LIKELIHOOD), settings.get("metric_list") or []
+    if "upstream" in settings and name not in {entry["metric"] for entry in entries}:
+        name, entries = name.removeprefix(UPSTREAM), task_settings(settings["upstream"], None)["metric_list"]
+    said = {entry["metric"]: entry.get("higher_is_better", name not in LOWER) for entry in entries}
+    return bool(said.get(name, True))
+
+
+def check_direction(task: str, metric: str, said: bool | None, include_path: str | None) -> None:
+    """Raise SvlError if settings say another direction of a metric than its task does; None: they say nothing."""
+    known = higher_is_better(task, metric, include_path)
+    if said is not None and said != known:
+        raise SvlError(
+            f"benchmark.tasks.{task}.higher_is_better is {str(said).lower()}, but {'higher' if known else 'lower'} "
+            f"values of {metric} are better: set it to {str(known).lower()}, or to null (what the task says)"
+        )
 
 
 def has_likelihood(metric: str) -> bool:

@@ -61,8 +61,8 @@ def evaluate(model: Lvlm | Model, task: str, options: TaskOptions, folder: Path)
         folder: where `samples.jsonl` goes: one line per document, ascending by `doc_id` (its row in the data), with
             `question`, `target`, `prediction` and `score` (of the main metric, None if it has no per-sample score);
             where documents are not independent, their `unit`; where the main metric is no mean of scores, its `part`
-            of it and `stratum` (see svl.evaluation.score_statistics). `thumbnails.json` has the images of the first
-            questions answered wrong: data URIs by `doc_id`.
+            of it (None where that is not known) and `stratum` (see svl.evaluation.score_statistics).
+            `thumbnails.json` has the images of the first questions answered wrong: data URIs by `doc_id`.
 
     Returns:
         JSON values: `task`, `metric`, `higher_is_better`, `n`, `metrics` ({name: {"value", "stderr", "low", "high"}},
@@ -154,7 +154,8 @@ def sample_lines(
     benchmark: ScoredTask, metric: str, value: float | None, samples: Sequence[ScoredSample]
 ) -> Iterator[dict[str, Any]]:
     """The lines of `samples.jsonl`, see `evaluate`; `value` is that of the main metric."""
-    parts = benchmark.parts(metric, value, samples) if benchmark.sums_parts(metric) else {}
+    parts = benchmark.parts(metric, value, samples)
+    is_mean = bool(parts) and not benchmark.sums_parts(metric)
     for sample in samples:
         line = {
             "doc_id": benchmark.rows[sample["doc_id"]],
@@ -165,8 +166,9 @@ def sample_lines(
         }
         if benchmark.unit:
             line["unit"] = str(benchmark.unit_of(sample))
-        if part := parts.get(sample["doc_id"]):
-            line |= {"part": part.value, "stratum": part.stratum}
+        if not is_mean and line["score"] is not None:
+            part = parts.get(sample["doc_id"])
+            line |= {"part": part.value, "stratum": part.stratum} if part else {"part": None}
         yield line
 
 

@@ -23,7 +23,6 @@ from svl.evaluation.settings import TaskOptions
 from svl.evaluation.upstream_scoring import corrected_config
 
 NOT_KNOWN = {"value": None, "stderr": None, "low": None, "high": None}
-NEW_TOKENS = 128  # cap where neither the caller nor the task sets one
 TASKS: dict[str, Any] = {
     "generate_until": GenerationTask,
     "multiple_choice": LikelihoodTask,
@@ -248,7 +247,7 @@ def with_likelihoods(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def greedy_settings(settings: dict[str, Any], max_new_tokens: int | None) -> dict[str, Any]:
     """A task's settings of generation: always greedy, always capped, and cut only where the task says so."""
-    cap = max_new_tokens or settings.get("max_new_tokens") or NEW_TOKENS
+    cap = max_new_tokens or settings.get("max_new_tokens") or benchmarks.NEW_TOKENS
     greedy = {"do_sample": False, "temperature": 0.0, "top_p": 1.0}
     return {"until": [], **settings, **greedy, "max_new_tokens": cap}
 

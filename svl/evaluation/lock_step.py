@@ -24,6 +24,7 @@ from svl.evaluation.batch_rows import Rows, RowSelection, map_tensors, repeated,
 from svl.evaluation.growing_cache import GrowingLayer
 from svl.evaluation.shared_prefill import Forward, cache_of, module_identity, replace_forward, vision_towers
 from svl.models.lvlm import Lvlm
+from svl.models.positions import looked_up_positions
 from svl.pruning.surgery import apply
 
 CHECK_EVERY = 8  # decoded tokens, after which rows that have ended leave: a check waits for the device
@@ -156,6 +157,7 @@ class LockStep:
         """
         tiled = self._start_batch(inputs)
         try:
+            tiled |= looked_up_positions(self._host, tiled)
             with torch.inference_mode():
                 logits = self._host.model(**tiled, logits_to_keep=last, use_cache=False).logits
         finally:

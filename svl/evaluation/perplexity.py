@@ -26,6 +26,7 @@ from svl.evaluation import benchmarks
 from svl.evaluation.score_statistics import Part, standard_error
 from svl.evaluation.settings import TaskOptions
 from svl.models.lvlm import Lvlm
+from svl.models.positions import looked_up_positions
 from svl.text.progress import show_progress
 
 if TYPE_CHECKING:
@@ -55,8 +56,9 @@ def evaluate_perplexity(lvlm: Lvlm, task: str, options: TaskOptions, folder: Pat
 
     Arguments and result are those of `svl.evaluation.evaluate.evaluate`. Metrics: `loss`, nats per token over all
     tokens of the task; `perplexity`, its exponential; `bits_per_byte`, bits per byte of the predicted text, which
-    compares models of different vocabularies; all None if a loss is not finite. Standard errors take samples as
-    independent. In `samples.jsonl`, `score` is a sample's mean loss and `part` what it adds to the task's.
+    compares models of different vocabularies; all None if a loss is not finite, and a perplexity that no float holds.
+    Standard errors take samples as independent. In `samples.jsonl`, `score` is a sample's mean loss and `part` what it
+    adds to the task's metric (None where that is undefined).
 
     Raises:
         SvlError: if there is no such task, metric or data, a text has fewer than two tokens, the model fails on one
@@ -69,8 +71,8 @@ def evaluate_perplexity(lvlm: Lvlm, task: str, options: TaskOptions, folder: Pat
     seconds = time.perf_counter() - began
     tokens = sum(text.tokens for text in losses)
     with open(folder / "samples.jsonl", "w", encoding="utf-8") as file:
-        for sample, text in zip(samples, losses, strict=True):
-            file.write(json.dumps(_line(sample, text, tokens)) + "\n")
+        for sample, text, part in zip(samples, losses, metric_parts(losses, options.metric), strict=True):
+            file.write(json.dumps(_line(sample, text, part)) + "\n")
     return {
         "task": task,
         "metric": options.metric,
@@ -109,7 +111,7 @@ def text_losses(lvlm: Lvlm, task: str, samples: Sequence[Sample], options: TaskO
             explained(f"task '{task}': documents [{rows}] do not go through the model"),
         ):
             inputs = lvlm.encode([sample.prompt for sample in batch])
-            logits = lvlm.model(**inputs, use_cache=False).logits
+            logits = lvlm.model(**inputs, **looked_up_positions(lvlm, inputs), use_cache=False).logits
             for b, sample in enumerate(batch):
                 real = inputs["attention_mask"][b].bool()
                 tokens = inputs["input_ids"][b][real]
@@ -127,30 +129,56 @@ def _loss(logits: Tensor, tokens: Tensor) -> float:
 
 
 def loss_metrics(losses: Sequence[TextLoss]) -> dict[str, dict[str, float | None]]:
-    """Value and standard error of each metric; None if a loss is not finite: the model then has none."""
+    """Value and standard error of each metric; None if a loss, or this metric, is not finite: the model has none."""
+    unknown = {"value": None, "stderr": None, "low": None, "high": None}
     if not all(math.isfinite(text.loss) for text in losses):
-        return {name: {"value": None, "stderr": None, "low": None, "high": None} for name in METRICS}
+        return {name: dict(unknown) for name in METRICS}
     tokens = sum(text.tokens for text in losses)
     loss = math.fsum(text.loss for text in losses) / tokens
     # the error of a ratio of sums (delta method): what samples add, beyond their share of tokens
     error = standard_error(Part((text.loss - loss * text.tokens) / tokens, i) for i, text in enumerate(losses))
     per_byte = tokens / sum(text.size for text in losses) / math.log(2)
-    scales = {"loss": 1.0, "perplexity": math.exp(loss), "bits_per_byte": per_byte}
-    values = {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": loss * per_byte}
+    perplexity = _exponential(loss)
+    scales = {"loss": 1.0, "perplexity": perplexity, "bits_per_byte": per_byte}
+    values = {"loss": loss, "perplexity": perplexity, "bits_per_byte": loss * per_byte}
     errors = {name: None if error is None else error * scale for name, scale in scales.items()}
-    return {name: {"value": values[name], "stderr": errors[name], "low": None, "high": None} for name in METRICS}
+    found = {name: {**unknown, "value": values[name], "stderr": errors[name]} for name in METRICS}
+    return found if math.isfinite(perplexity) else found | {"perplexity": dict(unknown)}
 
 
-def _line(sample: Sample, text: TextLoss, tokens: int) -> dict[str, Any]:
+def metric_parts(losses: Sequence[TextLoss], metric: str) -> list[float | None]:
+    """What each text adds to a metric of all, which is their sum; None where the metric is undefined.
+
+    To the perplexity: its first-order change with each text, plus an equal part of the whole.
+    """
+    if loss_metrics(losses)[metric]["value"] is None:
+        return [None] * len(losses)
+    tokens, size = sum(text.tokens for text in losses), sum(text.size for text in losses)
+    if metric != "perplexity":
+        whole = tokens if metric == "loss" else size * math.log(2)
+        return [text.loss / whole for text in losses]
+    loss = math.fsum(text.loss for text in losses) / tokens
+    changes = ((text.loss - loss * text.tokens) / tokens for text in losses)
+    return [_exponential(loss) * (1 / len(losses) + change) for change in changes]
+
+
+def _exponential(loss: float) -> float:
+    """exp(loss), infinite where a float ends (above 709 nats)."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def _line(sample: Sample, text: TextLoss, part: float | None) -> dict[str, Any]:
     """A line of `samples.jsonl`."""
-    known = math.isfinite(text.loss)
     return {
         "doc_id": sample.row,
         "question": sample.prompt[:80],
         "target": "",
         "prediction": "",
-        "score": text.loss / text.tokens if known else None,
-        "part": text.loss / tokens if known else None,
+        "score": text.loss / text.tokens if math.isfinite(text.loss) else None,
+        "part": part,
         "unit": sample.row,
         "stratum": "",
     }

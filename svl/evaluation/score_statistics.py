@@ -4,7 +4,8 @@ Errors are standard errors. That of the retained share is paired: it comes from 
 score between the dense and the pruned model, which is far less noisy than comparing two independent averages.
 
 `samples.jsonl` has one line per question. Its `score` is right (1) or wrong (0), or a share; its `part` is what the
-question adds to the main metric, whatever that is (MME's sum of categories, F1). Questions of one `unit` (those on one
+question adds to the main metric, whatever that is (MME's sum of categories, F1): null where that is not known, left out
+where the metric is the mean of the scores (see `question_parts`). Questions of one `unit` (those on one
 image, the rotations of one question of MMBench) are not independent: errors, intervals and tests count units, errors
 within each `stratum`.
 """
@@ -16,7 +17,7 @@ import math
 import random
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -98,16 +99,34 @@ def change_error(pruned: Entry, dense: Entry, share: float = 1.0) -> float | Non
 
     Divided by the dense value it is that of the ratio of the two (delta method), if `share` is that ratio.
     """
-    ours, theirs = scored_samples(pruned), scored_samples(dense)
-    both = [(ours[i], theirs[i]) for i in ours if i in theirs]
-    if len(both) < max(2, len(ours)):
+    ours, theirs = question_parts(pruned), question_parts(dense)
+    if ours is None or theirs is None or len(ours) < 2 or not ours.keys() <= theirs.keys():
         return None
-    changes = []
-    for a, b in both:
-        # a part in a mean is not written out
-        part, other = a.get("part", a["score"] / len(ours)), b.get("part", b["score"] / len(theirs))
-        changes.append(Part(part - share * other, a.get("unit", a["doc_id"]), a.get("stratum")))
-    return standard_error(changes)
+    return standard_error(part._replace(value=part.value - share * theirs[i].value) for i, part in ours.items())
+
+
+def question_parts(entry: Entry) -> Mapping[int, Part] | None:
+    """By `doc_id`, what questions add to the main metric; None where that is not known of all of them.
+
+    Of a line without `part`, it is that in the mean of the scores, if the metric is this mean: scores that were stored
+    before lines said `part: null` have none in other metrics, either.
+    """
+    metric = entry.output["metric"]
+    known = (entry.output.get("metrics") or {}).get(metric)
+    return _parts_of_lines(entry.path / "samples.jsonl", known is None, (known or {}).get("value"))
+
+
+@lru_cache(maxsize=64)  # every method is compared with the best one of its ratio, in every column
+def _parts_of_lines(path: Path, is_mean: bool, value: float | None) -> Mapping[int, Part] | None:
+    rows = read_sample_lines(path)
+    if not all("part" in row for row in rows.values()):
+        mean = math.fsum(row["score"] for row in rows.values()) / len(rows)
+        if not is_mean and (value is None or not math.isclose(value, mean, rel_tol=1e-9, abs_tol=1e-9)):
+            return None
+    parts = {i: row.get("part", row["score"] / len(rows)) for i, row in rows.items()}
+    if None in parts.values():
+        return None
+    return {i: Part(parts[i], row.get("unit", i), row.get("stratum")) for i, row in rows.items()}
 
 
 def scored_samples(entry: Entry) -> dict[int, dict[str, Any]]:
@@ -129,7 +148,8 @@ def compare_answers(first: Entry, second: Entry) -> dict[str, Any] | None:
 
     `agreement`: share of equal answers; `gained` and `lost`: questions that only the first, only the second answered
     right (score of at least 1/2); `units_gained` and `units_lost`: units of which the first, the second has more right;
-    `p`: two-sided exact McNemar test of these; `note`: what besides the models may have changed answers, or None.
+    `p`: two-sided exact McNemar test of these, None where it is not known what questions add to the metric; `note`:
+    what besides the models may have changed answers, or None.
     """
     common = answered_by_both(first, second)
     if not common or not first.output.get("higher_is_better", True):
@@ -144,7 +164,7 @@ def compare_answers(first: Entry, second: Entry) -> dict[str, Any] | None:
         "lost": len(lost),
         "units_gained": units_gained,
         "units_lost": units_lost,
-        "p": mcnemar(units_gained, units_lost),
+        "p": mcnemar(units_gained, units_lost) if has_parts(common) else None,
         "note": device_note(first, second),
     }
 
@@ -157,12 +177,17 @@ def unit_changes(common: Sequence[Pair], scored_together: bool) -> list[float]:
     """
     changes: dict[Hashable, float] = defaultdict(float)
     for a, b in common:
-        if scored_together and "part" in a and "part" in b:
+        if scored_together and a.get("part") is not None and b.get("part") is not None:
             change = a["part"] - b["part"]
         else:
             change = float(a["score"] >= 0.5) - float(b["score"] >= 0.5)
         changes[a.get("unit", a["doc_id"])] += change
     return [0.0 if abs(change) < 1e-12 else change for change in changes.values()]
+
+
+def has_parts(common: Sequence[Pair]) -> bool:
+    """Whether no line says that the question's part in the main metric is not known."""
+    return not any("part" in line and line["part"] is None for pair in common for line in pair)
 
 
 def device_note(first: Entry, second: Entry) -> str | None:

@@ -36,7 +36,7 @@ class TaskOptions:
 
     def __post_init__(self) -> None:
         limit = self.limit
-        if limit is not None and not (0 < limit < 1 or (limit >= 1 and limit == int(limit))):
+        if limit is not None and not (0 < limit < 1 or (limit >= 1 and float(limit).is_integer())):
             raise SvlError(
                 f"limit is {limit:g}, but must be a whole number, a share below 1, or null for all documents"
             )

@@ -22,6 +22,7 @@ from svl.core import SvlError
 from svl.models.anatomy import NOT_DECODER
 from svl.models.lvlm import Lvlm
 from svl.models.placement import tensor_identities
+from svl.models.positions import looked_up_positions
 
 Identity = tuple[Any, ...]  # of a module: its class and its tensors in memory
 Forward = Callable[..., Any]
@@ -90,8 +91,9 @@ class SharedPrefill:
         """
         self.start_batch()
         for k in self.order:
+            given = {**inputs, **looked_up_positions(self.models[k], inputs)}
             with self.reading(k), torch.inference_mode():
-                logits = self.models[k].model(**inputs, logits_to_keep=last, use_cache=False).logits
+                logits = self.models[k].model(**given, logits_to_keep=last, use_cache=False).logits
             yield k, logits
         self.start_batch()
 

@@ -44,25 +44,58 @@ def yes_ratio(items: Sequence[Item]) -> float:
     return _ratio(_count(items, "answer"), len(items))
 
 
+def precision_parts(items: Sequence[Item]) -> list[float]:
+    """Shares of the precision, see `_parts_of_ratio`."""
+    said = [_says(item, "answer") for item in items]
+    return _parts_of_ratio([yes and _says(item, "target") for yes, item in zip(said, items, strict=True)], said)
+
+
+def recall_parts(items: Sequence[Item]) -> list[float]:
+    """Shares of the recall, see `_parts_of_ratio`."""
+    true = [_says(item, "target") for item in items]
+    return _parts_of_ratio([yes and _says(item, "answer") for yes, item in zip(true, items, strict=True)], true)
+
+
+def yes_ratio_parts(items: Sequence[Item]) -> list[float]:
+    """Shares of the yes-ratio, which is a mean."""
+    return [_says(item, "answer") / len(items) for item in items]
+
+
 def f1_parts(items: Sequence[Item]) -> list[float]:
-    """Shares of the F1 score: its first-order change with each item, plus an equal part of the whole."""
-    value = f1(items)
-    if math.isnan(value):
-        return [math.nan] * len(items)
-    whole = _count(items, "answer") + _count(items, "target")
-    parts = []
-    for item in items:
-        answered, true = item["answer"] == "yes", item["target"] == "yes"
-        parts.append(value / len(items) + (2 * (answered and true) - value * (answered + true)) / whole)
-    return parts
+    """Shares of the F1 score, see `_parts_of_ratio`."""
+    pairs = [(_says(item, "answer"), _says(item, "target")) for item in items]
+    return _parts_of_ratio([2 * (said and true) for said, true in pairs], [said + true for said, true in pairs])
+
+
+def _parts_of_ratio(upper: Sequence[float], lower: Sequence[float]) -> list[float]:
+    """Shares of sum(upper) / sum(lower): its first-order change with each item, plus an equal part of the whole."""
+    whole = sum(lower)
+    if not whole:
+        return [math.nan] * len(lower)
+    value = sum(upper) / whole
+    return [value / len(lower) + (a - value * b) / whole for a, b in zip(upper, lower, strict=True)]
 
 
 def f1_splits(items: Sequence[Item]) -> float:
     """Mean of the F1 scores of the splits (`split` of the items), as the LLaVA papers report POPE."""
+    splits = _splits(items)
+    return _ratio(math.fsum(map(f1, splits.values())), len(splits))
+
+
+def f1_splits_parts(items: Sequence[Item]) -> list[float]:
+    """Shares of the mean over splits: an item changes that of its own; an equal part of the whole besides."""
+    splits, value = _splits(items), f1_splits(items)
+    parts = {split: iter(f1_parts(found)) for split, found in splits.items()}
+    equal = {split: f1(found) / len(found) for split, found in splits.items()}
+    changes = ((next(parts[item["split"]]) - equal[item["split"]]) / len(splits) for item in items)
+    return [value / len(items) + change for change in changes]
+
+
+def _splits(items: Sequence[Item]) -> dict[Any, list[Item]]:
     splits = defaultdict(list)
     for item in items:
         splits[item["split"]].append(item)
-    return _ratio(math.fsum(map(f1, splits.values())), len(splits))
+    return splits
 
 
 def count(items: Sequence[Item]) -> int:
@@ -86,7 +119,11 @@ def count_f1(items: Sequence[Item]) -> int:
 
 
 def _count(items: Sequence[Item], key: str) -> int:
-    return sum(item[key] == "yes" for item in items)
+    return sum(_says(item, key) for item in items)
+
+
+def _says(item: Item, key: str) -> bool:
+    return bool(item[key] == "yes")
 
 
 def _hits(items: Sequence[Item]) -> int:

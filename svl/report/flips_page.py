@@ -31,7 +31,7 @@ def flips_page(tasks: Mapping[str, tuple[Entry, Entry]], names: tuple[str, str],
             f"{'#' * (level + 1)} {for_markdown(task)}",
             f"{len(scored_samples(one))} questions, "
             f"{100 * change['agreement']:.1f} % equal answers; right only in "
-            f"{first}: {change['gained']}, only in {second}: {change['lost']} (McNemar p = {change['p']:.2g}, by unit: "
+            f"{first}: {change['gained']}, only in {second}: {change['lost']} ({_tested(change['p'])}by unit: "
             f"{change['units_gained']} better, {change['units_lost']} worse)",
         ]
         if change["note"]:
@@ -47,6 +47,11 @@ def flips_page(tasks: Mapping[str, tuple[Entry, Entry]], names: tuple[str, str],
             if len(pairs) > most:
                 page.append(f"... and {len(pairs) - most} more")
     return "\n\n".join(page) + "\n"
+
+
+def _tested(p: float | None) -> str:
+    """The p-value, where there is one, before what goes on."""
+    return "" if p is None else f"McNemar p = {p:.2g}, "
 
 
 def _flips_table(pairs: Sequence[Pair], names: tuple[str, str]) -> str:

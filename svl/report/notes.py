@@ -17,7 +17,7 @@ def table_notes(section: Section) -> list[str]:
         f"Benchmarks: {tasks or 'none'}.",
         f"±: {error_meaning(section)}.",
         *_beside_notes(section),
-        "Retained: average relative to the dense average.",
+        *_average_notes(section),
         f"{BOLD}, question by question where the answers are stored.",
         *_speed_notes(section),
         *_training_notes(section),
@@ -29,6 +29,13 @@ def table_notes(section: Section) -> list[str]:
     if (versions := len({run.versions for run in section.runs})) > 1:
         notes.append(f"Caution: the runs were made with {versions} different sets of versions.")
     return [*notes, *_pair_notes(section), *_seed_notes(section), *published_notes(section)]
+
+
+def _average_notes(section: Section) -> list[str]:
+    """What the average and the retained share are, or why there are none."""
+    if problem := section.last.average_problem:
+        return [f"No average over these benchmarks, as it would mean nothing: {problem}."]
+    return ["Retained: average relative to the dense average."]
 
 
 def table_caption(section: Section) -> list[str]:

@@ -86,7 +86,7 @@ def _listed(right: Mapping[str, np.ndarray]) -> dict[str, list[int]]:
 
 def _parts(entry: Entry, samples: Sequence[Mapping[str, Any]]) -> list[float] | None:
     """What every question adds to the metric, where the questions of a unit count together."""
-    if not entry.output.get("scored_together") or not all("part" in sample for sample in samples):
+    if not entry.output.get("scored_together") or any(sample.get("part") is None for sample in samples):
         return None
     return [sample["part"] for sample in samples]
 

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from functools import lru_cache
-from pathlib import Path
+from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
 
-from svl.evaluation.score_statistics import Part, mcnemar, read_sample_lines
+from svl.evaluation.score_statistics import Part, mcnemar, question_parts
 from svl.store.artifacts import Entry
 
+DIFFERENCES = {  # of the inputs of scores that answers to one question are not compared across
+    "benchmark": "the benchmark's files differ",
+    "metric": "the metrics differ",
+    "limit": "limits differ",
+    "style": "prompt styles differ",
+    "frames": "numbers of frames differ",
+    "evaluator": "what answers the questions differs",
+}
 FLIPS, BLOCK = 4000, 200  # draws of a permutation test, and how many at a time
 
 
 def paired_changes(first: Sequence[Entry], second: Sequence[Entry]) -> list[Part] | None:
-    """What every question adds to `first - second` of the main metric; None if they are not of the same questions.
+    """What every question adds to `first - second` of the main metric; None where not known, or not the same questions.
 
     Of several models on either side (those of several seeds) their mean, which is the mean over all pairs of them.
     """
     changes: dict[int, Part] = {}
     for sign, entries in ((1.0, first), (-1.0, second)):
         for entry in entries:
-            parts = question_parts(entry.path / "samples.jsonl")
+            parts = question_parts(entry)
+            if parts is None or unlike(first[0], entry):
+                return None
             if changes and parts.keys() != changes.keys():
                 return None
             for i, part in parts.items():
@@ -32,15 +40,16 @@ def paired_changes(first: Sequence[Entry], second: Sequence[Entry]) -> list[Part
     return list(changes.values()) if len(changes) > 1 else None
 
 
-@lru_cache(maxsize=64)  # every method is compared with the best one of its ratio, in every column
-def question_parts(path: Path) -> Mapping[int, Part]:
-    """By number, what the questions of a samples.jsonl add to the main metric."""
-    rows = read_sample_lines(path)
-    # a part in a mean is not written out
-    return {
-        i: Part(row.get("part", row["score"] / len(rows)), row.get("unit", i), row.get("stratum"))
-        for i, row in rows.items()
-    }
+def unlike(first: Entry, second: Entry) -> str | None:
+    """Why two scores of one task are not of the same questions, asked in the same way, or None."""
+    both = (first, second)
+    ours, theirs = inputs = [entry.manifest.get("inputs") or {} for entry in both]
+    for name, what in DIFFERENCES.items():
+        if ours.get(name) != theirs.get(name):
+            return what
+    # the cap that held, where a score tells it: one that is given may be the task's own
+    caps = [e.output.get("max_new_tokens", given.get("max_new_tokens")) for e, given in zip(both, inputs, strict=True)]
+    return "caps of an answer's length differ" if caps[0] != caps[1] else None
 
 
 def paired_p(changes: Iterable[Part]) -> float:

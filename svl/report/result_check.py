@@ -44,6 +44,7 @@ OPTIONAL: dict[str, Kinds] = {
     "cost.params_dense": (int, NULL),
     "cost.samples_per_second": (Real, NULL),
     "cost.samples_per_second_dense": (Real, NULL),
+    "average_note": (str, NULL),
     "beside": (Mapping, NULL),
     "recovery": (str, NULL),
     "training": (Mapping, NULL),

@@ -7,10 +7,12 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from svl.core import Plan, SvlError, did_you_mean
+from svl.evaluation.averages import average_problem
 from svl.report.result_check import plan_of, problem_of
 from svl.store.artifacts import Entry, Store
 from svl.text.escaping import for_terminal
@@ -63,13 +65,30 @@ class Run:
         Empty where undefined.
         """
         if task is None:
-            return self.result["average"] or {}
+            return {} if self.average_problem else self.result["average"] or {}
         score = self.result["scores"][task]
         return score["metrics"][score["metric"]]
+
+    @cached_property
+    def average_problem(self) -> str | None:
+        """Why an average over its benchmarks would mean nothing, also of results that have one; None if it does."""
+        return average_problem(self.result["scores"], self.scales)
+
+    @property
+    def retained(self) -> Mapping[str, Any]:
+        """The average as a fraction of the dense one, as `main_metric`; empty where undefined."""
+        return {} if self.average_problem else self.result["retained"] or {}
 
     def beside(self, name: str) -> Mapping[str, Any]:
         """The average of another metric than the main ones ("off_format"), as `main_metric`; empty where unknown."""
         return (self.result.get("beside") or {}).get(name) or {}
+
+    @property
+    def evaluation(self) -> dict[str, Any]:
+        """How its answers were had, where that was not as usual: prompt style, caps, frames, evaluator."""
+        settings = self.result["settings"]
+        styles = {"style": dict(settings["style"])} if settings.get("style") else {}
+        return {**(settings.get("evaluation") or {}), **styles}
 
     def settings(self) -> Iterator[tuple[str, str]]:
         """Settings of its methods and of what else tells runs apart, as ("selector.p", "0.5"); only of what it used."""
@@ -87,7 +106,7 @@ class Run:
                 is_main = int(name == score["metric"])
                 values = [metric.get(part) for part in ESTIMATE]
                 yield "eval", task, name, is_main, score["n"], *values
-        averages = {name: result[name] or {} for name in ("average", "retained")} | (result.get("beside") or {})
+        averages = {"average": self.main_metric(None), "retained": self.retained} | (result.get("beside") or {})
         for name, metric in averages.items():
             yield "eval", "", name, 0, "", *(metric.get(part) for part in ESTIMATE)
         for group in ("cost", "training", "seconds"):

@@ -14,10 +14,10 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from svl.core import Plan
+from svl.evaluation.averages import NORMAL_95, metric_error
 from svl.report.results import Run
 
 BESIDE = ("likelihood", "above_chance", "off_format")  # averages besides that of the main metrics, as tables show them
-NORMAL_95 = 1.96  # a 95 % interval of a normal distribution, in standard errors on either side
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,9 @@ class Estimate:
 
     @classmethod
     def of(cls, metric: Mapping[str, Any] | None) -> Estimate:
-        """That of a metric in a result.
-
-        Where all answers are right, or all wrong, they have no deviation: the error is that of the 95 % interval.
-        """
-        value, error, low, high = ((metric or {}).get(name) for name in ("value", "stderr", "low", "high"))
-        if not error:
-            error = (high - low) / (2 * NORMAL_95) if low is not None and high is not None else None
-        return cls(value, error, low, high)
+        """That of a metric in a result."""
+        value, low, high = ((metric or {}).get(name) for name in ("value", "low", "high"))
+        return cls(value, metric_error(metric), low, high)
 
     def times(self, scale: float) -> Estimate:
         """It in a unit of 1 / `scale`."""
@@ -237,12 +232,12 @@ class Row:
     @property
     def retained(self) -> Estimate:
         """The average as a fraction of the dense one."""
-        return pool_estimates([Estimate.of(run.result["retained"]) for run in self.runs])
+        return pool_estimates([Estimate.of(run.retained) for run in self.runs])
 
 
 @dataclass(frozen=True)
 class Section:
-    """What goes into one table: runs of one model on the same benchmarks with the same sample limit.
+    """What goes into one table: runs of one model on the same benchmarks, asked in the same way, with the same limit.
 
     Attributes:
         experiment: its name.
@@ -269,8 +264,13 @@ class Section:
 
     @property
     def title(self) -> str:
-        """Experiment, model and, where there is one, the limit."""
-        return f"{self.experiment}: {self.model}" + ("" if self.limit is None else f" (limit={self.limit:g})")
+        """Experiment, model, the limit where there is one, and what is unusual about the evaluation."""
+        unusual = [] if self.limit is None else [f"limit={self.limit:g}"]
+        for name, value in self.last.evaluation.items():
+            if isinstance(value, Mapping) and list(value) == self.tasks and len(set(map(str, value.values()))) == 1:
+                value = value[self.tasks[0]]  # the same for all tasks
+            unusual.append(f"{name}={value if isinstance(value, str) else json.dumps(value)}")
+        return f"{self.experiment}: {self.model}" + (f" ({', '.join(unusual)})" if unusual else "")
 
     @property
     def tasks(self) -> list[str]:
@@ -359,11 +359,12 @@ class Section:
 
 
 def compared_runs(experiment: str, runs: Iterable[Run]) -> list[Section]:
-    """Comparable runs (oldest first), sorted by model; whole benchmarks before limited ones."""
+    """Comparable runs (oldest first), sorted by model; whole benchmarks before limited ones, usual settings first."""
     groups: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
         result = run.result
         tasks = tuple(sorted((task, score["metric"]) for task, score in result["scores"].items()))
         limit = math.inf if result["limit"] is None else result["limit"]
-        groups.setdefault((result["model"], -limit, tasks), []).append(run)
+        evaluation = json.dumps(run.evaluation, sort_keys=True) if run.evaluation else ""
+        groups.setdefault((result["model"], -limit, tasks, evaluation), []).append(run)
     return [Section(experiment, tuple(groups[key])) for key in sorted(groups)]

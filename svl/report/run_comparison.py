@@ -12,6 +12,7 @@ from typing import Any
 from svl.core import Plan, SvlError
 from svl.evaluation import score_statistics
 from svl.report.flips_page import flips_page
+from svl.report.paired_tests import unlike
 from svl.report.result_check import problem_of
 from svl.report.results import Run, run_of
 from svl.report.rows import Section, compared_runs
@@ -176,26 +177,14 @@ class TaskComparison:
 def _compare_task(ours: Entry | None, theirs: Entry | None) -> TaskComparison:
     if ours is None or theirs is None:
         return TaskComparison()
-    if problem := _unlike(ours, theirs):
+    if problem := unlike(ours, theirs):
         return TaskComparison(problem=problem)
     change = score_statistics.compare_answers(ours, theirs)
     if change is None:
         return TaskComparison()
-    cells = (f"{100 * change['agreement']:.1f} %", str(change["gained"]), str(change["lost"]), f"{change['p']:.2g}")
+    p = "–" if change["p"] is None else f"{change['p']:.2g}"
+    cells = (f"{100 * change['agreement']:.1f} %", str(change["gained"]), str(change["lost"]), p)
     return TaskComparison(cells, score_statistics.change_error(ours, theirs), (ours, theirs))
-
-
-def _unlike(first: Entry, second: Entry) -> str | None:
-    """Why two scores of one task are not of the same questions, or None."""
-    differences = {
-        "benchmark": "the benchmark's files differ",
-        "metric": "the metrics differ",
-        "limit": "limits differ",
-    }
-    for name, what in differences.items():
-        if first.manifest["inputs"].get(name) != second.manifest["inputs"].get(name):
-            return what
-    return None
 
 
 def _metrics(first: ComparedRun, second: ComparedRun) -> list[str]:
@@ -232,6 +221,9 @@ def _metric_notes(first: ComparedRun, second: ComparedRun, compared: Mapping[str
     if only:
         notes += [f"Scored by one of them only: {for_markdown(', '.join(only))}."]
         notes += ["The averages are over different benchmarks."]
+    for name, run in (("A", first.run), ("B", second.run)):
+        if run.average_problem:
+            notes.append(f"No average of {name}, as it would mean nothing: {for_markdown(run.average_problem)}.")
     if gone := sorted({*first.gone, *second.gone}):
         notes.append(f"No longer in the store, so without pairs: scores {for_markdown(', '.join(gone))}.")
     return notes

@@ -61,7 +61,7 @@ def app(cfg: DictConfig) -> float | None:
         result = run_configuration(cfg, folder, sweep, told)
         work = (time.perf_counter() - began - told.shared, told.shared) if told.computed else None
         searching = sweep is not None and not info.sweeper._target_.endswith("BasicSweeper")
-        objective = search_objective(cfg, result) if searching else None
+        objective = search_objective(result) if searching else None
     except Exception as error:
         line = report_failure(error, folder)
         if sweep is None:

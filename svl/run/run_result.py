@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from svl.core import Plan
+from svl.evaluation.averages import average_problem, mean_error, mean_value, metric_error
 from svl.evaluation.benchmarks import ABOVE_CHANCE, LIKELIHOOD, OFF_FORMAT
 from svl.evaluation.score_statistics import change_error, compare_answers
 from svl.store.artifacts import Entry
@@ -131,8 +131,9 @@ def training(stages: RunStages) -> dict[str, Any] | None:
 def summarise(pruned: Mapping[str, Entry], dense: Mapping[str, Entry], scales: Mapping[str, float]) -> dict[str, Any]:
     """`scores`, `average` (mean over tasks of main metric / scale) and `retained` (average / dense average).
 
-    The last two are None without tasks, or where a main metric is undefined for this model; a share of a loss means
-    nothing, so `retained` is None for tasks whose lower values are better, too. `beside` has the means of other metrics
+    The last two are None without tasks, where a main metric is undefined for this model, or where `average_note` says
+    why tasks have none (see `averages.average_problem`); a share of a loss means nothing, so `retained` is None for
+    tasks whose lower values are better, too. `beside` has the means of other metrics
     over the tasks that have them: `likelihood` (main metric / scale, of the likeliest options), `above_chance` and
     `off_format`.
     """
@@ -143,25 +144,31 @@ def summarise(pruned: Mapping[str, Entry], dense: Mapping[str, Entry], scales: M
         scores[task] = {"metric": entry.output["metric"], "n": entry.output["n"], "metrics": metrics}
         scores[task] |= {name: entry.output[name] for name in ("higher_is_better", "prompt") if name in entry.output}
         scores[task]["change"] = compare_answers(entry, dense[task])
-    beside = averages_beside(scores, scales)
+    note = average_problem(scores, scales)
+    beside = averages_beside(scores, scales, note is None)
+    found = {"scores": scores, "average": None, "average_note": note, "retained": None, "beside": beside}
     main = {task: score["metrics"][score["metric"]] for task, score in scores.items()}
-    value = _mean([m["value"] for m in main.values()], scales)
-    reference = _mean([m["dense"] for m in main.values()], scales)
-    if value is None or reference is None:
-        return {"scores": scores, "average": None, "retained": None, "beside": beside}
-    average = {"value": value, "stderr": _error([m["stderr"] for m in main.values()], scales), "dense": reference}
+    value = mean_value([m["value"] for m in main.values()], scales.values())
+    reference = mean_value([m["dense"] for m in main.values()], scales.values())
+    if note or value is None or reference is None:
+        return found
+    stderr = mean_error([metric_error(m) for m in main.values()], scales.values())
+    found["average"] = {"value": value, "stderr": stderr, "dense": reference}
     if reference == 0 or not all(score.get("higher_is_better", True) for score in scores.values()):
-        return {"scores": scores, "average": average, "retained": None, "beside": beside}
+        return found
     share = value / reference
-    change = _error([change_error(pruned[task], dense[task], share) for task in pruned], scales)
-    retained = {"value": share, "stderr": None if change is None else change / reference}
-    return {"scores": scores, "average": average, "retained": retained, "beside": beside}
+    change = mean_error([change_error(pruned[task], dense[task], share) for task in pruned], scales.values())
+    found["retained"] = {"value": share, "stderr": None if change is None else change / reference}
+    return found
 
 
-def averages_beside(scores: Mapping[str, Any], scales: Mapping[str, float]) -> dict[str, Any]:
-    """See `summarise`: {name: {"value", "stderr", "dense"}} of what any of the tasks has."""
+def averages_beside(scores: Mapping[str, Any], scales: Mapping[str, float], alike: bool = True) -> dict[str, Any]:
+    """See `summarise`: {name: {"value", "stderr", "dense"}} of what any of the tasks has.
+
+    That of the main metrics by likelihood only where tasks are `alike`.
+    """
     found = {}
-    for name in ("likelihood", ABOVE_CHANCE, OFF_FORMAT):
+    for name in (*(["likelihood"] if alike else []), ABOVE_CHANCE, OFF_FORMAT):
         metrics, units = {}, {}
         for task, score in scores.items():
             metric = LIKELIHOOD + score["metric"] if name == "likelihood" else name
@@ -169,24 +176,11 @@ def averages_beside(scores: Mapping[str, Any], scales: Mapping[str, float]) -> d
                 metrics[task] = score["metrics"][metric]
                 units[task] = scales[task] if name == "likelihood" else 1.0
         if metrics:
-            value, dense = (_mean([m[part] for m in metrics.values()], units) for part in ("value", "dense"))
-            stderr = _error([m["stderr"] for m in metrics.values()], units)
+            every = metrics.values()
+            value, dense = (mean_value([m[part] for m in every], units.values()) for part in ("value", "dense"))
+            stderr = mean_error([metric_error(m) for m in every], units.values())
             found[name] = {"value": value, "stderr": stderr, "dense": dense}
     return found
-
-
-def _mean(values: list[float | None], scales: Mapping[str, float]) -> float | None:
-    """Mean of task scores by their scales; None without tasks, or if one is undefined."""
-    known = [value / scale for value, scale in zip(values, scales.values(), strict=True) if value is not None]
-    return sum(known) / len(known) if known and len(known) == len(values) else None
-
-
-def _error(errors: list[float | None], scales: Mapping[str, float]) -> float | None:
-    """Standard error of a mean of independent task scores; None without tasks, or if one is unknown."""
-    known = [error / scale for error, scale in zip(errors, scales.values(), strict=True) if error is not None]
-    if not known or len(known) < len(errors):
-        return None
-    return math.sqrt(sum(error * error for error in known)) / len(known)
 
 
 def cost(pruned: Mapping[str, Entry], dense: Mapping[str, Entry], plan: Plan) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from svl.data.sample_files import read_samples
 from svl.data.samples import Samples, write_samples
 from svl.demo import bundled
 from svl.evaluation import benchmarks
-from svl.evaluation.settings import EfficiencySettings
+from svl.evaluation.settings import EfficiencySettings, TaskOptions
 from svl.plugins import import_plugins
 from svl.processes import process_count, process_rank
 from svl.run.inputs import calibration_source, task_options
@@ -32,7 +32,7 @@ from svl.run.stages import StageLog
 from svl.store.artifacts import Store
 from svl.store.files import digest
 from svl.store.layout import FINGERPRINTS
-from svl.text.redaction import redact_text
+from svl.text.redaction import redact_text, redact_values
 
 if TYPE_CHECKING:
     from svl.models.lvlm import Lvlm
@@ -136,6 +136,8 @@ class RunSetup:
         self.tasks = task_options(benchmark)
         for task, options in self.tasks.items():
             benchmarks.check_task(task, options)
+            said = benchmark.tasks[task].higher_is_better
+            benchmarks.check_direction(task, options.metric, said, benchmark.include_path)
         self.task_fingerprints = {
             task: benchmarks.benchmark_fingerprint(task, benchmark.include_path, benchmark.data) for task in self.tasks
         }
@@ -328,7 +330,24 @@ class RunSetup:
         styles = {task: options.style for task, options in self.tasks.items() if options.style != "default"}
         if styles:
             settings["style"] = styles
+        if unusual_evaluation := self._evaluation_settings():
+            settings["evaluation"] = unusual_evaluation
         return settings
+
+    def _evaluation_settings(self) -> dict[str, Any]:
+        """What changes answers, beside prompts, and is not as usual: caps that are not the task's own, by task."""
+        caps = {
+            task: options.max_new_tokens
+            for task, options in self.tasks.items()
+            if options.max_new_tokens not in (None, benchmarks.new_tokens(task, options.include_path))
+        }
+        frames = {options.frames for options in self.tasks.values()} - {TaskOptions.frames}
+        found: dict[str, Any] = {"max_new_tokens": caps} if caps else {}
+        if frames:
+            found["frames"] = frames.pop()
+        if self.uses_vllm:
+            found["evaluator"] = redact_values(plain_values(self.cfg.evaluator))
+        return found
 
 
 @contextmanager

@@ -109,5 +109,7 @@ class StageLog:
         for task, score in result["scores"].items():
             if note := (score["change"] or {}).get("note"):
                 log.warning("  %s: %s", task, note)
+        if note := result.get("average_note"):
+            log.warning("  no average: %s", note)
         if result["retained"]:
             log.info("  retained %.1f %% of dense, %.1f s", 100 * result["retained"]["value"], seconds)

@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from svl.config import METHODS, build_method
 from svl.config_ranges import check_known
 from svl.core import SvlError
+from svl.evaluation import benchmarks
 from svl.run import hydra_internals, time_left
 from svl.run.job_records import clear_records
 from svl.run.messages import SafeFormatter, safe_line
@@ -133,22 +134,28 @@ def check_search(config: DictConfig) -> None:
     direction = config.hydra.sweeper.get("direction")
     if direction is not None and str(getattr(direction, "name", direction)) != "maximize":
         raise SvlError("hydra.sweeper.direction must be maximize: a loss is handed to the search with a minus sign")
-    kinds = {task.higher_is_better for task in config.benchmark.tasks.values()}
+    include_path, kinds = config.benchmark.include_path, set()
+    for task, settings in config.benchmark.tasks.items():
+        benchmarks.check_direction(str(task), settings.metric, settings.higher_is_better, include_path)
+        kinds.add(benchmarks.higher_is_better(str(task), settings.metric, include_path))
     if len(kinds) > 1:
         raise SvlError("a search cannot average losses and scores: choose a benchmark whose tasks are of one kind")
 
 
-def search_objective(cfg: DictConfig, result: dict[str, Any]) -> float:
-    """What a search maximises: the average over the benchmark's tasks; of losses, with a minus sign.
+def search_objective(result: dict[str, Any]) -> float:
+    """What a search maximises: the average over the benchmark's tasks; where lower values are better, its negative.
 
     Raises:
         SvlError: if the average is undefined.
     """
     average = result["average"]
     if average is None or average["value"] is None:
-        raise SvlError("the average over the benchmark is undefined for these settings, so they cannot be compared")
+        reason = f": {note}" if (note := result.get("average_note")) else ""
+        raise SvlError(
+            f"the average over the benchmark is undefined for these settings, so they cannot be compared{reason}"
+        )
     value = float(average["value"])
-    return value if all(task.higher_is_better for task in cfg.benchmark.tasks.values()) else -value
+    return value if all(score.get("higher_is_better", True) for score in result["scores"].values()) else -value
 
 
 @contextmanager

@@ -142,6 +142,24 @@ def test_data_that_cannot_be_had_are_named_with_the_way_out(tmp_path, monkeypatc
         benchmarks.check_data("svl_mme", TaskOptions("perception", data=str(tmp_path)))
 
 
+@pytest.mark.parametrize(
+    ("task", "metric", "is_higher"),
+    [
+        *(("svl_prose_fiction", metric, False) for metric in ("loss", "perplexity", "bits_per_byte")),
+        *(("svl_demo_existence", metric, metric not in ("off_format", "yes_ratio"))
+            for metric in ("accuracy", "f1", "off_format", "yes_ratio", "likelihood_accuracy")),
+        *(("svl_pope", metric, metric != "off_format") for metric in ("f1", "off_format", "upstream_pope_f1_score")),
+    ],
+)  # fmt: skip
+def test_the_direction_of_a_metric_is_its_tasks(task, metric, is_higher):
+    folder = str(DEMO) if "pope" not in task else None
+    assert benchmarks.higher_is_better(task, metric, folder) is is_higher
+    benchmarks.check_direction(task, metric, None, folder)
+    benchmarks.check_direction(task, metric, is_higher, folder)
+    with pytest.raises(SvlError, match=f"set it to {str(is_higher).lower()}, or to null"):
+        benchmarks.check_direction(task, metric, not is_higher, folder)
+
+
 def test_both_parts_of_a_data_set_are_looked_for(monkeypatch):
     asked = []
     monkeypatch.setattr("datasets.load_dataset_builder", lambda path, name, **options: asked.append(name))

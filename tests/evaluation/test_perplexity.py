@@ -15,7 +15,8 @@ from svl.config import PACKAGE
 from svl.core import SvlError
 from svl.data.sample_files import read_samples
 from svl.evaluation import benchmarks
-from svl.evaluation.perplexity import METRICS, evaluate_perplexity
+from svl.evaluation.perplexity import METRICS, TextLoss, evaluate_perplexity, loss_metrics, metric_parts
+from svl.evaluation.score_statistics import Part, standard_error
 from svl.evaluation.settings import TaskOptions
 from svl.report import flips_page
 from svl.run import run_result
@@ -70,6 +71,30 @@ def test_its_error_is_that_of_a_ratio_of_sums(llama, task):
     jackknife = math.sqrt(3 / 4 * sum((x - mean) ** 2 for x in left))
     assert whole["stderr"] == pytest.approx(jackknife, rel=0.6)
     assert whole["stderr"] > 0
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_parts_of_a_metric_sum_up_to_it(metric):
+    losses = [TextLoss(20.0, 10, 30), TextLoss(60.0, 20, 70), TextLoss(15.0, 5, 25)]
+    parts, whole = metric_parts(losses, metric), loss_metrics(losses)[metric]
+    assert sum(parts) == pytest.approx(whole["value"])
+    # a little more loss of the second text, against its part of the change
+    more = loss_metrics([losses[0], TextLoss(60.001, 20, 70), losses[2]])[metric]["value"] - whole["value"]
+    wider = metric_parts([losses[0], TextLoss(60.001, 20, 70), losses[2]], metric)
+    assert sum(wider) - sum(parts) == pytest.approx(more)
+    if metric == "perplexity":
+        error = standard_error(Part(part, i) for i, part in enumerate(parts))
+        assert error == pytest.approx(whole["stderr"])
+
+
+def test_a_perplexity_that_no_float_holds_is_undefined():
+    """A loss of 760 nats is finite, its exponential is not."""
+    losses = [TextLoss(8000.0, 10, 10), TextLoss(7200.0, 10, 10)]
+    found = loss_metrics(losses)
+    assert found["loss"]["value"] == 760
+    assert found["perplexity"] == dict.fromkeys(("value", "stderr", "low", "high"))
+    assert metric_parts(losses, "perplexity") == [None, None]
+    assert metric_parts(losses, "loss") == [400, 360]
 
 
 def test_limits_and_mistakes(llama, task):

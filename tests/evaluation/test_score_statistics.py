@@ -17,6 +17,7 @@ from scipy import stats
 
 from svl.evaluation import score_statistics, task_metrics
 from svl.evaluation.score_statistics import Part, bootstrap_error, share_interval, standard_error
+from svl.report import flips_page, paired_tests
 from svl.run import run_result
 from svl.store.artifacts import Entry
 
@@ -136,9 +137,56 @@ def test_the_error_of_the_retained_share_is_that_of_resampled_questions(pair):
     assert retained == {"value": pytest.approx(share), "stderr": pytest.approx(error)}
 
 
-def test_flipped_answers_are_shown_safely(pair):
-    from svl.report import flips_page
+def of_metric(folder: Path, said: list[str], metric: str, parts: bool = True) -> Entry:
+    """Scores of answers to 200 questions, of which every other one is rightly answered by yes."""
+    items = [{"answer": answer, "target": "yes" if i % 2 else "no"} for i, answer in enumerate(said)]
+    rows = answers([float(item["answer"] == item["target"]) for item in items])
+    value = getattr(task_metrics, metric)(items)
+    if parts:
+        shares = getattr(task_metrics, f"{metric}_parts")(items)
+        rows = [{**row, "part": share, "stratum": None} for row, share in zip(rows, shares, strict=True)]
+    entry = scored(folder, rows, value)
+    entry.output.update(metric=metric, metrics={metric: {"value": value, "stderr": 0.1}})
+    return entry
 
+
+@pytest.mark.parametrize("metric", ["recall", "precision", "f1", "yes_ratio"])
+def test_the_error_of_a_change_is_that_of_the_metric(tmp_path, metric):
+    """Against resampled questions, of metrics that are no mean of right answers."""
+    chance = random.Random(1)
+    dense = [chance.choice(["yes", "yes", "no"]) for _ in range(200)]
+    pruned = [answer if chance.random() < 0.8 else chance.choice(["yes", "no"]) for answer in dense]
+    one, other = of_metric(tmp_path / "one", pruned, metric), of_metric(tmp_path / "other", dense, metric)
+    resampled = []
+    for _ in range(1000):
+        drawn = chance.choices(range(200), k=200)
+        values = [
+            getattr(task_metrics, metric)([{"answer": said[i], "target": "yes" if i % 2 else "no"} for i in drawn])
+            for said in (pruned, dense)
+        ]
+        resampled.append(values[0] - values[1])
+    assert score_statistics.change_error(one, other) == pytest.approx(statistics.stdev(resampled), rel=0.15)
+
+
+def test_without_parts_nothing_is_paired(tmp_path):
+    """Neither where lines say so, nor in stored ones from before they did, whose mean is not the metric."""
+    chance = random.Random(2)
+    said = [[chance.choice(["yes", "no"]) for _ in range(200)] for _ in range(2)]
+    old = [of_metric(tmp_path / f"old{i}", words, "recall", parts=False) for i, words in enumerate(said)]
+    new = [of_metric(tmp_path / f"new{i}", words, "recall", parts=False) for i, words in enumerate(said)]
+    for entry in new:
+        file = entry.path / "samples.jsonl"
+        rows = [{**json.loads(line), "part": None} for line in file.read_text().splitlines()]
+        file.write_text("\n".join(map(json.dumps, rows)))
+    for pair in (old, new):
+        assert score_statistics.question_parts(pair[0]) is None
+        assert score_statistics.change_error(*pair) is None
+        assert paired_tests.paired_changes(pair[:1], pair[1:]) is None
+    assert score_statistics.compare_answers(*new)["p"] is None
+    assert "McNemar" not in flips_page.flips_page({"t": tuple(new)}, ("a", "b"))
+
+
+def test_flipped_answers_are_shown_safely(pair):
     one, other, *_ = pair
     change = score_statistics.compare_answers(one, other)
     page = flips_page.flips_page({"t": (one, other)}, ("pruned", "dense"), most=3)

@@ -61,17 +61,32 @@ def test_mme_is_scored_as_by_lmms_eval():
     assert task_metrics.mme_score(items) == pytest.approx(upstream)
 
 
-def test_parts_of_f1_sum_up_to_it_and_give_its_error():
+@pytest.mark.parametrize("metric", ["f1", "f1_splits", "precision", "recall", "yes_ratio"])
+def test_parts_of_ratios_sum_up_to_them_and_give_their_errors(metric):
+    """Against a bootstrap; of the mean over splits, one that draws within each, as their sizes are no chance."""
     chance = random.Random(0)
-    answers = [
-        {"answer": chance.choice(["yes", "no", None]), "target": chance.choice(["yes", "no"])} for _ in range(60)
+    items = [
+        {"answer": chance.choice(["yes", "no", None]), "target": chance.choice(["yes", "no"]), "split": "abb"[i % 3]}
+        for i in range(90)
     ]
-    parts = task_metrics.f1_parts(answers)
-    assert sum(parts) == pytest.approx(task_metrics.f1(answers))
+    aggregate = getattr(task_metrics, metric)
+    parts = getattr(task_metrics, f"{metric}_parts")(items)
+    assert sum(parts) == pytest.approx(aggregate(items))
     error = standard_error(Part(part, i) for i, part in enumerate(parts))
-    assert error == pytest.approx(
-        bootstrap_error(task_metrics.f1(answers), answers, range(60), task_metrics.f1), rel=0.15
-    )
+    draws = []
+    for _ in range(1000):
+        drawn = [chance.choices([item for item in items if item["split"] == split], k=30 * n) for split, n in SPLITS]
+        draws.append(aggregate([item for part in drawn for item in part]))
+    assert error == pytest.approx(statistics.stdev(draws), rel=0.1)
+
+
+SPLITS = (("a", 1), ("b", 2))
+
+
+def test_parts_of_what_is_undefined_are_nan():
+    never = [{"answer": "no", "target": "no"}] * 2
+    for metric in ("f1", "precision", "recall"):
+        assert all(math.isnan(part) for part in getattr(task_metrics, f"{metric}_parts")(never))
 
 
 def test_parts_of_rotations_sum_up_to_whole_questions():

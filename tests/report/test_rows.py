@@ -204,3 +204,25 @@ def test_the_page_counts_units(store):
     report = Report.read(store, "demo")
     page = render_page("demo", report.sections, report.tables, [[]], store)
     assert "<td>0.06</td><td>5 / 0</td>" in page
+
+
+# ------------------------------------------------------------------------------------------- evaluation
+
+
+def test_runs_asked_in_another_way_are_a_table_of_their_own(store):
+    """Neither replaces the other as an older one of the same settings."""
+    plain, capped, styled, half = (result("tail", level=level) for level in (0.6, 0.5, 0.4, 0.3))
+    caps = {"demo_yes": 2, "demo_no": 2}
+    capped["settings"] = capped["settings"] | {"evaluation": {"max_new_tokens": caps, "frames": 4}}
+    styled["settings"] = styled["settings"] | {"style": {"demo_yes": "qwen_vl"}}
+    half["settings"] = half["settings"] | {"evaluation": {"max_new_tokens": {"demo_yes": 2}}}
+    store.add(plain, capped, styled, half)
+    sections = Report.read(store, "demo").sections
+    assert [[row.score(None).value for row in section.rows] for section in sections] == [[0.6], [0.5], [0.3], [0.4]]
+    assert not any(section.replaced for section in sections)
+    assert [section.title for section in sections] == [
+        "demo: tiny",
+        "demo: tiny (max_new_tokens=2, frames=4)",
+        'demo: tiny (max_new_tokens={"demo_yes": 2})',
+        'demo: tiny (style={"demo_yes": "qwen_vl"})',
+    ]

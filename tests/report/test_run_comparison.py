@@ -6,9 +6,10 @@ import re
 import statistics
 from pathlib import Path
 
+import pytest
 from helpers.results import answers, result, scored, table_cells
 
-from svl.report import main
+from svl.report import main, paired_tests
 
 
 def test_compare(store, capsys, tmp_path):
@@ -47,6 +48,28 @@ def test_parts_of_layers_are_told_from_layers(store, capsys):
     assert "A  ......##\nB  ..ama..#" in text
     assert "Removed (#; a: without attention, m: without MLP) by only A: 6; " in text
     assert "only B: 2.attn, 3.mlp, 4.attn; both: 7." in text
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ({"max_new_tokens": 2}, "caps of an answer's length differ"),
+        ({"frames": 4}, "numbers of frames differ"),
+        ({"style": "qwen_vl"}, "prompt styles differ"),
+        ({"evaluator": {"name": "vllm"}}, "what answers the questions differs"),
+    ],
+)
+def test_answers_to_questions_asked_in_another_way_are_not_paired(store, capsys, setting, reason):
+    """Neither on the page of two runs nor in the tests of a table."""
+    keys = [answers(store, range(5)), answers(store, range(9), **setting)]
+    scores = {"t": {"metric": "accuracy", "n": 20, "metrics": {"accuracy": {"value": 0.2, "stderr": 0, "dense": 1.0}}}}
+    store.add(*(result(scores=scores, keys={"evaluate": [key], "dense": []}) for key in keys))
+    first, second = (entry.key for entry in store.entries("run"))
+    assert main(["compare", first, second]) == 0
+    assert f"cannot be compared question by question: {reason}" in capsys.readouterr().out
+    entries = [store.read(store.root / "score" / key) for key in keys]
+    assert paired_tests.paired_changes(entries[:1], entries[1:]) is None
+    assert paired_tests.paired_changes(entries[:1], entries[:1]) is not None
 
 
 def test_compare_says_what_cannot_be_compared(store, capsys):

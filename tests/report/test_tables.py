@@ -326,3 +326,18 @@ def test_a_papers_caption_has_no_housekeeping(store):
         assert word not in caption
     assert "yes acc \\%" in text
     assert "% Left out: 1 older run(s)" in text
+
+
+def test_losses_and_scores_have_no_average_in_a_table(store):
+    """Also of results that were stored with one: nothing is shown, nothing is bold, and a note says why."""
+    runs = [result("tail", level=0.5), result("sleb", level=0.6)]
+    for run in runs:
+        run["scores"]["demo_no"]["higher_is_better"] = False
+    store.add(*runs)
+    (table,) = Report.read(store, "demo").tables
+    places = [i for i, column in enumerate(table.columns) if column.name in ("average", "retained")]
+    cells = [line.cells[i] for line in table.lines for i in places if line.row]
+    assert [cell.text for cell in cells] == ["–"] * 4
+    assert not any(cell.best for cell in cells)
+    assert any("No average over these benchmarks" in note and "demo_no (accuracy)" in note for note in table.notes)
+    assert not any("Retained" in note for note in table.notes)

@@ -165,6 +165,9 @@ def test_running_out_of_memory_is_one_line_in_every_stage(place, finished, tmp_p
 # ------------------------------------------------------------------------------------- seeds, ratios, names, exports
 
 
+DEMO_TASKS = ("svl_demo_existence", "svl_demo_choice", "svl_demo_open")
+
+
 def composed(folder: Path, *words: str):
     """A configuration without benchmark, with its store in `folder`."""
     where = ["benchmark=none", "tracker=none", f"paths.store={folder}/store", f"paths.outputs={folder}"]
@@ -185,6 +188,25 @@ def composed(folder: Path, *words: str):
 )
 def test_whether_another_seed_would_change_anything(words, depends, tmp_path):
     assert RunSetup(composed(tmp_path, *words)).depends_on_seed() == depends
+
+
+@pytest.mark.parametrize(
+    ("words", "evaluation"),
+    [
+        ([], None),
+        (["benchmark.max_new_tokens=4"], None),  # the tasks' own
+        (["benchmark.batch_size=3", "benchmark.likelihood=true"], None),  # changes no answer
+        (["benchmark.tasks.svl_demo_open.max_new_tokens=2"], {"max_new_tokens": {"svl_demo_open": 2}}),
+        (["benchmark.max_new_tokens=2", "benchmark=smoke"], {"max_new_tokens": dict.fromkeys(DEMO_TASKS, 2)}),
+        (["benchmark.frames=3"], {"frames": 3}),
+    ],
+)
+def test_what_changes_answers_tells_runs_apart(words, evaluation, tmp_path):
+    setup = RunSetup(composed(tmp_path, "benchmark=demo", *words))
+    assert setup.distinguishing_settings().get("evaluation") == evaluation
+    setup.cfg.evaluator.name = "vllm"
+    found = setup.distinguishing_settings()["evaluation"]
+    assert found == {**(evaluation or {}), "evaluator": {"name": "vllm", "options": {}}}
 
 
 def test_ratios_that_print_alike_are_one(tmp_path):

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from svl.config import CONF, PACKAGE
 from svl.core import SvlError
-from svl.run.sweep import search_objective
+from svl.run.sweep import check_search, search_objective
 
 WHOLE = ("tracker=none", "paths.store=store", "paths.outputs=out", "benchmark.limit=4", "benchmark.batch_size=3",
          "~benchmark.tasks.svl_demo_existence")  # fmt: skip
@@ -130,8 +130,16 @@ def test_a_misspelt_method_setting_of_the_last_job_is_found_before_the_first_one
         (["benchmark=none"], "choose a benchmark, not benchmark=none"),
         (["hydra.sweeper.direction=minimize"], "hydra.sweeper.direction must be maximize"),
         (
-            ["benchmark=demo", "benchmark.tasks.svl_demo_open.higher_is_better=false"],
+            ["benchmark=demo", "benchmark.tasks.svl_demo_open.metric=off_format"],
             "a search cannot average losses and scores",
+        ),
+        (
+            ["benchmark=demo", "benchmark.tasks.svl_demo_open.higher_is_better=false"],
+            "higher_is_better is false, but higher values of accuracy are better: set it to true, or to null",
+        ),
+        (
+            ["benchmark=prose", "benchmark.tasks.svl_prose_essays.higher_is_better=true"],
+            "higher_is_better is true, but lower values of loss are better: set it to false, or to null",
         ),
     ],
 )
@@ -145,13 +153,29 @@ def test_searches_that_make_no_sense_are_refused_before_the_first_trial(words, r
 
 
 def test_a_search_maximises_scores_and_minimises_losses():
-    def cfg(higher: bool):
-        return OmegaConf.create({"benchmark": {"tasks": {"t": {"higher_is_better": higher}}}})
+    def result(higher: bool, **average: float):
+        return {"scores": {"t": {"higher_is_better": higher}}, "average": average or None, "average_note": "no scale"}
 
-    assert search_objective(cfg(True), {"average": {"value": 0.75}}) == 0.75
-    assert search_objective(cfg(False), {"average": {"value": 2.5}}) == -2.5
-    with pytest.raises(SvlError, match="undefined for these settings"):
-        search_objective(cfg(True), {"average": None})
+    assert search_objective(result(True, value=0.75)) == 0.75
+    assert search_objective(result(False, value=2.5)) == -2.5
+    with pytest.raises(SvlError, match="undefined for these settings, so they cannot be compared: no scale"):
+        search_objective(result(True))
+
+
+@pytest.mark.parametrize("said", [True, None])
+def test_a_search_takes_the_direction_of_a_metric_from_its_task(said):
+    """`higher_is_better` was true by default, so that a search maximised losses."""
+    tasks = {
+        "svl_demo_choice": {"metric": "off_format", "higher_is_better": said},
+        "svl_demo_open": {"metric": "off_format", "higher_is_better": said},
+    }
+    benchmark = {"tasks": tasks, "include_path": str(PACKAGE / "demo" / "tasks")}
+    config = OmegaConf.create({"benchmark": benchmark, "hydra": {"sweeper": {"direction": "maximize"}}})
+    if said is None:
+        check_search(config)
+    else:
+        with pytest.raises(SvlError, match="lower values of off_format are better"):
+            check_search(config)
 
 
 def test_a_search_is_not_made_on_what_is_reported():

@@ -27,9 +27,13 @@ from svl.evaluation.task_metrics import (
     count_positives,
     count_said_yes,
     f1,
+    f1_parts,
     precision,
+    precision_parts,
     recall,
+    recall_parts,
     yes_ratio,
+    yes_ratio_parts,
 )
 
 # what the YAML files name besides the functions below
@@ -42,9 +46,13 @@ __all__ = [
     "count_positives",
     "count_said_yes",
     "f1",
+    "f1_parts",
     "precision",
+    "precision_parts",
     "recall",
+    "recall_parts",
     "yes_ratio",
+    "yes_ratio_parts",
 ]
 
 

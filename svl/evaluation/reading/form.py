@@ -23,6 +23,7 @@ _TAG = re.compile(r"<\|[^<>|]*\|>|</?[A-Za-z][^<>]*>|\[/?INST\]")
 _FENCE = re.compile(r"```(?:[A-Za-z]+\n)?|`")
 _DELIMITER = re.compile(r"\\[()\[\]]|\\(?=[%$])")  # of formulas; of their signs
 _COMMAND = re.compile(r"\\(?:text\w*|math\w+|emph|bf|rm)\s*\{(?P<inner>[^{}]*)\}")
+_FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 _FORMULA = re.compile(r"\$\$?(?=\S)(?P<inner>[^$\n]+?)(?<=\S)\$\$?(?!\d)")  # not the signs of "$5 and $6"
 _EMPHASIS = re.compile(r"(?<!\w)(\*{1,3}|_{1,3}|~~)(?=\S)(?P<inner>.+?)(?<=\S)\1(?!\w)")
 _MARK = re.compile(  # of a list or head; emphasis cut off; a mark before a word
@@ -30,10 +31,12 @@ _MARK = re.compile(  # of a list or head; emphasis cut off; a mark before a word
 )
 _SYMBOL = r"[\u2300-\u23ff\u25a0-\u27bf\u2b00-\u2bff\ufe0f\u200d\U0001f000-\U0001faff]"  # emoji, ornaments
 _AROUND = re.compile(rf"^(?:{_SYMBOL}\s*)+|(?:\s*{_SYMBOL})+$")
+_NEXT_QUESTION = re.compile(r"^\W*(?:user|human|question|q)\s*:", re.IGNORECASE | re.MULTILINE)
 _LONE_TAG = re.compile(r"\s*<([A-Za-z])>\s*")  # "<B>", which is no tag
 _ANSWER_KEYS = ("answer", "final_answer", "choice", "option", "result", "response")
 _FULL_WIDTH = {0xFF01 + i: 0x21 + i for i in range(94)}
 _PLAIN = str.maketrans("。、…【】「」\u00a0", ".,.[][] ", "\u200b\ufeff") | _FULL_WIDTH
+_STRAIGHT = str.maketrans("‘’“”", "''\"\"")
 _QUOTES = tuple(zip("\"'“‘«([{", "\"'”’»)]}", strict=True))
 
 _LEADS = [
@@ -44,12 +47,13 @@ _LEADS = [
             (?:image|picture|photo|photograph|chart|graph|figure|diagram|table|video|document|context|text|information)\b
             [^,:\n]{0,60}[,:]\s*""",
         # "Assistant: ", "Sure! ", "So " before what leads on
-        r"assistant\s*[:\n]\s*",
+        r"(?:assistant|(?-i:USER|ASSISTANT))\s*[:\n]\s*|model\s*\n\s*",
         r"(?:sure|well|ok|okay|hmm|certainly|of\ course)\s*[,!:.]\s*(?=\S)",
         r"(?:so|then)\s*,\s*(?=\S)|(?:thus|hence|therefore)\b\s*[,:]?\s*(?=\S)",
         r"so\s+(?=\(?[a-z]\)?\W*$|(?:yes|no)\b)",
         r"(?:(?:so|then|and)\s+|a\s*:\s*)(?=(?:the|my|it|i|answer|option)\b)",
-        r"(?:final|correct|ans)\s*[:.]\s*(?=\S)|(?:正确)?(?:答案|选项|选择|选)\s*(?:是|为)?\s*:?\s*(?=\S)",
+        r"(?:final|correct|ans)\s*[:.]\s*(?=\S)|(?:所以|因此|我认为|我觉得|应该)\s*,?\s*(?:是|选|为)?(?=\S)",
+        r"(?:正确)?(?:答案|选项|选择|选)\s*(?:应该|应)?(?:是|为)?\s*:?\s*(?=\S)",
         # "The answer (to the question) is ", "Answer: ", "Here is my final answer - "
         rf"""(?:here(?:['’]s|\s+is)\s+)?(?:(?:the|my|our|your)\s+)?
             (?:(?:final|correct|right|best|short|single|most|likely|possible|probable|appropriate|suitable|accurate|predicted)\s+)*
@@ -57,7 +61,7 @@ _LEADS = [
             (?:\s(?:to|for|of|in|here|from)\b[^:.,;=\n]{{0,80}}?)?\s*
             (?:\b{BE}\b(?:\s+that)?|(?=[:=]|-+>|[–—-]\s))\s*[*_]*\s*(?:[:=]+|[-=]+>|→|[–—-](?=\s))?[*_]*\s*""",
         # "It is ", "I think (that) "
-        rf"(?:it|this|that)\s*(?:['’]s|\s{BE})\b\s*:?\s*",
+        rf"(?:it|this|that)\s*(?:['’]s|\s{BE})\b\s*:?\s*|its\s+(?=\(?[a-z]\)?\W*$|(?:yes|no)\b)",
         r"""(?:i|we)\s*(?:['’](?:d|ll|m)|\s+(?:would|will|am))?\s*
             (?:think|believe|guess|suppose|say|choose|chose|select|pick|go(?:ing)?\ with)\b(?:\s+that\b)?\s*[,:]?\s*
             |(?:choose|select|pick)\s*:?\s*(?=(?:option\s+)?\(?[a-z]\b)""",
@@ -87,6 +91,7 @@ def without_markup(text: str) -> str:
     if len(results) == 1:
         text = results.pop()
     text = _of_json(_DELIMITER.sub("", _FENCE.sub("", _TAG.sub(" ", text))))
+    text = _FRACTION.sub(r"\1/\2", text)
     for pattern in (_COMMAND, _COMMAND, _FORMULA, _EMPHASIS, _EMPHASIS):  # some twice: they may be nested
         text = pattern.sub(r"\g<inner>", text)
     return _AROUND.sub("", text.translate(_PLAIN).strip())
@@ -113,6 +118,12 @@ def first_line(text: str) -> Line:
             break
         lead, rest = found[0], _MARK.sub("", rest[found.end() :]).strip()
     return Line(lead, _unquoted(_unquoted(_MARK.sub("", rest.partition("\n")[0]).strip())))
+
+
+def before_next_question(text: str) -> str:
+    """What a text says before it goes on with a question of its own ("USER: ", "Question: ")."""
+    asked = _NEXT_QUESTION.search(text)
+    return text[: asked.start()] if asked else text
 
 
 def _unquoted(text: str) -> str:
@@ -146,7 +157,7 @@ def normalise(text: str) -> str:
 
 def bare(text: str) -> str:
     """Lower case, without an article before, punctuation around, and white space beyond single blanks."""
-    words = " ".join(text.lower().split()).rstrip(" .,;:!?\"'`*“”‘’")
+    words = " ".join(text.lower().translate(_STRAIGHT).split()).rstrip(" .,;:!?\"'`*“”‘’")
     words = re.sub(r"^(?:[ ,;:!?\"'`*“”‘’]|\.(?!\d))+", "", words)  # ".5" keeps its period
     return re.sub(r"^(?:an?|the)\s+(?=\S)", "", words)
 

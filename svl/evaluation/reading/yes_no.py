@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from svl.evaluation.reading.denial import is_denied
-from svl.evaluation.reading.form import ADVERB, BE, first_line, without_markup
+from svl.evaluation.reading.form import ADVERB, BE, before_next_question, first_line, without_markup
 
 _CHINESE = {
     **dict.fromkeys(("是", "是的", "有", "对", "正确"), "yes"),
@@ -40,15 +40,22 @@ _SAYS = re.compile(rf"\b(?:answer|response)\s*(?:\s{BE}\s*:?|:)\W*(yes|no)\b(?!\
 def read_yes_no(text: str) -> str | None:
     """ "yes" or "no" if the answer starts with that word, or says that it is the answer; None of both, or neither."""
     line, plain = first_line(text), without_markup(text)
-    if line.text.rstrip(".!") in _CHINESE:
-        return _CHINESE[line.text.rstrip(".!")]
+    if chinese := _CHINESE.get(re.split("[,.!]", line.text, maxsplit=1)[0]):
+        return chinese
     match = _YES_NO.match(_ASKED.sub("", line.text, count=1))
     if match is None:
         said = {found[1].lower() for found in _SAYS.finditer(plain) if not is_denied(plain, *found.span(1))}
-        return said.pop() if len(said) == 1 else None
+        return said.pop() if len(said) == 1 else None if said else _last_line(plain)
     word, rest = "yes" if match["yes"] or match["initial"] in ("y", "Y") else "no", match["rest"]
     both = _BOTH.match(rest) or _LISTED.search(rest)
     if both and both[1].lower() != word:
         return None
     is_in_sentence = line.follows_verb and re.match(r"\s+\w", rest)  # "It is no wonder"
     return None if is_in_sentence or (word == "no" and _NOT_NO.match(rest)) else word
+
+
+def _last_line(text: str) -> str | None:
+    """The "yes" or "no" that stands alone in the last of several lines."""
+    lines = [line for line in before_next_question(text).splitlines() if line.strip()]
+    found = re.fullmatch(r"\W*(yes|no)\W*", lines[-1], re.IGNORECASE) if len(lines) > 1 else None
+    return found[1].lower() if found else None

@@ -21,6 +21,8 @@ from svl.evaluation.answer_items import (
     listed_options,
     off_format,
     read_as,
+    read_as_people,
+    scored,
     short_items,
     yes_no_items,
 )
@@ -41,13 +43,17 @@ from svl.evaluation.task_metrics import (
     f1,
     f1_parts,
     f1_splits,
+    f1_splits_parts,
     mme_above_chance,
     mme_above_chance_parts,
     mme_parts,
     mme_score,
     precision,
+    precision_parts,
     recall,
+    recall_parts,
     yes_ratio,
+    yes_ratio_parts,
 )
 
 # what the YAML files name besides the functions below
@@ -67,13 +73,17 @@ __all__ = [
     "f1",
     "f1_parts",
     "f1_splits",
+    "f1_splits_parts",
     "mme_above_chance",
     "mme_above_chance_parts",
     "mme_parts",
     "mme_score",
     "precision",
+    "precision_parts",
     "recall",
+    "recall_parts",
     "yes_ratio",
+    "yes_ratio_parts",
 ]
 
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
@@ -90,7 +100,7 @@ def pope(doc: dict[str, Any], results: list[str]) -> dict[str, Item]:
     over all questions; `f1_llava` by LLaVA's eval_pope.py, the same rule, which is reported by split: their mean.
     """
     items = yes_no_items(results[0], doc["answer"])
-    by_script = {**items["f1"], "answer": pope_script_answer(results[0])}
+    by_script = scored(pope_script_answer(results[0]), items["f1"]["target"], target=items["f1"]["target"])
     split = {"split": doc.get("category")}
     return {
         **items,
@@ -311,7 +321,7 @@ def vqa(doc: dict[str, Any], results: list[str]) -> dict[str, Item]:
         return sum(min(1, n / 3) for n in others) / len(given)
 
     strict = agreement(text)
-    answer = max(sorted({read_as(text, right, counted=False) or "" for right in doc["answers"]}), key=agreement)
+    answer = max(sorted(read_as_people(text, doc["answers"])), key=agreement)
     found = {"score": max(strict, agreement(answer)), "answer": answer}
     return {"exact_match": found, **_form_of(found, strict, text)}
 
@@ -356,7 +366,7 @@ def is_relaxed_match(text: str, target: str) -> bool:
     answer = read_as(text, target) or ""
     if relaxed_correctness(text, target) or relaxed_correctness(answer, target) or same_answer(answer, target):
         return True
-    found, right = read_number(text), read_number(target)
+    found, right = read_number(text, [target]), read_number(target, [target])
     if found is None or right is None or not agree(found.unit, right.unit):
         return False
     return abs(found.value - right.value) <= TOLERANCE * abs(right.value)
