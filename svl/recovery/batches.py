@@ -89,9 +89,12 @@ class Batches:
         counts = torch.tensor([self._count_answer(n) for n in numbers])
         with explained_samples(batch, "recovery.batch_size"):
             inputs = encode_texts(self.lvlm, list(self._texts(batch)), batch)
+        asked = [sample_text(self.lvlm, sample) for sample in batch]
+        inputs = self.lvlm.with_answers(inputs, counts.tolist(), asked)
         present = inputs["attention_mask"].bool()
+        predicted = present & (present.cumsum(1) > 1)  # a row's first token follows nothing, or padding
         from_end = torch.arange(present.shape[1], 0, -1, device=present.device)
-        return {**inputs, ANSWER: present & (from_end <= counts.to(present.device)[:, None])}
+        return {**inputs, ANSWER: predicted & (from_end <= counts.to(present.device)[:, None])}
 
     def _texts(self, batch: Sequence[Sample]) -> Iterator[str]:
         for sample in batch:

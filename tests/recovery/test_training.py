@@ -13,6 +13,7 @@ from helpers.families import lvlm_of
 from torch.nn import functional as F
 
 from svl.core import Patch, Plan, SvlError, Update
+from svl.data.samples import Samples
 from svl.pruning import surgery
 from svl.recovery.base import Recovery
 from svl.recovery.batches import ANSWER, Batches, TrainingOrder
@@ -261,6 +262,21 @@ def test_samples_that_no_processor_takes_at_once_are_one_batch_all_the_same(llav
         assert sorted(len(group[ANSWER]) for group in groups) == ([2, 3] if apart else [5])
         losses[apart] = float(student(groups)["loss"].detach())
     assert losses[True] == pytest.approx(losses[False], rel=1e-5)
+
+
+def test_the_loss_of_padded_texts_is_that_of_each_alone(lm, make_samples):
+    """By their numbers of predicted tokens: nothing predicts the first token of a text, padding does not either."""
+    texts = Samples("x", tuple(replace(s, plain=True) for s in make_samples([9, 3, 5], image=False)))
+    student = Student(lm, PLAN, None, Distill(**FAST, logits=1.0))
+    batches, total, n = Batches(student.lvlm, texts), {"answers": 0.0, "logits": 0.0}, 0
+    for k, text in enumerate(texts):
+        student(**batches([k]))
+        length = len(lm.tokenizer(text.prompt)["input_ids"]) - 1
+        alone, n = student.take_terms(), n + length
+        total = {name: value + length * alone[name] for name, value in total.items()}
+    student(**batches([0, 1, 2]))
+    together = student.take_terms()
+    assert {name: together[name] for name in total} == pytest.approx({k: v / n for k, v in total.items()}, rel=1e-5)
 
 
 def test_the_terms_of_a_step_are_those_of_all_its_passes(llava, samples):
