@@ -9,11 +9,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.exports import rewrite_tensors
 from helpers.families import lvlm_of
+from safetensors.torch import load_file
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
 
+from svl.checkpoints import export
 from svl.core import Patch, Plan, SvlError, Update
 from svl.data.samples import Samples
+from svl.models.weight_files import WEIGHTS
 from svl.pruning import surgery
 from svl.recovery.base import Recovery
 from svl.recovery.batches import ANSWER, Batches, TrainingOrder
@@ -21,7 +26,7 @@ from svl.recovery.distill import Distill
 from svl.recovery.interlace import Interlace
 from svl.recovery.lora import Lora
 from svl.recovery.projector import Projector
-from svl.recovery.student import Student
+from svl.recovery.student import Student, check_trainable
 from svl.recovery.training import CHECKPOINT_FILES, recover
 from svl.run.messages import one_line
 
@@ -236,6 +241,53 @@ def test_a_tied_tensor_is_trained_under_all_its_names(llama, samples):
         (trained,) = student.trained.values()
         assert student.model.lm_head.weight is trained
         assert student.model.model.embed_tokens.weight is trained
+        with torch.no_grad():
+            trained += 0.5
+        applied = surgery.apply(tied, PLAN, Patch(trained=student.changes())).model
+        assert torch.equal(applied.lm_head.weight, trained)
+        assert applied.model.embed_tokens.weight is applied.lm_head.weight
+
+
+@pytest.mark.parametrize("stored", ["lm_head.weight", "model.embed_tokens.weight", "both"])
+def test_a_tied_tensor_that_was_trained_is_exported_whatever_name_it_has_on_disk(stored, llama, tmp_path):
+    model = copy.deepcopy(llama.model)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(tmp_path / "source")
+    names = ("lm_head.weight", "model.embed_tokens.weight")
+    (kept,) = (t for name, t in load_file(tmp_path / "source" / WEIGHTS).items() if name in names)
+    rewrite_tensors(
+        tmp_path / "source",
+        lambda tensors: (
+            {k: v for k, v in tensors.items() if k not in names}
+            | {name: kept.clone() for name in names if stored in (name, "both")}
+        ),
+    )
+    student = Student(replace(llama, model=model), PLAN, None, Projector(modules=("lm_head",)))
+    with torch.no_grad():
+        student.trained["lm_head.weight"] += 0.5
+    export.save(tmp_path / "source", PLAN, tmp_path / "out", Patch(trained=student.changes()))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(again.lm_head.weight, kept + 0.5)
+    assert torch.equal(again.model.embed_tokens.weight, kept + 0.5)
+
+
+@pytest.mark.parametrize("family", ["blip2", "instructblip"])
+def test_a_model_in_bfloat16_whose_first_parameter_is_trained(family):
+    """It is float32 from then on, which says nothing of all others."""
+    lvlm, made = lvlm_of(family)
+    half = replace(lvlm, model=copy.deepcopy(lvlm.model).bfloat16())
+    student = Student(half, Plan(lvlm.anatomy.n_layers, lvlm.anatomy.removable[-2:-1]), None, Projector())
+    assert student.trained.keys() & {next(name for name, _ in half.model.named_parameters())}
+    answer = torch.zeros_like(made.inputs["input_ids"], dtype=torch.bool)
+    answer[:, -3:] = True
+    step(student.train(), {"groups": [{**made.inputs, ANSWER: answer}]})
+    assert all(bool(p.isfinite().all()) for p in student.trained.values())
+    whole = replace(lvlm, model=copy.deepcopy(lvlm.model).half())
+    first = next(whole.model.parameters())
+    first.data = first.data.float()  # as some models keep it
+    with pytest.raises(SvlError, match="not in float16"):
+        check_trainable(whole, Projector())
 
 
 def test_tensors_come_back_in_their_own_dtype(llama):
