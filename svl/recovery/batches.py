@@ -17,14 +17,6 @@ from svl.models.lvlm import Lvlm
 ANSWER = "answer"  # beside a model's inputs: which tokens [B, T] are an answer
 
 
-def check_answers(samples: Samples) -> None:
-    """Raise SvlError unless there are samples, all with an answer."""
-    if not len(samples):
-        raise SvlError("recovery.data has no samples to train on")
-    if missing := [s for s in samples if not s.plain and not s.answer]:
-        raise SvlError(f"recovery needs answers, but {len(missing)} samples have none, {missing[0].label} for one")
-
-
 class TrainingOrder(Sequence[int]):
     """Numbers of samples, pass after pass over all of them, each in an order of its own.
 

@@ -527,6 +527,8 @@ def test_models_and_data_that_cannot_be_trained_are_refused(llama, llava, make_s
     refused("set model.dtype=bfloat16", half, texts, Lora(steps=1))
     refused("has no projector to train; choose recovery=lora", llama, texts, Projector(steps=1))
     refused("'model.nothing', but 'llava' has no such module", llava, samples, Projector(modules=("model.nothing",)))
+    for path in ("", "model", "model.language_model.layers", "model.language_model.layers.3.mlp"):
+        refused("decoder layers .* are trained by recovery=lora", llava, samples, Projector(modules=(path,)))
     silent = type(samples)("x", tuple(type(s)(s.row, s.prompt, s.images) for s in samples))
     refused("needs answers, but 2 samples have none", llava, silent, Lora(steps=1))
     refused("has no samples to train on", llava, type(samples)("x", ()), Lora(steps=1))
