@@ -50,6 +50,7 @@ class Batches:
 
     def __init__(self, lvlm: Lvlm, samples: Samples):
         self.lvlm, self.samples = lvlm, samples.samples
+        self._lengths: dict[int, int] = {}  # tokens of a sample with its answer
         self._answers: dict[int, int] = {}  # how many tokens of a sample, counted from its end, are the answer
 
     def __call__(self, numbers: Sequence[int]) -> dict[str, list[dict[str, Tensor]]]:
@@ -67,14 +68,24 @@ class Batches:
     def check(self, numbers: Iterable[int]) -> None:
         """Raise SvlError for the first of these samples that cannot be trained on, before any is.
 
-        Pictures are decoded, texts are put into the chat template and become tokens.
+        Pictures are decoded, texts are put into the chat template and become tokens, no more than the model reads.
         """
+        text_config = self.lvlm.model.config.get_text_config(decoder=True)
+        most = getattr(text_config, "max_position_embeddings", None)
         for number in numbers:
             sample = self.samples[number]
-            if not sample.plain:
+            if sample.plain:
+                length = len(self.lvlm.tokenizer(sample.prompt)["input_ids"])
+            else:
                 self._count_answer(number)
-            elif len(self.lvlm.tokenizer(sample.prompt)["input_ids"]) < 2:
+                length = self._lengths[number]
+            if sample.plain and length < 2:
                 raise SvlError(f"{sample.label}: a text of fewer than two tokens has nothing to learn from")
+            if most and length > most:
+                raise SvlError(
+                    f"{sample.label} has {length} tokens with its answer, but '{self.lvlm.name}' reads at most {most} "
+                    "(max_position_embeddings): shorten the sample, or leave it out"
+                )
 
     def _group(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         batch = [self.samples[n] for n in numbers]
@@ -96,5 +107,5 @@ class Batches:
     def _count_answer(self, number: int) -> int:
         if number not in self._answers:
             _, answer = encode_answer(self.lvlm, self.samples[number])
-            self._answers[number] = int(answer.sum())
+            self._answers[number], self._lengths[number] = int(answer.sum()), len(answer)
         return self._answers[number]

@@ -37,8 +37,8 @@ def projector_tensors(pruned: Lvlm, modules: Collection[str] = ()) -> tuple[str,
     for path in modules:
         if not path or f"{path}.".startswith(f"{layers}.") or f"{layers}.".startswith(f"{path}."):
             raise SvlError(
-                f"recovery.modules names '{path}', but decoder layers ('{layers}') are trained by recovery=lora, distill "
-                "or interlace: name modules beside them"
+                f"recovery.modules names '{path}', but decoder layers ('{layers}') are trained by recovery=lora, "
+                "distill or interlace: name modules beside them"
             )
     every = dict(pruned.model.named_modules())
     if missing := [path for path in modules if path not in every]:

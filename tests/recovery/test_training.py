@@ -554,6 +554,15 @@ def test_every_sample_is_looked_at_before_the_first_step(llava, llama, make_samp
     refused("picture", llava, samples, {"images": (cut,)})
     refused("image", llava, samples, {"answer": "it is <image>"})
     refused("fewer than two tokens", llama, texts, {"prompt": "", "answer": "", "plain": True})
+    for plain in (False, True):  # as many tokens as there are positions are not too many
+        model = copy.deepcopy(llama.model)
+        short, long = replace(llama, model=model), {"prompt": "the " * 30, "answer": "red", "plain": plain}
+        (groups,) = Batches(llama, type(texts)("x", (replace(texts.samples[0], **long),)))([0])["groups"]
+        model.config.max_position_embeddings = n = groups["input_ids"].shape[1]
+        Batches(short, type(texts)("x", (replace(texts.samples[0], **long),))).check([0])
+        model.config.max_position_embeddings = n - 1
+        refused(rf"row 2 of '.*' has {n} tokens with its answer, but 'llama' reads at most {n - 1} ",
+                short, texts, {**long, "source": "mine"})  # fmt: skip
 
 
 def test_weights_that_are_not_finite_are_not_kept(llava, samples):
