@@ -111,7 +111,8 @@ def converted_groups(dense: Skeleton, trained: Mapping[str, TensorChange]) -> di
             patterns = place.converter.target_patterns
             keys[place.name].append(key)
             targets[place.name] = tuple(dict.fromkeys(place.name.replace(patterns[0], to) for to in patterns))
-    found, known = {}, set()
+    found: dict[str, ConvertedGroup] = {}
+    known = set()
     for first, names in keys.items():
         changes = {name: trained[name] for name in targets[first] if name in trained}
         if not changes:
