@@ -84,19 +84,23 @@ def encode_texts(lvlm: Lvlm, texts: list[str], batch: Sequence[Sample]) -> dict[
 def encode_answer(lvlm: Lvlm, sample: Sample) -> tuple[dict[str, Tensor], Tensor]:
     """Model inputs of one sample with its answer (batch of one, no padding), and which tokens [T] are the answer.
 
-    The answer is what the chat template makes of it, end of turn included; of plain text, every token is one.
+    The answer is what the chat template makes of it, end of turn included; of plain text, every token is one. No token
+    of it is seen by one before it, whatever the model does with prompts.
 
     Raises:
         SvlError: if template or processor refuse the sample, or the answer adds no token.
     """
     with explained_samples([sample]):
-        asked = encode_texts(lvlm, [sample_text(lvlm, sample)], [sample])
+        prompt = sample_text(lvlm, sample)
+        asked = encode_texts(lvlm, [prompt], [sample])
         if sample.plain:
-            return asked, torch.ones_like(asked["input_ids"][0], dtype=torch.bool)
+            answer = torch.ones_like(asked["input_ids"][0], dtype=torch.bool)
+            return lvlm.with_answers(asked, [len(answer)]), answer
         inputs = encode_texts(lvlm, [sample_text(lvlm, sample, answered=True).rstrip("\n")], [sample])
     tokens = inputs["input_ids"][0]
     before = asked["input_ids"][0]
     same = int((tokens[: len(before)] == before[: len(tokens)]).long().cumprod(0).sum())
     if same == len(tokens):
         raise SvlError(f"{sample.label}: the answer '{sample.answer}' adds no token to the prompt")
-    return inputs, torch.arange(len(tokens), device=tokens.device) >= same
+    answer = torch.arange(len(tokens), device=tokens.device) >= same
+    return lvlm.with_answers(inputs, [len(tokens) - same], [prompt]), answer

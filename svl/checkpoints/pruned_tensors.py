@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
+from svl.checkpoints.converted_tensors import converted_groups
 from svl.checkpoints.safetensors_files import StoredTensor, row_blocks
 from svl.checkpoints.safetensors_writing import Blocks, NewTensor
 from svl.checkpoints.skeleton import Skeleton
@@ -33,6 +34,7 @@ def plan_tensors(dense: Skeleton, plan: Plan, patch: Patch) -> Iterator[NewTenso
     trained.check_trained(patch.trained, plan, dense.anatomy, dense.model)
     prefix, new_index = layer_prefix(dense), {old: new for new, old in enumerate(plan.kept)}
     blended, updated = blended_parameters(dense, patch), updated_parameters(dense, patch)
+    converted = converted_groups(dense, patch.trained)
     for key, stored in dense.stored.items():
         number, rest = split_layer_number(key, prefix)
         if number is not None and number not in new_index:
@@ -47,7 +49,9 @@ def plan_tensors(dense: Skeleton, plan: Plan, patch: Patch) -> Iterator[NewTenso
             content = joined_content(dense, place, f"{prefix}.{{}}.{rest}", patch.joins[number])
         if place and place.name in updated:
             content = updated_content(content, stored, dense, place, *updated[place.name])
-        if place and place.name in patch.trained:
+        if key in converted:
+            content = converted[key].trained_content(key, content)
+        elif place and place.name in patch.trained:
             content = trained_content(content, stored, dense, place, patch.trained[place.name])
         if place and plan.removed and (axis := surgery.packed_axis(place.name, dense.anatomy.layers)) is not None:
             content = kept_slices(stored, axis, plan)
@@ -144,8 +148,11 @@ def trained_content(
     Raises:
         SvlError: if the disk has it other than the model does.
     """
-    if place.converter or stored.shape != tuple(dense.model.state_dict()[place.name].shape):
-        raise SvlError(f"the layout of '{dense.folder}' is not known: '{place.name}' was trained as it is not stored")
+    if stored.shape != tuple(dense.model.state_dict()[place.name].shape):
+        raise SvlError(
+            f"'{place.name}', which recovery has trained, is stored in another layout in '{dense.folder}', which is "
+            "not known"
+        )
 
     def compute() -> Iterator[Tensor]:
         tensor = content.read() if isinstance(content, StoredTensor) else torch.cat(list(content()))

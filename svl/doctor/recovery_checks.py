@@ -12,8 +12,7 @@ from svl.doctor.data_checks import examine_samples, longest_text
 from svl.doctor.findings import Section
 from svl.doctor.memory import GUESSED_ANSWER, GUESSED_TOKENS, Training
 from svl.models.lvlm import Lvlm
-from svl.recovery.base import Recovery
-from svl.recovery.batches import check_answers
+from svl.recovery.base import Recovery, check_answers
 from svl.recovery.losses import compared_states
 from svl.recovery.student import check_trainable_kind
 

@@ -265,7 +265,9 @@ class Answerer(Model):
         """Of each continuation after its conversation (see `answer`), as `loglikelihood` gives it."""
         asked = zip(conversations, continuations, strict=True)
         lengths = [self._tokens_of(self.lvlm.render(c), continuation) for c, continuation in asked]
-        inputs = inputs or self._encode(conversations, continuations)
+        inputs, prompts = inputs or self._encode(conversations, continuations), map(self.lvlm.render, conversations)
+        with self._tokenizing:
+            inputs = self.lvlm.with_answers(inputs, lengths, list(prompts))
         given: list[list[Any]] = [[] for _ in self.models]
         for k, logits in self._reader.logits(inputs, max(lengths) + 1):
             for row, ids, length in zip(logits.float(), inputs["input_ids"], lengths, strict=True):

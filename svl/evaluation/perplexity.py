@@ -111,6 +111,7 @@ def text_losses(lvlm: Lvlm, task: str, samples: Sequence[Sample], options: TaskO
             explained(f"task '{task}': documents [{rows}] do not go through the model"),
         ):
             inputs = lvlm.encode([sample.prompt for sample in batch])
+            inputs = lvlm.with_answers(inputs, inputs["attention_mask"].sum(1).tolist())
             logits = lvlm.model(**inputs, **looked_up_positions(lvlm, inputs), use_cache=False).logits
             for b, sample in enumerate(batch):
                 real = inputs["attention_mask"][b].bool()

@@ -182,14 +182,8 @@ class Lvlm:
         tokenizer = self.tokenizer
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        bos = tokenizer.bos_token
-        template_wrote_bos = bool(bos) and all(text.startswith(bos) for text in texts)
         inputs = self.processor(
-            text=texts,
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-            add_special_tokens=not template_wrote_bos,
+            **self._text_arguments(texts),
             **self._image_arguments(texts, images or ()),
             **self._video_arguments(texts, images or (), videos or ()),
         )
@@ -199,6 +193,13 @@ class Lvlm:
             for name, value in inputs.items()
             if known is None or name in known
         }
+
+    def _text_arguments(self, texts: list[str]) -> dict[str, Any]:
+        """What the processor is given for texts."""
+        bos = self.tokenizer.bos_token
+        template_wrote_bos = bool(bos) and all(text.startswith(bos) for text in texts)
+        how = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+        return {"text": texts, **how, "add_special_tokens": not template_wrote_bos}
 
     def _image_arguments(self, texts: list[str], images: Sequence[Any]) -> dict[str, Any]:
         """What the processor is given for images: a list per prompt, which every processor takes, or nothing."""
@@ -234,6 +235,31 @@ class Lvlm:
             for frames in shown
         ]
         return {"videos": shown, "video_metadata": times, "do_sample_frames": False}
+
+    def with_answers(
+        self, inputs: dict[str, Tensor], lengths: Sequence[int], asked: list[str] | None = None
+    ) -> dict[str, Tensor]:
+        """The same inputs, of which the last tokens are an answer: what predicts one sees none that comes after it.
+
+        Two kinds of models must be told: those that read prompts both ways, by `token_type_ids` of 1 for what is no
+        prompt, and those whose Q-Former reads the prompt, too.
+
+        Args:
+            inputs: as `encode` gives them, padded on the left.
+            lengths: how many tokens of each row are its answer.
+            asked: the prompts without their answers; None for running text.
+        """
+        from svl.models.processors import reads_prompt_both_ways
+
+        inputs = dict(inputs)
+        if "token_type_ids" in inputs and reads_prompt_both_ways(self.processor):
+            types = inputs["token_type_ids"] = inputs["token_type_ids"].clone()
+            for row, length in zip(types, lengths, strict=True):
+                row[len(row) - length :] = 1
+        if asked and (read := [name for name in inputs if name.startswith("qformer_")]):
+            prompts = self.processor(**self._text_arguments(asked))
+            inputs |= {name: devices.moved(prompts[name], self.device) for name in read}
+        return inputs
 
     def is_visual(self, input_ids: Tensor) -> Tensor:
         """Which of the ids, of any shape, are placeholders that features of an image or a video replace."""

@@ -28,6 +28,7 @@ CLASS_TOKEN = ("clip_vision_model",)  # towers that put a token of their own bef
 # By name, as not every version of transformers has all of them.
 PICTURE_FIRST = {"Blip2Processor", "FuyuProcessor", "InstructBlipProcessor", "Kosmos2_5Processor"}
 IMAGES_OR_VIDEOS = {"Glm4vProcessor", "Molmo2Processor", "SmolVLMProcessor"}
+PROMPT_BOTH_WAYS = {"PaliGemmaProcessor"}
 
 
 def puts_picture_first(processor: Any) -> bool:
@@ -38,6 +39,11 @@ def puts_picture_first(processor: Any) -> bool:
 def reads_images_or_videos(processor: Any) -> bool:
     """Whether one call of a processor, or of its model, reads images or videos, and not both."""
     return _is_one_of(processor, IMAGES_OR_VIDEOS)
+
+
+def reads_prompt_both_ways(processor: Any) -> bool:
+    """Whether the tokens of a prompt see those behind them, and only those of an answer (token type 1) do not."""
+    return _is_one_of(processor, PROMPT_BOTH_WAYS)
 
 
 def _is_one_of(processor: Any, names: Collection[str]) -> bool:
@@ -100,22 +106,23 @@ def complete_visual_tokens(processor: Any, config: PreTrainedConfig, stated: Col
 
 
 class PaliGemmaPrompts(PaliGemmaProcessor):
-    """PaliGemma's processor, which reads prompts without an image, too: `<bos>`, the text, and a line's end.
+    """PaliGemma's processor, which reads prompts without an image, too: `<bos>`, and the text as it is.
 
     The original refuses a batch of such prompts, and writes `<bos>` into the middle of the text of one among others.
+    It ends every text with a line's end, also one that has its answer; here the template writes it behind the question.
     """
 
     def prepare_inputs_layout(  # type: ignore[override]
         self, images: Any = None, text: Any = None, **kwargs: Any
     ) -> Any:
-        """As the parent's for prompts with an image."""
+        """As the parent's for prompts with an image, but for the line's end."""
         texts = [text] if isinstance(text, str) else list(text or [])
         where = [i for i, prompt in enumerate(texts) if self.image_token in prompt]
-        written = [f"{self.tokenizer.bos_token}{prompt}\n" for prompt in texts]
+        written = [f"{self.tokenizer.bos_token}{prompt}" for prompt in texts]
         if where:
             images, given, *_ = super().prepare_inputs_layout(images, [texts[i] for i in where], **kwargs)
             for i, prompt in zip(where, given, strict=True):
-                written[i] = prompt
+                written[i] = prompt.removesuffix("\n")  # the one that it has added
         return images, written, None, None
 
     def validate_inputs(  # type: ignore[override]

@@ -193,15 +193,17 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def fill_model(model: PreTrainedModel, stored: dict[str, Any], device: torch.device | str) -> list[Any]:
-    """Put tensors on disk (by their names there, as slices of safetensors files) into the model, in its dtype.
+def fill_model(
+    model: PreTrainedModel, stored: dict[str, Any], device: torch.device | str, dtype: torch.dtype | None = None
+) -> list[Any]:
+    """Put tensors on disk (by their names there, as slices of safetensors files) into the model.
 
-    Returns what did not fit.
+    In the model's own dtypes, or all in another one. Returns what did not fit.
     """
     settings = LoadStateDictConfig(
         device_map={"": torch.device(device)},
-        dtype=model.dtype,
-        dtype_plan=model._get_dtype_plan(model.dtype),
+        dtype=dtype or model.dtype,
+        dtype_plan={} if dtype else model._get_dtype_plan(model.dtype),
         weight_mapping=_stored_layouts(model),
     )
     shown = logging.is_progress_bar_enabled()

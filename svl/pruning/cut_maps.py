@@ -30,7 +30,8 @@ class CutMap(nn.Module):
         self.weight = nn.Parameter(torch.empty(width, width, device="meta"), requires_grad=False)
 
     def forward(self, state: Tensor) -> Tensor:
-        return F.linear(state.to(self.weight.device, torch.float32), self.weight).to(state.dtype)
+        with torch.autocast(self.weight.device.type, enabled=False):  # that of recovery in bfloat16
+            return F.linear(state.to(self.weight.device, torch.float32), self.weight).to(state.dtype)
 
 
 def check_no_maps(lvlm: Lvlm, plan: Plan) -> None:

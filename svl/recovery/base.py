@@ -10,6 +10,7 @@ from svl.core import Method, SvlError, check_count, check_number, one_of
 
 if TYPE_CHECKING:
     from svl.core import Plan
+    from svl.data.samples import Samples
     from svl.models.lvlm import Lvlm
 
 
@@ -141,3 +142,11 @@ class Recovery(Method, ABC):
         Raises:
             SvlError: if the model has no such part.
         """
+
+
+def check_answers(samples: Samples) -> None:
+    """Raise SvlError unless there are samples, all with an answer."""
+    if not len(samples):
+        raise SvlError("recovery.data has no samples to train on")
+    if missing := [s for s in samples if not s.plain and not s.answer]:
+        raise SvlError(f"recovery needs answers, but {len(missing)} samples have none, {missing[0].label} for one")

@@ -17,14 +17,6 @@ from svl.models.lvlm import Lvlm
 ANSWER = "answer"  # beside a model's inputs: which tokens [B, T] are an answer
 
 
-def check_answers(samples: Samples) -> None:
-    """Raise SvlError unless there are samples, all with an answer."""
-    if not len(samples):
-        raise SvlError("recovery.data has no samples to train on")
-    if missing := [s for s in samples if not s.plain and not s.answer]:
-        raise SvlError(f"recovery needs answers, but {len(missing)} samples have none, {missing[0].label} for one")
-
-
 class TrainingOrder(Sequence[int]):
     """Numbers of samples, pass after pass over all of them, each in an order of its own.
 
@@ -58,6 +50,7 @@ class Batches:
 
     def __init__(self, lvlm: Lvlm, samples: Samples):
         self.lvlm, self.samples = lvlm, samples.samples
+        self._lengths: dict[int, int] = {}  # tokens of a sample with its answer
         self._answers: dict[int, int] = {}  # how many tokens of a sample, counted from its end, are the answer
 
     def __call__(self, numbers: Sequence[int]) -> dict[str, list[dict[str, Tensor]]]:
@@ -75,23 +68,36 @@ class Batches:
     def check(self, numbers: Iterable[int]) -> None:
         """Raise SvlError for the first of these samples that cannot be trained on, before any is.
 
-        Pictures are decoded, texts are put into the chat template and become tokens.
+        Pictures are decoded, texts are put into the chat template and become tokens, no more than the model reads.
         """
+        text_config = self.lvlm.model.config.get_text_config(decoder=True)
+        most = getattr(text_config, "max_position_embeddings", None)
         for number in numbers:
             sample = self.samples[number]
-            if not sample.plain:
+            if sample.plain:
+                length = len(self.lvlm.tokenizer(sample.prompt)["input_ids"])
+            else:
                 self._count_answer(number)
-            elif len(self.lvlm.tokenizer(sample.prompt)["input_ids"]) < 2:
+                length = self._lengths[number]
+            if sample.plain and length < 2:
                 raise SvlError(f"{sample.label}: a text of fewer than two tokens has nothing to learn from")
+            if most and length > most:
+                raise SvlError(
+                    f"{sample.label} has {length} tokens with its answer, but '{self.lvlm.name}' reads at most {most} "
+                    "(max_position_embeddings): shorten the sample, or leave it out"
+                )
 
     def _group(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         batch = [self.samples[n] for n in numbers]
         counts = torch.tensor([self._count_answer(n) for n in numbers])
         with explained_samples(batch, "recovery.batch_size"):
             inputs = encode_texts(self.lvlm, list(self._texts(batch)), batch)
+        asked = [sample_text(self.lvlm, sample) for sample in batch]
+        inputs = self.lvlm.with_answers(inputs, counts.tolist(), asked)
         present = inputs["attention_mask"].bool()
+        predicted = present & (present.cumsum(1) > 1)  # a row's first token follows nothing, or padding
         from_end = torch.arange(present.shape[1], 0, -1, device=present.device)
-        return {**inputs, ANSWER: present & (from_end <= counts.to(present.device)[:, None])}
+        return {**inputs, ANSWER: predicted & (from_end <= counts.to(present.device)[:, None])}
 
     def _texts(self, batch: Sequence[Sample]) -> Iterator[str]:
         for sample in batch:
@@ -101,5 +107,5 @@ class Batches:
     def _count_answer(self, number: int) -> int:
         if number not in self._answers:
             _, answer = encode_answer(self.lvlm, self.samples[number])
-            self._answers[number] = int(answer.sum())
+            self._answers[number], self._lengths[number] = int(answer.sum()), len(answer)
         return self._answers[number]

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from svl.calibration.hooks import state_hooks
 from svl.core import Plan, SvlError
 from svl.models.lvlm import Lvlm
+from svl.models.positions import looked_up_positions
 from svl.recovery.base import Losses
 
 
@@ -35,8 +36,9 @@ def forward_pass(lvlm: Lvlm, inputs: Mapping[str, Tensor], answer: Tensor, point
     length = answer.shape[1]
     keep = min(length, int((length - answer.long().argmax(1)).max()) + 1)
     takes_number = "logits_to_keep" in inspect.signature(lvlm.model.forward).parameters
+    few = {"logits_to_keep": keep} if takes_number else {}
     with state_hooks(lvlm, points, states):
-        output = lvlm.model(**inputs, use_cache=False, **({"logits_to_keep": keep} if takes_number else {}))
+        output = lvlm.model(**inputs, **looked_up_positions(lvlm, inputs), use_cache=False, **few)
     logits = output.logits[:, -keep:]
     predicted = answer[:, -keep:][:, 1:].to(logits.device)
     return logits[:, :-1][predicted].float(), {i: states[i] for i in points}  # copied: hooks may run again

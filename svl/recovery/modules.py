@@ -30,8 +30,16 @@ def projector_tensors(pruned: Lvlm, modules: Collection[str] = ()) -> tuple[str,
         modules: dotted paths of these modules, where their names do not tell.
 
     Raises:
-        SvlError: if there is no module of a path in `modules`.
+        SvlError: if there is no module of a path in `modules`, or it is, holds or is part of decoder layers: these
+            have other numbers in the pruned model, and other methods train them.
     """
+    layers = pruned.anatomy.layers
+    for path in modules:
+        if not path or f"{path}.".startswith(f"{layers}.") or f"{layers}.".startswith(f"{path}."):
+            raise SvlError(
+                f"recovery.modules names '{path}', but decoder layers ('{layers}') are trained by recovery=lora, "
+                "distill or interlace: name modules beside them"
+            )
     every = dict(pruned.model.named_modules())
     if missing := [path for path in modules if path not in every]:
         raise SvlError(f"recovery.modules names '{missing[0]}', but '{pruned.name}' has no such module")

@@ -41,6 +41,7 @@ class Student(nn.Module):
     def __init__(self, dense: Lvlm, plan: Plan, patch: Patch | None, recovery: Recovery):
         super().__init__()
         check_trainable(dense, recovery)
+        self._half = recovery.precision == "bfloat16" or torch.bfloat16 in weight_dtypes(dense)
         self.lvlm = surgery.apply(dense, plan, patch)
         self.plan, self.recovery = plan, recovery
         self.parts = recovery.parts(self.lvlm, plan)
@@ -55,10 +56,12 @@ class Student(nn.Module):
         """Give the model tensors and adapters of its own; what is trained, by names."""
         model, found = self.lvlm.model, {}
         self._dtypes = {name: model.get_parameter(name).dtype for name in self.parts.tensors}
+        self._names: dict[str, list[str]] = {}  # all that a tensor has: tied ones have several
         for name in self.parts.tensors:
             frozen = model.get_parameter(name)
             found[name] = nn.Parameter(frozen.detach().clone().float())
-            for same in [n for n, p in model.named_parameters(remove_duplicate=False) if p is frozen]:  # tied ones
+            self._names[name] = [n for n, p in model.named_parameters(remove_duplicate=False) if p is frozen]
+            for same in self._names[name]:
                 surgery.set_tensor(model, same, found[name])
         if self.parts.adapted:
             added = add_adapters(self.lvlm, self.parts.adapted, self.recovery.adapter)
@@ -125,8 +128,7 @@ class Student(nn.Module):
 
     @contextmanager
     def _precision(self) -> Iterator[None]:
-        half = self.recovery.precision == "bfloat16" or self.model.dtype == torch.bfloat16
-        with torch.autocast(self.lvlm.device.type, torch.bfloat16, enabled=half):
+        with torch.autocast(self.lvlm.device.type, torch.bfloat16, enabled=self._half):
             yield
 
     # ------------------------------------------------------------------------------------- what is trained
@@ -154,6 +156,8 @@ class Student(nn.Module):
     def changes(self) -> dict[str, TensorChange]:
         """What training has made, by names in the dense model; whole tensors in their own dtype there.
 
+        A tied tensor is there by all its names: which of them a checkpoint has is for the checkpoint to say.
+
         Raises:
             SvlError: if something is not finite.
         """
@@ -163,7 +167,8 @@ class Student(nn.Module):
             )
         found = {}
         for name in self.parts.tensors:
-            found[name] = TensorChange(self.trained[name].detach().to("cpu", self._dtypes[name], copy=True))
+            for same in self._names[name]:
+                found[same] = TensorChange(self.trained[name].detach().to("cpu", self._dtypes[name], copy=True))
         for path, left, right in added_products(self.lvlm, self.parts.adapted):
             found[f"{path}.weight"] = TensorChange(left=left.cpu(), right=right.cpu())
         return {self._dense_name(name): change for name, change in found.items()}
@@ -188,6 +193,11 @@ def _mean_terms(groups: list[dict[str, Tensor]], each: list[dict[str, Tensor]]) 
     return found
 
 
+def weight_dtypes(lvlm: Lvlm) -> set[torch.dtype]:
+    """The dtypes of a model's parameters; `model.dtype` is that of the first alone, which may be kept in another."""
+    return {parameter.dtype for parameter in lvlm.model.parameters()}
+
+
 def check_trainable(lvlm: Lvlm, recovery: Recovery) -> None:
     """Raise SvlError if this model cannot be trained, as far as that is known without trying."""
     lvlm.require_in_memory("recovery")
@@ -203,7 +213,7 @@ def check_trainable(lvlm: Lvlm, recovery: Recovery) -> None:
 
 def check_trainable_kind(lvlm: Lvlm, recovery: Recovery) -> None:
     """Raise SvlError if no model of this kind and dtype can be trained, wherever its weights are."""
-    if lvlm.model.dtype == torch.float16:
+    if torch.float16 in weight_dtypes(lvlm):
         raise SvlError("recovery trains in float32 or bfloat16, not in float16: set model.dtype=bfloat16")
     if recovery.gradient_checkpointing and not lvlm.model.supports_gradient_checkpointing:
         raise SvlError(

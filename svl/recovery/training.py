@@ -47,8 +47,8 @@ from svl.processes import (
     seeming_alone,
 )
 from svl.pruning.trained import check_trained
-from svl.recovery.base import Recovery
-from svl.recovery.batches import Batches, TrainingOrder, check_answers
+from svl.recovery.base import Parts, Recovery, check_answers
+from svl.recovery.batches import Batches, TrainingOrder
 from svl.recovery.modules import projector_tensors
 from svl.recovery.student import Student
 
@@ -133,19 +133,18 @@ def recover(
         steps = planned_steps(recovery, len(samples))
         if steps == 0:
             return Recovered({}, Spent(), student.trained_parameters)
-        check_pictures(student, samples)
+        check_pictures(student.lvlm, student.parts, samples)
         spent = _train(student, samples, steps or NO_LIMIT, Path(folder), report)
     trained = student.changes()
     check_trained(trained, plan, dense.anatomy, dense.model)  # before it is stored for good
     return Recovered(trained, spent, student.trained_parameters)
 
 
-def check_pictures(student: Student, samples: Samples) -> None:
+def check_pictures(lvlm: Lvlm, parts: Parts, samples: Samples) -> None:
     """Raise SvlError if only what brings pictures to the decoder is trained, on samples of which none has any."""
-    whole = set(student.parts.tensors)
-    if student.parts.adapted or any(sample.images or sample.frames for sample in samples):
+    if parts.adapted or any(sample.images or sample.frames for sample in samples):
         return
-    if whole <= set(projector_tensors(student.lvlm)):
+    if set(parts.tensors) <= set(projector_tensors(lvlm)):
         raise SvlError("recovery trains the projector alone, but no sample of recovery.data has a picture")
 
 

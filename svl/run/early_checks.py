@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from svl.core import Patch, Plan, SvlError
+from svl.core import Patch, Plan, SvlError, layers_to_remove
 from svl.core.contract import answering
 
 if TYPE_CHECKING:
@@ -39,6 +39,31 @@ def check_single_writers(setup: RunSetup, plan: Plan) -> None:
         from svl.pruning import folding
 
         folding.check_single(setup.compensation, plan, setup.dense.anatomy)
+
+
+def check_recovery(setup: RunSetup, plan: Plan | None = None) -> None:
+    """Check that recovery can train this model, and finds what it trains; costs no pass through the model.
+
+    Before there is a plan, the first layers that may go are taken for those that will; if none are asked for, or the
+    plan is empty, nothing is trained.
+
+    Raises:
+        SvlError: if it cannot.
+    """
+    recovery, cfg = setup.recovery, setup.cfg
+    if not setup.recovers or setup.recovery_is_tried:
+        return
+    from svl.recovery import student, training
+
+    anatomy = setup.dense.anatomy
+    if plan is None:
+        n_remove = layers_to_remove(cfg.ratio, anatomy.n_layers) if cfg.n_remove is None else cfg.n_remove
+        plan = Plan(anatomy.n_layers, tuple(anatomy.removable[:n_remove]))
+    if plan.is_empty:
+        return
+    student.check_trainable(setup.dense, recovery)
+    training.check_pictures(setup.dense, recovery.parts(setup.dense, plan), setup.training_samples)
+    setup.recovery_is_tried = True
 
 
 def check_patch_fits(setup: RunSetup, plan: Plan, patch: Patch) -> None:

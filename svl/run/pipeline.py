@@ -160,6 +160,7 @@ class Run:
             check_choices(setup)  # what can be found wrong now costs no calibration
             calibrate.check_selector(setup.dense, setup.samples, setup.selector)
             early_checks.check_compensation(setup)
+            early_checks.check_recovery(setup)
             measure(folder)
             write_example_picture(setup.dense, setup.samples, folder)
             anatomy = setup.dense.anatomy
@@ -196,6 +197,8 @@ class Run:
             n_remove = count_removals(setup, measured)
             with answering(setup.strategy):
                 setup.strategy.check(measured, n_remove)
+            if setup.probes or setup.rescores:
+                early_checks.check_recovery(setup)
             if setup.probes:
                 measured = dataclasses.replace(measured, probe=resumable_probe(setup))
             if setup.rescores:
@@ -248,6 +251,7 @@ class Run:
         def build(folder: Path) -> Output:
             from svl.pruning import selfcheck, sublayers, surgery
 
+            early_checks.check_recovery(setup, plan)
             inputs, pruned = selfcheck.example_inputs(setup.dense), surgery.apply(setup.dense, plan)
             difference = selfcheck.check_surgery(setup.dense, pruned, plan, inputs)
             return {"difference": difference, "zeros": sublayers.names_of_zeros(setup.dense, plan)}

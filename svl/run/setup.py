@@ -26,6 +26,7 @@ from svl.evaluation import benchmarks
 from svl.evaluation.settings import EfficiencySettings, TaskOptions
 from svl.plugins import import_plugins
 from svl.processes import process_count, process_rank
+from svl.recovery.base import check_answers
 from svl.run.inputs import calibration_source, task_options
 from svl.run.keys import method_identity, method_settings, read_code, stage_code, versions
 from svl.run.stages import StageLog
@@ -96,7 +97,7 @@ class RunSetup:
         if self.needs_samples:
             self.samples  # noqa: B018 (read now, so that bad data is found before the model is loaded)
         if self.recovers:
-            self.training_samples  # noqa: B018 (likewise)
+            check_answers(self.training_samples)
         self._dense: Lvlm | None = None
         self.seconds_loading = 0.0
 
@@ -213,7 +214,7 @@ class RunSetup:
         return self._samples
 
     _samples: Samples | None = None
-    layers_are_tried = False  # by svl.run.early_checks, in this run
+    layers_are_tried = recovery_is_tried = False  # by svl.run.early_checks, in this run
 
     @cached_property
     def training_samples(self) -> Samples:

@@ -18,10 +18,11 @@ from helpers.exports import set_config
 from helpers.families import FAMILIES, LLAMA, MHA, build, config
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import MergeModulelist
 
 from svl.checkpoints import export, safetensors_files
 from svl.checkpoints.safetensors_files import StoredTensor
-from svl.core import Patch, Plan, SvlError
+from svl.core import Patch, Plan, SvlError, TensorChange
 from svl.models import loading
 from svl.models.weight_files import INDEX, WEIGHTS
 from svl.pruning import surgery
@@ -53,6 +54,68 @@ def test_exports_are_what_surgery_in_memory_and_save_pretrained_give(name, tmp_p
     assert digests(source) == before
     _, info = loading.read_model_config(ours)[1].from_pretrained(ours, output_loading_info=True)
     assert not any(info.values())
+
+
+# ---------------------------------------------------------------------------------------------- what was trained
+
+EXPERTS = {"num_experts": 3, "num_local_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+STORED_OTHERWISE = ("qwen3_moe", "mixtral", "molmo2", "qwen3_vl_moe")  # experts one by one, fused projections
+
+
+def trained_layers(lvlm, plan: Plan) -> dict[str, TensorChange]:
+    """All of the first two kept layers, and products added to the matrices of the last."""
+    chance = torch.Generator().manual_seed(5)
+    found = {}
+    for name, p in lvlm.model.named_parameters():
+        layer, shape = lvlm.anatomy.layer_number(name), tuple(p.shape)
+        if layer in plan.kept[:2]:
+            found[name] = TensorChange(torch.randn(shape, generator=chance).to(p.dtype))
+        elif layer == plan.kept[-1] and p.ndim == 2:
+            left, right = torch.randn(shape[0], 2, generator=chance), torch.randn(2, shape[1], generator=chance)
+            found[name] = TensorChange(left=left, right=right)
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", [*STORED_OTHERWISE, "llama4", "llava"])
+def test_what_was_trained_is_exported_however_it_is_stored(name, dtype, tmp_path):
+    """As in memory, bit for bit, on top of a compensation."""
+    made = FAMILIES.get(name) or (lambda: build(config(name, **LLAMA, **EXPERTS), auto=AutoModelForCausalLM))
+    made().model.to(getattr(torch, dtype)).save_pretrained(tmp_path / "source")
+    lvlm = loaded(tmp_path / "source")
+    plan = some_plan(lvlm)
+    patch = replace(some_patch(lvlm, plan), trained=trained_layers(lvlm, plan))
+    before = digests(tmp_path / "source")
+    for case, each in {"all": patch, "trained": Patch(trained=patch.trained)}.items():
+        ours = export.save(tmp_path / "source", plan, tmp_path / case, each)
+        assert_same_checkpoint(ours, in_memory(lvlm, plan, each, tmp_path / f"{case}-memory"))
+    assert digests(tmp_path / "source") == before
+    if name in STORED_OTHERWISE[:3]:  # the fourth's are turned over, if at all
+        stored = {key: tensor.shape for key, tensor in safetensors_files.read_tensors(tmp_path / "source").items()}
+        assert any(stored.get(key) != tuple(lvlm.model.get_parameter(key).shape) for key in patch.trained)
+
+
+def test_what_was_trained_and_is_computed_of_what_is_stored_is_refused(tmp_path, monkeypatch):
+    """Before anything is written: a converter that adds where ours only arrange."""
+    build(config("mixtral", **LLAMA, **EXPERTS), auto=AutoModelForCausalLM).model.save_pretrained(tmp_path / "source")
+    monkeypatch.setattr(MergeModulelist, "convert", adding(MergeModulelist.convert))
+    lvlm = loaded(tmp_path / "source")
+    plan = some_plan(lvlm)
+    with pytest.raises(SvlError, match=r"which recovery has trained, is stored in another layout in .*source'"):
+        export.save(tmp_path / "source", plan, tmp_path / "out", Patch(trained=trained_layers(lvlm, plan)))
+    assert {p.name for p in tmp_path.iterdir()} == {"source"}
+
+
+def adding(convert):
+    """The same conversion, of which one element gets the value of another."""
+
+    def changed(self, *args, **kwargs):
+        found = convert(self, *args, **kwargs)
+        for tensor in found.values():
+            tensor.view(-1)[0] = tensor.view(-1)[1]
+        return found
+
+    return changed
 
 
 # ------------------------------------------------------------------------------------------------- layouts
@@ -111,8 +174,7 @@ def test_tied_heads_stay_tied(tmp_path):
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
 def test_experts_stored_one_by_one(kind, tmp_path):
     """In memory they are one tensor; on disk each has its own."""
-    experts = {"num_experts": 3, "num_local_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-    build(config(kind, **LLAMA, **experts), auto=AutoModelForCausalLM).model.save_pretrained(tmp_path / "source")
+    build(config(kind, **LLAMA, **EXPERTS), auto=AutoModelForCausalLM).model.save_pretrained(tmp_path / "source")
     assert any(re.search(r"experts\.2\.", name) for name in safetensors_files.read_tensors(tmp_path / "source"))
     lvlm, plan = loaded(tmp_path / "source"), Plan(6, (2, 3))  # expert 2 and layer 2 must not be taken for each other
     patch = some_patch(lvlm, plan)

@@ -13,6 +13,7 @@ from svl.compensation.ghosted import Ghosted
 from svl.compensation.hadamard import orthonormal_hadamard
 from svl.compensation.linearpatch import LinearPatch
 from svl.core import Plan, SvlError
+from svl.pruning.cut_maps import CutMap
 from svl.pruning.surgery import apply
 from svl.selectors.all_tokens import All
 
@@ -172,3 +173,11 @@ def test_nothing_is_done_without_a_cut(llava, samples):
 def test_settings_are_checked(setting):
     with pytest.raises(SvlError, match=rf"compensation\.{next(iter(setting))}"):
         Ghosted(**setting)
+
+
+def test_a_map_computes_in_fp32_also_where_products_run_in_bfloat16():
+    cut, state = CutMap(32), torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
+    cut.weight = torch.nn.Parameter(torch.randn(32, 32, generator=torch.Generator().manual_seed(1)))
+    expected = state @ cut.weight.T
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(cut(state), expected)

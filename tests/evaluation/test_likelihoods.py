@@ -12,8 +12,10 @@ import torch
 from helpers.tasks import benchmark, score_task, script, task_folder
 from PIL import Image
 
+import svl
 from svl.core import Plan, SvlError
 from svl.evaluation.settings import TaskOptions
+from svl.models.prompts import with_prompt_style
 from svl.pruning.surgery import apply
 
 pytest.importorskip("lmms_eval")
@@ -91,6 +93,52 @@ def test_one_likelihood_each(llava, tmp_path, monkeypatch):
     assert result["metrics"]["acc"]["value"] == statistics.fmean(greedy)
     # lmms-eval's "perplexity" is exp(-mean) of what it takes for a log-likelihood, and gets a loss
     assert abs(math.log(result["metrics"]["perplexity"]["value"])) == pytest.approx(statistics.fmean(losses), rel=1e-4)
+
+
+def token_by_token(lvlm, inputs, target) -> list[float]:
+    """Log-likelihoods of the tokens `target` after a prompt, as generation comes to them: one at a time, by a cache."""
+    found, seen = [], dict(inputs)
+    with torch.inference_mode():
+        output = lvlm.model(**seen, use_cache=True)
+        for n, token in enumerate(target, 1):
+            found.append(output.logits[0, -1].log_softmax(-1)[token].item())
+            mask = torch.cat([inputs["attention_mask"], torch.ones(1, n, dtype=torch.long)], 1)
+            one = token.reshape(1, 1)
+            output = lvlm.model(
+                input_ids=one, attention_mask=mask, past_key_values=output.past_key_values, use_cache=True
+            )
+    return found
+
+
+def test_likelihoods_of_a_model_that_reads_prompts_both_ways(mimic, tmp_path, monkeypatch):
+    """PaliGemma: no token of an option is known before it is predicted, in a batch as alone."""
+    monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path / "cache"))
+    lvlm = with_prompt_style(svl.load(mimic("paligemma2_3b"), device="cpu", dtype="float32"), "paligemma")
+    words = ["red", "green blue", "a round one", "left"]
+    documents = [{"q": f"what is {word} there", "a": word} for word in words]
+    (tmp_path / "data.json").write_text("\n".join(map(json.dumps, documents)))
+    (tmp_path / "likely.yaml").write_text(
+        "task: likely\ndataset_path: json\ndataset_kwargs: {data_files: {test: data.json}}\ntest_split: test\n"
+        "output_type: loglikelihood\ndoc_to_text: q\ndoc_to_target: a\ndoc_to_visual: !function see.picture\n"
+        "metric_list:\n  - {metric: perplexity, aggregation: perplexity, higher_is_better: false}\n"
+    )
+    (tmp_path / "see.py").write_text(
+        "from PIL import Image\n"
+        "def picture(doc):\n    return [Image.new('RGB', (28, 28), (200, 30, 9 * len(doc['q'])))]\n"
+    )
+    losses = []
+    for document in documents:
+        image = Image.new("RGB", (28, 28), (200, 30, 9 * len(document["q"])))
+        prompt = lvlm.prompt(document["q"], image=True)
+        asked, whole = (lvlm.encode([text], [[image]]) for text in (prompt, f"{prompt} {document['a']}"))
+        target = whole["input_ids"][0, asked["input_ids"].shape[1] :]
+        assert lvlm.tokenizer.decode(target).strip() == document["a"]
+        losses.append(-sum(token_by_token(lvlm, asked, target)))
+    for size in (1, 4):
+        options = {"include_path": str(tmp_path), "metric": "perplexity", "batch_size": size}
+        result, _ = score_task(lvlm, "likely", tmp_path, **options)
+        found = abs(math.log(result["metrics"]["perplexity"]["value"]))  # see above
+        assert found == pytest.approx(statistics.fmean(losses), rel=1e-4)
 
 
 # --------------------------------------------------------------------------------- besides generated answers

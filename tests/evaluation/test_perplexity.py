@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+import svl
 from svl.config import PACKAGE
 from svl.core import SvlError
 from svl.data.sample_files import read_samples
@@ -38,6 +39,23 @@ def task(tmp_path):
 def score(lvlm, folder, **options):
     chosen = TaskOptions(**{"metric": "loss", "batch_size": 3, "include_path": str(folder), **options})
     return evaluate_perplexity(lvlm, "texts", chosen, folder)
+
+
+def test_no_token_is_known_before_it_is_predicted(mimic, task):
+    """By a model that reads prompts both ways: the loss of a text is that of its beginnings' last tokens."""
+    lvlm = svl.load(mimic("paligemma2_3b"), device="cpu", dtype="float32")
+    total, n = 0.0, 0
+    for example in read_samples(task / "texts.jsonl").samples:
+        ids = lvlm.encode([example.prompt])["input_ids"]
+        for k in range(1, ids.shape[1]):
+            begin = {"input_ids": ids[:, :k], "attention_mask": torch.ones_like(ids[:, :k])}
+            begin["token_type_ids"] = torch.ones_like(ids[:, :k])
+            with torch.inference_mode():
+                total -= float(lvlm.model(**begin).logits[0, -1].log_softmax(-1)[ids[0, k]])
+        n += ids.shape[1] - 1
+    for batch_size in (1, 3):
+        found = score(lvlm, task, batch_size=batch_size)["metrics"]["loss"]["value"]
+        assert found == pytest.approx(total / n, rel=1e-4)
 
 
 def test_the_loss_is_the_models_own(llama, task):

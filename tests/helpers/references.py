@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from svl.calibration.encoding import encode_answer
+from svl.calibration.encoding import encode_answer, encode_samples
 from svl.core import Patch, Plan, Update
+from svl.data.samples import Samples
 from svl.evaluation.shared_prefill import SharedPrefill
 from svl.models.lvlm import Lvlm
 from svl.pruning.surgery import apply
+from svl.recovery.batches import ANSWER, Batches
 
 
 def logits(model, inputs) -> Tensor:
@@ -157,6 +159,28 @@ def update(d: int) -> Update:
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-4) -> None:
     torch.testing.assert_close(a, b, atol=tolerance * float(b.abs().max()), rtol=0)
+
+
+def assert_answers_are_unseen(lvlm: Lvlm, examples: Samples) -> None:
+    """Of answered samples, one by one and in a batch, no logit knows a token of the answer that comes after it.
+
+    The last token is another one, which leaves all logits before it as they are; those that predict an answer's first
+    token are those of the sample without its answer.
+    """
+    encoded = [encode_answer(lvlm, example)[0] for example in examples]
+    for inputs in (*encoded, *Batches(lvlm, examples)(range(len(examples)))["groups"]):
+        inputs = {name: value for name, value in inputs.items() if name != ANSWER}
+        other = {**inputs, "input_ids": inputs["input_ids"].clone()}
+        last = other["input_ids"][:, -1]
+        last.copy_(torch.where(last == 9, 10, 9))
+        present = inputs["attention_mask"].bool()[:, :-1]
+        before, after = (logits(lvlm.model, each)[:, :-1][present] for each in (inputs, other))
+        close(after, before, 1e-5)
+    for example, inputs in zip(examples, encoded, strict=True):
+        asked, _, _ = encode_samples(lvlm, [example])
+        ids, length = asked["input_ids"][0], asked["input_ids"].shape[1]
+        if not example.plain and torch.equal(inputs["input_ids"][0, :length], ids):
+            close(logits(lvlm.model, inputs)[0, length - 1], logits(lvlm.model, asked)[0, -1])
 
 
 def rebuilt_losses(lvlm, examples, removals) -> list[float]:

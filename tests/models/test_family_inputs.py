@@ -5,12 +5,14 @@ Checkpoints have files with the keys of the real ones (tests/helpers/family_file
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import png
 from helpers.families import MAPLESS
 from helpers.family_files import FILES, write
-from helpers.references import close, logits, rebuilt_losses
+from helpers.references import assert_answers_are_unseen, close, logits, rebuilt_losses
 from torch.nn import functional as F
 
 import svl
@@ -27,7 +29,6 @@ VIDEOS = [name for name, files in FILES.items() if files.video]
 IMAGES_OR_VIDEOS = ("glm4v", "molmo2")
 TAIL = "does more between its decoder layers and its logits than is known here"
 NO_LOSS = {
-    "fuyu": "the answer 'blue' adds no token to the prompt",  # its processor reads no answer behind a prompt
     "aya_vision": TAIL, "cohere2_vision": TAIL, "kosmos2_5": TAIL, "lfm2_vl": TAIL,
     "mllama": "reads images by cross-attention, so strategies that try removals out cannot be used",
 }  # fmt: skip
@@ -140,6 +141,16 @@ def test_losses_of_samples_with_several_images_and_none(family, family_model):
     layer = lvlm.anatomy.removable[0]
     loss, without = ModelProbe(lvlm, samples).losses((), (layer,))
     assert [loss, without[layer]] == pytest.approx(rebuilt_losses(lvlm, samples, [(), (layer,)]), rel=1e-4)
+
+
+@every
+def test_no_token_of_an_answer_is_seen_by_those_before_it(family, family_model):
+    lvlm = family_model(family)
+    pictured = [replace(sample, answer="blue red green") for sample in mixed(lvlm, fewest=int(family == "mllama"))]
+    texts = [] if family in ONE_IMAGE else [Sample(3, "the shape is red", plain=True)]
+    if family == "mllama":
+        pictured[1] = replace(pictured[1], images=pictured[1].images[:1])
+    assert_answers_are_unseen(lvlm, Samples("random", (*pictured, *texts)))
 
 
 @pytest.mark.parametrize("family", VIDEOS)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from helpers.hub_mimics import MIMICS
-from helpers.references import close, logits
+from helpers.references import assert_answers_are_unseen, close, logits
 from omegaconf import OmegaConf
 from PIL import Image
 from tokenizers import Tokenizer
@@ -71,6 +72,13 @@ def test_a_prompt_in_a_batch_is_what_it_is_alone(hub_model, name, counts):
         assert together["attention_mask"][i].sum() == n
         assert bool(lvlm.is_visual(alone["input_ids"]).any()) == bool(images[i])
         close(scores[i, -n:], logits(lvlm.model, alone)[0], 1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(MIMICS))
+def test_no_token_of_an_answer_is_seen_by_those_before_it(hub_model, make_samples, name):
+    pictured, (text,) = make_samples([3, 9]), make_samples([5], image=False)
+    rows = (*(replace(s, answer=f"{s.answer} of the square") for s in pictured), replace(text, plain=True, answer=""))
+    assert_answers_are_unseen(hub_model(name), type(pictured)("random", rows))
 
 
 def test_only_what_the_model_computes_from_is_kept(hub_model):

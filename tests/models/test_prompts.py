@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from helpers.hub_mimics import MIMICS
+from omegaconf import OmegaConf
 from PIL import Image
 
+import svl
+from svl.config import CONF
 from svl.core import SvlError
-from svl.models.prompts import with_prompt_style
+from svl.models.prompts import STYLES, with_prompt_style
 
 
 def test_prompt_styles(llava, qwen):
@@ -22,7 +26,7 @@ def test_prompt_styles(llava, qwen):
     assert vicuna.render([turn]) == f"{system} USER: <image>\nWhat is it? ASSISTANT:"
     expected = f"{system} USER: <image>\nWhat is it? ASSISTANT: A cat.</s>USER: Sure? ASSISTANT:"
     assert vicuna.render([turn, said, again]) == expected
-    assert with_prompt_style(llava, "paligemma").render([turn]) == "<image>answer en What is it?"
+    assert with_prompt_style(llava, "paligemma").render([turn]) == "<image>answer en What is it?\n"
     assert with_prompt_style(llava, "plain").render([turn]) == "<image>\nWhat is it?\n"
     assert with_prompt_style(llava, "chat").render([turn]) == llava.render([turn])
     assert llava.processor.chat_template == template  # untouched
@@ -35,3 +39,35 @@ def test_prompt_styles(llava, qwen):
     assert counts[1] < counts[0]
     with pytest.raises(SvlError, match=r"has no setting 'sizes'.*did you mean 'size'"):
         with_prompt_style(qwen, "chat", {"sizes": {}})
+
+
+CONVERSED = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it"}]}]
+
+
+def answered(turns: list, answer: str) -> list:
+    return [*turns, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen", "llama"])
+@pytest.mark.parametrize("style", sorted(set(STYLES) - {"chat"}))
+def test_what_is_answered_begins_with_what_is_asked_and_ends_where_the_model_does(style, kind, request):
+    """Over several turns."""
+    lvlm, turns = with_prompt_style(request.getfixturevalue(kind), style), CONVERSED
+    for again in ("how many", "where"):
+        before, after = lvlm.render(turns), lvlm.render(answered(turns, f"one {again}"))
+        assert after.startswith(before)
+        assert after.removeprefix(before).strip() == f"one {again}{lvlm.tokenizer.eos_token}"
+        turns = [*answered(turns, f"one {again}"), {"role": "user", "content": [{"type": "text", "text": again}]}]
+        assert lvlm.render(turns).startswith(after)
+
+
+@pytest.mark.parametrize("name", sorted(MIMICS))
+def test_so_it_is_in_the_styles_of_checkpoints(name, mimic):
+    """Their own ones, or those that conf/model names for them; the end is one of a turn there, if not of all."""
+    said = OmegaConf.load(CONF / "model" / f"{name}.yaml")
+    lvlm = with_prompt_style(svl.load(mimic(name), device="cpu"), said.get("prompt", "chat"))
+    before, after = lvlm.render(CONVERSED).rstrip(), lvlm.render(answered(CONVERSED, "green")).rstrip()
+    assert after.startswith(before)
+    last = lvlm.tokenizer(after)["input_ids"][-1]
+    assert lvlm.tokenizer.added_tokens_decoder[last].special
+    assert after.removeprefix(before).strip() == f"green{lvlm.tokenizer.convert_ids_to_tokens(last)}"

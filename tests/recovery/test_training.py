@@ -9,10 +9,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.exports import rewrite_tensors
 from helpers.families import lvlm_of
+from safetensors.torch import load_file
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
 
+from svl.checkpoints import export
 from svl.core import Patch, Plan, SvlError, Update
+from svl.data.samples import Samples
+from svl.models.weight_files import WEIGHTS
 from svl.pruning import surgery
 from svl.recovery.base import Recovery
 from svl.recovery.batches import ANSWER, Batches, TrainingOrder
@@ -20,7 +26,7 @@ from svl.recovery.distill import Distill
 from svl.recovery.interlace import Interlace
 from svl.recovery.lora import Lora
 from svl.recovery.projector import Projector
-from svl.recovery.student import Student
+from svl.recovery.student import Student, check_trainable
 from svl.recovery.training import CHECKPOINT_FILES, recover
 from svl.run.messages import one_line
 
@@ -235,6 +241,53 @@ def test_a_tied_tensor_is_trained_under_all_its_names(llama, samples):
         (trained,) = student.trained.values()
         assert student.model.lm_head.weight is trained
         assert student.model.model.embed_tokens.weight is trained
+        with torch.no_grad():
+            trained += 0.5
+        applied = surgery.apply(tied, PLAN, Patch(trained=student.changes())).model
+        assert torch.equal(applied.lm_head.weight, trained)
+        assert applied.model.embed_tokens.weight is applied.lm_head.weight
+
+
+@pytest.mark.parametrize("stored", ["lm_head.weight", "model.embed_tokens.weight", "both"])
+def test_a_tied_tensor_that_was_trained_is_exported_whatever_name_it_has_on_disk(stored, llama, tmp_path):
+    model = copy.deepcopy(llama.model)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(tmp_path / "source")
+    names = ("lm_head.weight", "model.embed_tokens.weight")
+    (kept,) = (t for name, t in load_file(tmp_path / "source" / WEIGHTS).items() if name in names)
+    rewrite_tensors(
+        tmp_path / "source",
+        lambda tensors: (
+            {k: v for k, v in tensors.items() if k not in names}
+            | {name: kept.clone() for name in names if stored in (name, "both")}
+        ),
+    )
+    student = Student(replace(llama, model=model), PLAN, None, Projector(modules=("lm_head",)))
+    with torch.no_grad():
+        student.trained["lm_head.weight"] += 0.5
+    export.save(tmp_path / "source", PLAN, tmp_path / "out", Patch(trained=student.changes()))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(again.lm_head.weight, kept + 0.5)
+    assert torch.equal(again.model.embed_tokens.weight, kept + 0.5)
+
+
+@pytest.mark.parametrize("family", ["blip2", "instructblip"])
+def test_a_model_in_bfloat16_whose_first_parameter_is_trained(family):
+    """It is float32 from then on, which says nothing of all others."""
+    lvlm, made = lvlm_of(family)
+    half = replace(lvlm, model=copy.deepcopy(lvlm.model).bfloat16())
+    student = Student(half, Plan(lvlm.anatomy.n_layers, lvlm.anatomy.removable[-2:-1]), None, Projector())
+    assert student.trained.keys() & {next(name for name, _ in half.model.named_parameters())}
+    answer = torch.zeros_like(made.inputs["input_ids"], dtype=torch.bool)
+    answer[:, -3:] = True
+    step(student.train(), {"groups": [{**made.inputs, ANSWER: answer}]})
+    assert all(bool(p.isfinite().all()) for p in student.trained.values())
+    whole = replace(lvlm, model=copy.deepcopy(lvlm.model).half())
+    first = next(whole.model.parameters())
+    first.data = first.data.float()  # as some models keep it
+    with pytest.raises(SvlError, match="not in float16"):
+        check_trainable(whole, Projector())
 
 
 def test_tensors_come_back_in_their_own_dtype(llama):
@@ -261,6 +314,21 @@ def test_samples_that_no_processor_takes_at_once_are_one_batch_all_the_same(llav
         assert sorted(len(group[ANSWER]) for group in groups) == ([2, 3] if apart else [5])
         losses[apart] = float(student(groups)["loss"].detach())
     assert losses[True] == pytest.approx(losses[False], rel=1e-5)
+
+
+def test_the_loss_of_padded_texts_is_that_of_each_alone(lm, make_samples):
+    """By their numbers of predicted tokens: nothing predicts the first token of a text, padding does not either."""
+    texts = Samples("x", tuple(replace(s, plain=True) for s in make_samples([9, 3, 5], image=False)))
+    student = Student(lm, PLAN, None, Distill(**FAST, logits=1.0))
+    batches, total, n = Batches(student.lvlm, texts), {"answers": 0.0, "logits": 0.0}, 0
+    for k, text in enumerate(texts):
+        student(**batches([k]))
+        length = len(lm.tokenizer(text.prompt)["input_ids"]) - 1
+        alone, n = student.take_terms(), n + length
+        total = {name: value + length * alone[name] for name, value in total.items()}
+    student(**batches([0, 1, 2]))
+    together = student.take_terms()
+    assert {name: together[name] for name in total} == pytest.approx({k: v / n for k, v in total.items()}, rel=1e-5)
 
 
 def test_the_terms_of_a_step_are_those_of_all_its_passes(llava, samples):
@@ -459,6 +527,8 @@ def test_models_and_data_that_cannot_be_trained_are_refused(llama, llava, make_s
     refused("set model.dtype=bfloat16", half, texts, Lora(steps=1))
     refused("has no projector to train; choose recovery=lora", llama, texts, Projector(steps=1))
     refused("'model.nothing', but 'llava' has no such module", llava, samples, Projector(modules=("model.nothing",)))
+    for path in ("", "model", "model.language_model.layers", "model.language_model.layers.3.mlp"):
+        refused("decoder layers .* are trained by recovery=lora", llava, samples, Projector(modules=(path,)))
     silent = type(samples)("x", tuple(type(s)(s.row, s.prompt, s.images) for s in samples))
     refused("needs answers, but 2 samples have none", llava, silent, Lora(steps=1))
     refused("has no samples to train on", llava, type(samples)("x", ()), Lora(steps=1))
@@ -484,6 +554,15 @@ def test_every_sample_is_looked_at_before_the_first_step(llava, llama, make_samp
     refused("picture", llava, samples, {"images": (cut,)})
     refused("image", llava, samples, {"answer": "it is <image>"})
     refused("fewer than two tokens", llama, texts, {"prompt": "", "answer": "", "plain": True})
+    for plain in (False, True):  # as many tokens as there are positions are not too many
+        model = copy.deepcopy(llama.model)
+        short, long = replace(llama, model=model), {"prompt": "the " * 30, "answer": "red", "plain": plain}
+        (groups,) = Batches(llama, type(texts)("x", (replace(texts.samples[0], **long),)))([0])["groups"]
+        model.config.max_position_embeddings = n = groups["input_ids"].shape[1]
+        Batches(short, type(texts)("x", (replace(texts.samples[0], **long),))).check([0])
+        model.config.max_position_embeddings = n - 1
+        refused(rf"row 2 of '.*' has {n} tokens with its answer, but 'llama' reads at most {n - 1} ",
+                short, texts, {**long, "source": "mine"})  # fmt: skip
 
 
 def test_weights_that_are_not_finite_are_not_kept(llava, samples):

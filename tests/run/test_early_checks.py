@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 
 import pytest
@@ -220,3 +221,42 @@ def test_no_layer_to_remove_needs_no_room_for_a_merge():
     assert Swm().plan(Stats(2, (0, 1), probe=Unlike()), 0) == Plan(2, ())
     with pytest.raises(SvlError, match="size 2 does not fit"):
         Laco(size=2).plan(Stats(2, (0, 1), probe=Unlike()), 1)
+
+
+CALIBRATED = ("strategy=shortgpt", "compensation=linear")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("recovery=projector", "recovery.modules=[model.nothing]"), r"'model\.nothing', but .* has no such module"),
+        (("recovery=projector", "recovery.modules=[{layers}.3]"), r"decoder layers \('.*layers'\) are trained by"),
+        (("recovery=distill", "recovery.targets=mlps"), r"recovery\.targets"),
+        (("recovery=lora", "model.dtype=float16"), r"not in float16: set model\.dtype=bfloat16"),
+        (
+            ("recovery=projector", "recovery.data.path=${{svl:demo}}/text/calibration.jsonl"),
+            r"trains the projector alone, but no sample of recovery\.data has a picture",
+        ),
+        (
+            ("recovery=lora", "recovery.data.path={silent}", "recovery.data.columns={{image: null}}"),
+            r"recovery needs answers, but 2 samples have none",
+        ),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, tuple) else "",
+)
+@pytest.mark.parametrize("strategy", [CALIBRATED, (*NAMED, "strategy.layers=[3,5]"), ("strategy=sleb", NAMED[1])])
+def test_what_cannot_be_trained_costs_no_stage(strategy, words, message, tmp_path, monkeypatch):
+    """Neither statistics nor trial removals nor a compensation."""
+    pytest.importorskip("peft")
+    store, silent = tmp_path / "store", tmp_path / "silent.jsonl"
+    silent.write_text("".join(json.dumps({"prompt": text, "answer": ""}) + "\n" for text in ("what is it", "where")))
+    words = [word.format(layers="model.language_model.layers", silent=silent) for word in words]
+    monkeypatch.setattr(calibrate, "calibrate", lambda *_, **__: pytest.fail("calibrated nevertheless"))
+    with pytest.raises(SvlError, match=message):
+        pipeline.run_configuration(composed(store, *strategy, *words), store)
+    assert not list(store.glob("patch/*"))
+
+
+def test_nothing_is_removed_so_nothing_that_is_trained_is_checked(tmp_path):
+    words = ("recovery=projector", "recovery.modules=[model.nothing]")
+    pipeline.run_configuration(composed(tmp_path, "strategy=shortgpt", "ratio=0", *words), tmp_path)
