@@ -188,16 +188,15 @@ class Run:
         source = stats if setup.selects else None
 
         def build(folder: Path) -> Output:
-            if (
-                setup.probes or setup.rescores
-            ):  # the calibration may be that of another run, which checked its own choices
+            # The calibration may be that of another run, which checked its own choices.
+            if searches := setup.probes or setup.rescores:
                 check_choices(setup)
                 early_checks.check_compensation(setup)
             measured = read_statistics(setup, source)
             n_remove = count_removals(setup, measured)
             with answering(setup.strategy):
                 setup.strategy.check(measured, n_remove)
-            if setup.probes or setup.rescores:
+            if searches:
                 early_checks.check_recovery(setup)
             if setup.probes:
                 measured = dataclasses.replace(measured, probe=resumable_probe(setup))

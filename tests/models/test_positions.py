@@ -12,12 +12,17 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from svl.calibration.hooks import run_decoder
 from svl.config import PACKAGE
+from svl.core import Plan
+from svl.data.samples import Sample, Samples
 from svl.evaluation.perplexity import evaluate_perplexity
 from svl.evaluation.settings import TaskOptions
 from svl.evaluation.shared_prefill import SharedPrefill
 from svl.models.anatomy import find_anatomy
 from svl.models.lvlm import Lvlm
 from svl.models.positions import looked_up_positions
+from svl.recovery.base import Losses, Parts, Recovery
+from svl.recovery.batches import Batches
+from svl.recovery.student import Student
 
 TEXTS = ["is there a green square", "a red circle", "start at the purple cross go down what color is it are there more"]
 
@@ -61,6 +66,31 @@ def test_losses_do_not_depend_on_the_batch_size(gpt2, tmp_path: Path):
         for n in (1, 3)
     )
     assert one["metrics"]["loss"]["value"] == pytest.approx(all_at_once["metrics"]["loss"]["value"], rel=1e-5)
+
+
+class OneNorm(Recovery):
+    """GPT-2 has no linear modules for `distill`."""
+
+    losses = Losses(answers=0.5, states=0.5)
+
+    def parts(self, pruned: Lvlm, plan: Plan) -> Parts:
+        return Parts(("transformer.h.2.ln_1.weight",))
+
+
+def test_recovery_loses_in_a_batch_what_it_loses_alone(gpt2):
+    """By their numbers of predicted tokens, on answers and on states, which see positions, too."""
+    samples = Samples("x", tuple(Sample(i, text, plain=True) for i, text in enumerate(TEXTS)))
+    student = Student(gpt2, Plan(4, (2,)), None, OneNorm())
+    batches, lengths = Batches(student.lvlm, samples), [len(gpt2.tokenizer(text)["input_ids"]) for text in TEXTS]
+    alone = []
+    for i in range(len(TEXTS)):
+        student(**batches([i]))
+        alone.append(student.take_terms())
+    student(**batches(range(len(TEXTS))))
+    together = student.take_terms()
+    for name, counts in (("answers", [n - 1 for n in lengths]), ("states", lengths)):
+        mean = sum(n * terms[name] for n, terms in zip(counts, alone, strict=True)) / sum(counts)
+        assert together[name] == pytest.approx(mean, rel=1e-4)
 
 
 def test_models_with_rotary_attention_are_given_nothing(tokenizer):
