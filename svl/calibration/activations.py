@@ -35,7 +35,7 @@ class StreamedStates:
     states: _States
     reads: _Writings
     writes: _Writings
-    factor: Callable[[int, str], float]  # of what is written (see `Activations.stream_factor`)
+    factor: Callable[[int, str], float]  # of what is written (see `core.HiddenStates.stream_factor`)
     generated: bool = False
 
     def h(self, i: int) -> Tensor:
@@ -80,17 +80,19 @@ class Activations:
         projections = self.lvlm.anatomy.writers[writer][layer]
         return projections.single and len(projections.biases) == 1
 
-    def stream_factor(self, layer: int, writer: str) -> float:
+    def stream_factor(self, layer: int, writer: str) -> float | None:
         """See `core.HiddenStates`; measured when it is first asked for (see `layer_trials.stream_factors`)."""
         self._measure_factors([layer])
-        factor = self._factors.get((layer, writer))
-        if not factor:
-            raise SvlError(
-                f"what '{writer}' of layer {layer} of '{self.lvlm.name}' writes is not added to the residual stream, "
-                "or for some tokens or channels only, or times different numbers, so nothing can be fitted to it; "
-                "choose another compensation"
-            )
-        return factor
+        return self._factors.get((layer, writer)) or None
+
+    def _required_factor(self, layer: int, writer: str) -> float:
+        if factor := self.stream_factor(layer, writer):
+            return factor
+        raise SvlError(
+            f"what '{writer}' of layer {layer} of '{self.lvlm.name}' writes is not added to the residual stream, or "
+            "for some tokens or channels only, or times different numbers, so nothing can be fitted to it; choose "
+            "another compensation"
+        )
 
     def _measure_factors(self, layers: Collection[int]) -> None:
         if missing := set(layers) - {layer for layer, _ in self._factors}:
@@ -162,7 +164,7 @@ class Activations:
                         {i: states[new[i]][b].to(place)[here] for i in points},
                         {key: x[b].to(place)[here] for key, x in reads.items()},
                         {key: x[b].to(place)[here] for key, x in writes.items()},
-                        self.stream_factor,
+                        self._required_factor,
                         mark,
                     )
 
@@ -196,7 +198,7 @@ class Activations:
                         sample.dense = sample.run(self.lvlm.layers[i], i, sample.dense)
                 done = following
                 changed = sublayers.zeroed_tensors(self.lvlm, plan, here)
-                step = WalkStep(here, self.lvlm, walking, changed, self.stream_factor)
+                step = WalkStep(here, self.lvlm, walking, changed, self._required_factor)
                 if here >= first:
                     yield step
                 for sample in walking:
@@ -241,7 +243,7 @@ class WalkStep:
     lvlm: Lvlm
     walking: Sequence[WalkingSample]
     changed: dict[str, Tensor]  # parameters of the layer
-    factor: Callable[[int, str], float]  # see `Activations.stream_factor`
+    factor: Callable[[int, str], float]  # see `core.HiddenStates.stream_factor`
 
     def rows(self, writer: str) -> Iterator[LayerRows]:
         """See `core.LayerStep`; on the layer's device, or on the CPU if that has no fp64."""

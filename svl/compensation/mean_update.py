@@ -11,7 +11,7 @@ Cost: one more pass over the calibration set, up to the deepest removed layer.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 
@@ -56,7 +56,8 @@ class MeanUpdate(Compensation):
             layer, role = anchor_of(plan, run)
             mean = means[run].solve(0)[0].float().cpu()
             if hidden.has_bias(layer, role):
-                updates[layer, role] = Update(shift=mean / hidden.stream_factor(layer, role))
+                factor = cast("float", hidden.stream_factor(layer, role))  # `written` would have told of none
+                updates[layer, role] = Update(shift=mean / factor)
                 continue
             u = fits[run].solve(self.ridge)
             updates[layer, role] = Update(left=mean[:, None], right=u.mT.float().cpu().contiguous())

@@ -10,7 +10,8 @@ layer. So the layer before a gap bridges it, and the layers behind it correct wh
 reaction to it, with all the freedom of their weights and not of a d x d map of their outputs. Relative errors keep
 massive activations from ruling the fit; the ridge pulls towards the model as it is. For each projection it is the one,
 of `ridges`, that does best on every `fold`-th sample after a fit on the others; the final fit is on all of them. That
-o_proj also moves what the MLP of its layer reads is left to the layers above.
+o_proj also moves what the MLP of its layer reads is left to the layers above. A projection of which the layer adds what
+it writes for some tokens only (an MLP of Mllama's cross-attention layers) stays as it is.
 
 With texts that the dense model generates (`calibration.generated`), what is fitted to the calibration set need not be
 paid for elsewhere: given samples and texts weigh the same, row for row, and the ridge is the one whose worse share of
@@ -31,7 +32,7 @@ from torch import Tensor
 
 from svl.compensation.regression import HeldOutRegression, check_ridges
 from svl.compensation.run_rows import check_rows, check_targets, targets_left
-from svl.core import Compensation, HiddenStates, LayerStep, Patch, Plan, Update, check_count, one_of
+from svl.core import Compensation, HiddenStates, LayerStep, Patch, Plan, SvlError, Update, check_count, one_of
 
 
 @dataclass(frozen=True)
@@ -90,11 +91,16 @@ class Refit(Compensation):
         if not plan.removed:
             return Patch()
         refitted, updates, notes = self.refitted(plan), {}, []
-        for layer, writer in refitted:
+        for _, writer in refitted:
             one_of("compensation.targets for this model", writer, tuple(hidden.writers))
-            hidden.stream_factor(layer, writer)  # raises an error where there is none, before the walk
+        unlike = [one for one in refitted if hidden.stream_factor(*one) is None]
+        if refitted and len(unlike) == len(refitted):
+            raise SvlError("no projection adds to the residual stream what it writes, so none can be refitted")
         for step in hidden.walk(plan):
             for writer in [writer for layer, writer in refitted if layer == step.layer]:
+                if (step.layer, writer) in unlike:
+                    notes.append(f"layer {step.layer} {writer}: left as it is, as not all that it writes is added")
+                    continue
                 change, note = self._refit(step, writer)
                 notes.append(f"layer {step.layer} {writer}: {note}")
                 if not bool(change.any()):

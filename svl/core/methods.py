@@ -253,13 +253,11 @@ class HiddenStates(Protocol):
         """Whether the projections `writer` of a layer have one bias."""
         ...
 
-    def stream_factor(self, layer: int, writer: str) -> float:
+    def stream_factor(self, layer: int, writer: str) -> float | None:
         """How many times what the projections `writer` of a layer give is added to the residual stream: mostly 1.
 
-        `SampleStates.wrote` and `LayerStep.change` allow for it already.
-
-        Raises:
-            SvlError: if it is not one number, or the layer does not run on an example.
+        None if that is not one number for all channels and tokens, or the layer does not run on an example: then
+        `SampleStates.wrote` and `LayerStep.change`, which allow for it already, are errors.
         """
         ...
 

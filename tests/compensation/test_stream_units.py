@@ -126,8 +126,8 @@ def test_a_gate_for_each_channel_is_refused_unless_all_is_scaled(granite, make_s
     ):
         layer_trials.check_folding(lvlm)
     hidden = states_of(lvlm, make_samples([5, 5], image=False))
-    for name in ("linear", "refit"):
-        with pytest.raises(SvlError, match="so nothing can be fitted to it"):
+    for name, said in (("linear", "so nothing can be fitted to it"), ("refit", "so none can be refitted")):
+        with pytest.raises(SvlError, match=said):
             fitted_patch(method("compensation", name), hidden, Plan(5, (2,)))
 
 

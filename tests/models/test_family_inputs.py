@@ -16,12 +16,15 @@ from helpers.references import assert_answers_are_unseen, close, logits, rebuilt
 from torch.nn import functional as F
 
 import svl
-from svl.calibration.calibrate import calibrate
+from svl.calibration.activations import Activations
+from svl.calibration.calibrate import calibrate, select
 from svl.calibration.removal_probe import ModelProbe
-from svl.core import SvlError
+from svl.compensation.refit import Refit
+from svl.core import Plan, SvlError, fitted_patch
 from svl.data.samples import Sample, Samples
 from svl.models.lvlm import Lvlm
 from svl.models.prompts import with_prompt_style
+from svl.selectors.all_tokens import All
 
 every = pytest.mark.parametrize("family", sorted(FILES))
 ONE_IMAGE = ("blip2", "fuyu", "instructblip", "kosmos2_5")
@@ -151,6 +154,20 @@ def test_no_token_of_an_answer_is_seen_by_those_before_it(family, family_model):
     if family == "mllama":
         pictured[1] = replace(pictured[1], images=pictured[1].images[:1])
     assert_answers_are_unseen(lvlm, Samples("random", (*pictured, *texts)))
+
+
+def test_a_refit_leaves_what_mllama_adds_for_some_tokens_only(family_model):
+    """MLPs of its cross-attention layers add nothing before the picture: these stay, all others are refitted."""
+    lvlm = family_model("mllama")
+    samples = Samples("random", tuple(replace(s, images=s.images[:1]) for s in mixed(lvlm, fewest=1)))
+    hidden = Activations(lvlm, samples, select(calibrate(lvlm, samples, statistics=()), All()))
+    first = next(i for i in lvlm.anatomy.removable if i)
+    patch = fitted_patch(Refit(), hidden, Plan(lvlm.anatomy.n_layers, (first,)))
+    left = [note.split(":")[0] for note in patch.notes if "not all that it writes is added" in note]
+    cross = [i for i in range(first - 1, lvlm.anatomy.n_layers) if hasattr(lvlm.layers[i], "cross_attn")]
+    assert left == [f"layer {i} mlp" for i in cross if i != first]
+    assert left
+    assert {layer for layer, _ in patch.updates} == set(range(first - 1, lvlm.anatomy.n_layers)) - {first}
 
 
 @pytest.mark.parametrize("family", VIDEOS)
