@@ -13,6 +13,7 @@ from svl.calibration.calibrate import no_progress
 from svl.calibration.encoding import encode_samples, explained_samples
 from svl.calibration.hooks import EnoughError, run_decoder, state_hooks, writer_hook
 from svl.calibration.layer_replay import Replay, record_replay
+from svl.calibration.row_count import add_rows
 from svl.core import LayerRows, Patch, Plan, Stats, SvlError, TokenTrace, Update, checked_weights
 from svl.core.errors import out_of_memory
 from svl.data.samples import Sample, Samples
@@ -98,6 +99,7 @@ class Activations:
         if missing := set(layers) - {layer for layer, _ in self._factors}:
             nothing = {(layer, role): None for layer in missing for role in self.lvlm.anatomy.writers}
             self._factors.update(nothing | layer_trials.stream_factors(self.lvlm, missing))
+            add_rows(max(missing) + 1)
 
     @property
     def heads(self) -> tuple[int, int]:

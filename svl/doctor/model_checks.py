@@ -230,8 +230,11 @@ def _examine_choices(cfg: DictConfig, lvlm: Lvlm, compensation: Compensation, se
         section.note(
             f"layers of other kinds than the one before them, which are not merged with it: {_in_ranges(apart)}"
         )
-    with section.examined("the strategy"):
+    try:
         strategy = build_method(cfg.strategy, "strategy")
+    except SvlError:
+        return  # as is said of the settings
+    with section.examined("the strategy"):
         stats = Stats(lvlm.anatomy.n_layers, lvlm.anatomy.removable, kinds=kinds)
         n_remove = asked_removals(cfg, stats.n_layers)
         if n_remove > len(stats.removable):

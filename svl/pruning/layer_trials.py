@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from svl.core.errors import SvlError, explained
 from svl.core.patch import JoinedPart, Update
 from svl.models.anatomy import Anatomy
+from svl.models.devices import fp64_device
 from svl.models.lvlm import Lvlm
 from svl.models.placement import changed_tensors, stored_tensor
 from svl.pruning import folding
@@ -166,7 +167,8 @@ def stream_factors(
 def _common_factor(given: Tensor, added: Tensor, rounding: float) -> float | None:
     """The number that `given` [n, d] is multiplied by to give `added`, 1 if only rounding tells it from that; None if
     there is no such number."""
-    given, added = given.double(), added.double()
+    place = fp64_device(given.device)
+    given, added = given.to(place).double(), added.to(place).double()
     energy = float(given.square().sum())
     if energy == 0 or not bool(added.any()):
         return 0.0 if energy else 1.0

@@ -6,6 +6,7 @@ written by `save_pretrained`.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from dataclasses import replace
@@ -81,7 +82,7 @@ def trained_layers(lvlm, plan: Plan) -> dict[str, TensorChange]:
 def test_what_was_trained_is_exported_however_it_is_stored(name, dtype, tmp_path):
     """As in memory, bit for bit, on top of a compensation."""
     made = FAMILIES.get(name) or (lambda: build(config(name, **LLAMA, **EXPERTS), auto=AutoModelForCausalLM))
-    made().model.to(getattr(torch, dtype)).save_pretrained(tmp_path / "source")
+    copy.deepcopy(made().model).to(getattr(torch, dtype)).save_pretrained(tmp_path / "source")
     lvlm = loaded(tmp_path / "source")
     plan = some_plan(lvlm)
     patch = replace(some_patch(lvlm, plan), trained=trained_layers(lvlm, plan))

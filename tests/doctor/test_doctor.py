@@ -134,10 +134,15 @@ def test_what_it_calls_impossible_fails_and_what_it_does_not_runs(doctor, checkp
 
 
 @pytest.mark.parametrize(
-    ("strategy", "listed"), [("sleb", ["trying removals out"]), ("shortened_taylor", ["gradients"]), ("tail", [])]
+    ("words", "listed"),
+    [
+        (("strategy=sleb",), ["trying removals out"]),
+        (("strategy=shortened_taylor", "strategy.protected=[0]"), ["gradients"]),
+        (("strategy=tail",), []),
+    ],
 )
-def test_plans_take_what_their_strategy_does(strategy, listed, doctor, checkpoint):
-    memory = section(doctor("model=local", f"model.path={checkpoint('llava')}", f"strategy={strategy}"), "memory")
+def test_plans_take_what_their_strategy_does(words, listed, doctor, checkpoint):
+    memory = section(doctor("model=local", f"model.path={checkpoint('llava')}", *words), "memory")
     assert re.findall(r"plan, by ([a-z ]+):", memory) == listed
 
 
