@@ -29,8 +29,15 @@ else
 fi
 if [ $model = demo_lvlm ]; then
   train recovery=lora,distill recovery.steps=100 $scenes
-  seed=1 train recovery=lora strategy=shortgpt,runs compensation=refit recovery.steps=100 $scenes
-  ratio=0.4 train recovery=lora compensation=refit recovery.steps=100 $scenes
+  train recovery=projector,interlace recovery.steps=100 $scenes
+  for seed in 1 2; do
+    train recovery=lora,distill strategy=shortgpt,runs compensation=refit recovery.steps=100 $scenes
+  done
+  seed=0
+  for ratio in 0.2 0.4; do
+    train recovery=projector,lora,distill,interlace compensation=refit recovery.steps=100 $scenes
+  done
+  ratio=0.3 rate=1e-4 train recovery=lora,distill,interlace strategy=runs compensation=refit recovery.steps=100 $scenes
 elif [ $model = smol_lvlm ]; then
   train recovery=projector,lora,distill strategy=runs recovery.steps=20,100,300 $scenes
   train recovery=interlace recovery.accumulate=1 strategy=runs recovery.steps=20,100,300 $scenes
@@ -40,5 +47,6 @@ elif [ $model = smol_lvlm ]; then
   ratio=0.2 train recovery=distill strategy=runs compensation=none recovery.steps=300 $scenes
   train recovery=distill strategy=runs recovery.steps=100 $text # text alone
   train recovery=distill strategy=bridge selector=tis compensation=refit recovery.projector=false recovery.budget_s=900 $scenes # the goal
+  train recovery=distill,lora strategy=bridge selector=tis compensation=refit recovery.projector=false recovery.steps=7,36 $scenes
 fi
 svl-report experiment=recovery_$model
