@@ -18,6 +18,7 @@ from svl.evaluation.reading.form import (
     normalise,
     same_answer,
     without_markup,
+    written_lines,
 )
 from svl.evaluation.reading.open import read_number
 
@@ -179,7 +180,7 @@ def _is_taken_back(text: str, letter: str, options: Mapping[str, Any]) -> bool:
 
 def _letter_of_last_line(text: str, options: Mapping[str, Any]) -> str | None:
     """The letter that stands alone in the last of several lines."""
-    lines = [line for line in before_next_question(text).splitlines() if line.strip()]
+    lines = written_lines(text)
     found = _LAST_LINE.fullmatch(first_line(lines[-1]).text) if len(lines) > 1 else None
     return found[1] if found and found[1] in options else None
 

@@ -126,6 +126,11 @@ def before_next_question(text: str) -> str:
     return text[: asked.start()] if asked else text
 
 
+def written_lines(text: str) -> list[str]:
+    """The lines that are not blank of what a text says before it goes on with a question of its own."""
+    return [line for line in before_next_question(text).splitlines() if line.strip()]
+
+
 def _unquoted(text: str) -> str:
     """A text without quotes or brackets around all of it, and the period behind them."""
     inner = text.removesuffix(".").rstrip()

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from svl.evaluation.reading.form import BE, bare, before_next_question, first_line, without_markup
+from svl.evaluation.reading.form import BE, bare, first_line, without_markup, written_lines
 
 _ONES = "zero one two three four five six seven eight nine ten eleven twelve"
 _TEENS = "thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
@@ -66,7 +66,7 @@ def read_short_answer(text: str) -> str | None:
 
 def _conclusion(text: str) -> str | None:
     """What a text says from the later line on that gives its answer, if the first is a sentence; None of two such."""
-    lines = [line for line in before_next_question(without_markup(text)).splitlines() if line.strip()]
+    lines = written_lines(without_markup(text))
     if len(lines) < 2 or len(lines[0].split()) < SENTENCE or _CONCLUDES.match(lines[0]):
         return None
     rests = ["\n".join(lines[i:]) for i in range(1, len(lines)) if _CONCLUDES.match(lines[i])]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from svl.evaluation.reading.denial import is_denied
-from svl.evaluation.reading.form import ADVERB, BE, before_next_question, first_line, without_markup
+from svl.evaluation.reading.form import ADVERB, BE, first_line, without_markup, written_lines
 
 _CHINESE = {
     **dict.fromkeys(("是", "是的", "有", "对", "正确"), "yes"),
@@ -56,6 +56,6 @@ def read_yes_no(text: str) -> str | None:
 
 def _last_line(text: str) -> str | None:
     """The "yes" or "no" that stands alone in the last of several lines."""
-    lines = [line for line in before_next_question(text).splitlines() if line.strip()]
+    lines = written_lines(text)
     found = re.fullmatch(r"\W*(yes|no)\W*", lines[-1], re.IGNORECASE) if len(lines) > 1 else None
     return found[1].lower() if found else None
