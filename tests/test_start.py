@@ -19,6 +19,7 @@ class Interrupting(MetaPathFinder):
         if name == {library!r}:
             os.kill(os.getpid(), signal.{signal})
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 from {module} import main
 sys.argv.append("ratio=0.5")
 sys.meta_path.insert(0, Interrupting())

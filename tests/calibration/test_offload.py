@@ -171,7 +171,8 @@ def test_every_family(name, tmp_path):
     for a, b in zip(opened.map(work, [family.inputs, other], no_progress), expected, strict=True):
         assert len(a) == len(b) == bones.anatomy.n_layers + 1
         for x, y in zip(a, b, strict=True):
-            torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5, equal_nan=True)
+            largest = float(y.abs().nan_to_num(posinf=0).max())  # sums are rounded as parts of the tensor are large
+            torch.testing.assert_close(x, y, atol=4e-6 * largest, rtol=0, equal_nan=True)
 
 
 def test_a_run_with_offload_gives_the_same_plan_and_export(tmp_path):
