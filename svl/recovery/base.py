@@ -80,6 +80,9 @@ class Recovery(Method, ABC):
         save_every: steps between checkpoints: what is lost at most when a run is killed.
         seed: of the order of samples, and of adapters.
         data: samples to train on, as the group `calibration` describes them; path null: the calibration set.
+        heals: whether anything is trained; False: the stage is left out.
+        unrelated: settings that a result does not depend on.
+        reads_of_plan: names in a plan's `provenance` that `parts` reads; a result depends on their values.
     """
 
     steps: int | None = None
@@ -96,8 +99,9 @@ class Recovery(Method, ABC):
     save_every: int = 50
     seed: int = 0
     data: dict[str, Any] = field(default_factory=dict)
-    heals: ClassVar[bool] = True  # False: the stage is left out
-    unrelated: ClassVar[tuple[str, ...]] = ("data", "save_every")  # settings that a result does not depend on
+    heals: ClassVar[bool] = True
+    unrelated: ClassVar[tuple[str, ...]] = ("data", "save_every")
+    reads_of_plan: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         one_of("recovery.schedule", self.schedule, ("cosine", "constant"))
