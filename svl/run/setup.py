@@ -137,6 +137,7 @@ class RunSetup:
         self.tasks = task_options(benchmark)
         for task, options in self.tasks.items():
             benchmarks.check_task(task, options)
+            benchmarks.check_evaluator(task, options.include_path, self.cfg.evaluator.name)
             said = benchmark.tasks[task].higher_is_better
             benchmarks.check_direction(task, options.metric, said, benchmark.include_path)
         self.task_fingerprints = {
