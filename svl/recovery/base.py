@@ -80,7 +80,6 @@ class Recovery(Method, ABC):
         save_every: steps between checkpoints: what is lost at most when a run is killed.
         seed: of the order of samples, and of adapters.
         data: samples to train on, as the group `calibration` describes them; path null: the calibration set.
-        heals: whether anything is trained; False: the stage is left out.
         unrelated: settings that a result does not depend on.
         reads_of_plan: names in a plan's `provenance` that `parts` reads; a result depends on their values.
     """
@@ -99,7 +98,6 @@ class Recovery(Method, ABC):
     save_every: int = 50
     seed: int = 0
     data: dict[str, Any] = field(default_factory=dict)
-    heals: ClassVar[bool] = True
     unrelated: ClassVar[tuple[str, ...]] = ("data", "save_every")
     reads_of_plan: ClassVar[tuple[str, ...]] = ()
 

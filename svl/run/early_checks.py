@@ -6,7 +6,8 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from svl.core import Patch, Plan, SvlError, layers_to_remove
+from svl.config import asked_removals
+from svl.core import Patch, Plan, SvlError
 from svl.core.contract import answering
 
 if TYPE_CHECKING:
@@ -50,15 +51,14 @@ def check_recovery(setup: RunSetup, plan: Plan | None = None) -> None:
     Raises:
         SvlError: if it cannot.
     """
-    recovery, cfg = setup.recovery, setup.cfg
+    recovery = setup.recovery
     if not setup.recovers or setup.recovery_is_tried:
         return
     from svl.recovery import student, training
 
     anatomy = setup.dense.anatomy
     if plan is None:
-        n_remove = layers_to_remove(cfg.ratio, anatomy.n_layers) if cfg.n_remove is None else cfg.n_remove
-        plan = Plan(anatomy.n_layers, tuple(anatomy.removable[:n_remove]))
+        plan = Plan(anatomy.n_layers, tuple(anatomy.removable[: asked_removals(setup.cfg, anatomy.n_layers)]))
     if plan.is_empty:
         return
     student.check_trainable(setup.dense, recovery)

@@ -17,7 +17,7 @@ from svl.checkpoints import export
 from svl.checkpoints.fingerprint import checkpoint_fingerprint
 from svl.config import load_options, plain_values, round_ratio, training_data, validate_config
 from svl.config_schema import TrainingData
-from svl.core import Method, SvlError, TokenSelector, one_of
+from svl.core import SvlError, TokenSelector, one_of
 from svl.core.errors import out_of_memory
 from svl.data.sample_files import read_samples
 from svl.data.samples import Samples, write_samples
@@ -81,7 +81,7 @@ class RunSetup:
         self.selector, self.strategy = methods["selector"], methods["strategy"]
         self.compensation, self.recovery = methods["compensation"], methods["recovery"]
         self.trackers = methods["tracker"].each(self.choice("tracker"))
-        self.combined: dict[str, Any] = {group: methods[group] for group in COMBINED if not _is_none(methods[group])}
+        self.combined: dict[str, Any] = {group: methods[group] for group in COMBINED if not methods[group].does_nothing}
         if self.combined and self.uses_vllm:
             raise SvlError(f"{' and '.join(self.combined)}: only evaluator=transformers can combine these with pruning")
         if process_rank() == 0:
@@ -178,12 +178,12 @@ class RunSetup:
     @property
     def compensates(self) -> bool:
         """Whether weights that stay are changed."""
-        return not _is_none(self.compensation)
+        return not self.compensation.does_nothing
 
     @property
     def recovers(self) -> bool:
         """Whether the pruned model is trained."""
-        return bool(self.recovery.heals)
+        return not self.recovery.does_nothing
 
     @property
     def losses_on(self) -> list[str] | None:
@@ -361,8 +361,3 @@ def _told_of(group: str) -> Iterator[None]:
         settings = "|".join(field.name for field in dataclasses.fields(TrainingData))
         told = re.sub(rf"\bcalibration\.(?=(?:{settings})\b)", f"{group}.", str(error))
         raise SvlError(told.replace("calibration file", f"{group} file")) from error
-
-
-def _is_none(method: Method) -> bool:
-    """Whether a method is its group's `none`."""
-    return type(method).__module__.endswith(".none")
