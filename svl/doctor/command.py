@@ -8,11 +8,9 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from omegaconf import DictConfig
 
@@ -26,7 +24,7 @@ from svl.doctor.recovery_checks import count_tokens, examine_recovery
 from svl.models.devices import find_device
 from svl.plugins import import_plugins
 from svl.run.keys import versions
-from svl.run.messages import config_folders
+from svl.run.messages import compose
 from svl.store.artifacts import Store
 
 LIBRARIES = (
@@ -55,17 +53,10 @@ def run_doctor() -> None:
     for name in ("huggingface_hub", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)  # of a hub that does not answer, the page says enough
     import_plugins()
-    sections = examine(compose(words))
+    sections = examine(config.round_ratio(compose(words)))
     print(page(sections))
     if not can_work(sections):
         sys.exit(1)
-
-
-def compose(words: Sequence[str]) -> DictConfig:
-    """The configuration of these overrides."""
-    where = f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in config_folders()[1:])}]"
-    with hydra.initialize_config_dir(str(config.CONF), version_base="1.3"):
-        return config.round_ratio(hydra.compose("config", overrides=[where, *words]))
 
 
 def examine(cfg: DictConfig) -> list[Section]:

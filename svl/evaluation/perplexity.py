@@ -25,7 +25,7 @@ from svl.core.errors import explained, out_of_memory
 from svl.data.sample_files import read_samples
 from svl.evaluation import benchmarks
 from svl.evaluation.score_statistics import Part, standard_error
-from svl.evaluation.settings import TaskOptions
+from svl.evaluation.settings import TaskOptions, taken_by_limit
 from svl.models.lvlm import Lvlm
 from svl.models.positions import looked_up_positions
 from svl.processes import all_or_none, gather_shares, gather_values, join_processes, my_share
@@ -96,10 +96,8 @@ def limited_texts(task: str, options: TaskOptions) -> Sequence[Sample]:
     source = benchmarks.find_task(task, options.include_path)
     settings = benchmarks.task_settings(task, options.include_path)
     (file,) = benchmarks.task_data_files(source, settings)
-    samples, limit = read_samples(file).samples, options.limit
-    if limit is None:
-        return samples
-    return samples[: int(limit) if limit >= 1 else math.ceil(limit * len(samples))]
+    samples = read_samples(file).samples
+    return samples[: taken_by_limit(len(samples), options.limit)]
 
 
 def text_losses(lvlm: Lvlm, task: str, samples: Sequence[Sample], options: TaskOptions) -> list[TextLoss]:

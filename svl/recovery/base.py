@@ -69,7 +69,7 @@ class Recovery(Method, ABC):
         budget_s: seconds of training after which it stops; None: no limit. With one, the same run again may end with
             other weights.
         learning_rate: its largest value.
-        warmup: share of the budget (of steps or seconds, whichever is further) in which it rises from 0.
+        warmup: share of the budget (of steps or seconds, whichever is further) in which it rises, from a tenth on.
         schedule: after that: cosine (down to 0) | constant.
         batch_size: samples in a pass.
         accumulate: passes for one step, which the processes that torchrun started share.
@@ -109,10 +109,9 @@ class Recovery(Method, ABC):
         check_count("recovery.steps", self.steps, unless="those of budget_s, or one pass over the data")
         check_number("recovery.budget_s", self.budget_s, above=0, unless="no limit")
         check_number("recovery.learning_rate", self.learning_rate, above=0)
-        for name in ("weight_decay", "max_grad_norm", "warmup"):
+        for name in ("weight_decay", "max_grad_norm"):
             check_number(f"recovery.{name}", getattr(self, name), least=0)
-        if not self.warmup < 1:
-            raise SvlError(f"recovery.warmup is {self.warmup:g}, but must be below 1: it is a share of the budget")
+        check_number("recovery.warmup", self.warmup, least=0, below=1)
 
     def passes_of_each(self, processes: int) -> int:
         """Passes for one step that each of so many processes does.

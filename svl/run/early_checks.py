@@ -23,7 +23,7 @@ def check_compensation(setup: RunSetup) -> None:
         SvlError: if it cannot.
     """
     compensation = setup.compensation
-    if not compensation.needs or not compensation.foldable or setup.layers_are_tried:
+    if not compensation.needs or not compensation.foldable or "layers" in setup.tried:
         return
     from svl.pruning import folding, layer_trials
 
@@ -31,7 +31,7 @@ def check_compensation(setup: RunSetup) -> None:
     layer_trials.check_folding(setup.dense, only_scales=compensation.only_scales)
     if compensation.joins:
         layer_trials.check_joining(setup.dense)
-    setup.layers_are_tried = True
+    setup.tried.add("layers")
 
 
 def check_single_writers(setup: RunSetup, plan: Plan) -> None:
@@ -52,7 +52,7 @@ def check_recovery(setup: RunSetup, plan: Plan | None = None) -> None:
         SvlError: if it cannot.
     """
     recovery = setup.recovery
-    if not setup.recovers or setup.recovery_is_tried:
+    if not setup.recovers or "recovery" in setup.tried:
         return
     from svl.recovery import student, training
 
@@ -63,7 +63,7 @@ def check_recovery(setup: RunSetup, plan: Plan | None = None) -> None:
         return
     student.check_trainable(setup.dense, recovery)
     training.check_pictures(setup.dense, recovery.parts(setup.dense, plan), setup.training_samples)
-    setup.recovery_is_tried = True
+    setup.tried.add("recovery")
 
 
 def check_patch_fits(setup: RunSetup, plan: Plan, patch: Patch) -> None:

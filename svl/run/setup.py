@@ -67,6 +67,7 @@ class RunSetup:
         rescores: whether it measures the model again after each removal.
         seconds_loading: spent on loading the model, which belongs to no stage.
         log: what is told of stages.
+        tried: what svl.run.early_checks has found to work in this run: "layers", "recovery".
 
     Raises:
         SvlError: on bad input.
@@ -98,8 +99,8 @@ class RunSetup:
             self.samples  # noqa: B018 (read now, so that bad data is found before the model is loaded)
         if self.recovers:
             check_answers(self.training_samples)
-        self._dense: Lvlm | None = None
         self.seconds_loading = 0.0
+        self.tried: set[str] = set()
 
     def _find_model(self) -> None:
         model = self.cfg.model
@@ -207,15 +208,10 @@ class RunSetup:
 
     # ----------------------------------------------------------------------------------- samples and model
 
-    @property
+    @cached_property
     def samples(self) -> Samples:
         """The calibration set, read once."""
-        if self._samples is None:
-            self._samples = self._read_samples(self.cfg.calibration)
-        return self._samples
-
-    _samples: Samples | None = None
-    layers_are_tried = recovery_is_tried = False  # by svl.run.early_checks, in this run
+        return self._read_samples(self.cfg.calibration)
 
     @cached_property
     def training_samples(self) -> Samples:
@@ -241,18 +237,17 @@ class RunSetup:
         inputs = {**source.identity(), "code": stage_code("data")}
         return read_samples(self.store.make("data", inputs, draw).path / SAMPLES_FILE)
 
-    @property
+    @cached_property
     def dense(self) -> Lvlm:
         """The model as it comes, loaded on first use."""
-        if self._dense is None:
-            began = time.perf_counter()
-            self._dense = self._load()
-            self.seconds_loading += time.perf_counter() - began
-        return self._dense
+        began = time.perf_counter()
+        dense = self._load()
+        self.seconds_loading += time.perf_counter() - began
+        return dense
 
     def release_model(self) -> None:
         """Forget the loaded model; it is loaded again if need be."""
-        self._dense = None
+        self.__dict__.pop("dense", None)
 
     def _load(self) -> Lvlm:
         from svl.calibration import offload
