@@ -15,7 +15,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 import svl
-from svl.catalog import choices, pages
+from svl.catalog import choices, pages, sources
 from svl.catalog.choices import Choice, Group
 from svl.catalog.sources import Field
 
@@ -107,7 +107,7 @@ def group_section(group: Group) -> Iterator[str]:
         yield settings_table([(f"{group.name}.", field) for field in settings])
     if group.name == "benchmark":
         yield "Of each task (`benchmark.tasks.TASK.NAME`):"
-        yield settings_table([("", field) for field in choices.settings_of_tasks()])
+        yield settings_table([("", field) for field in settings_of_tasks()])
     found = choices.choices(group.name)
     yield table(("choice", "what it is", "source"), ((f"`{c.name}`", cell(c.summary), sources_cell(c)) for c in found))
     rows = [(choice, choice.settings()) for choice in found if choice.target]
@@ -115,6 +115,12 @@ def group_section(group: Group) -> Iterator[str]:
         yield "Settings of each:"
         heads = ("choice", "setting", "type", "default", "meaning")
         yield table(heads, ((f"`{c.name}`", *setting_cells("", field)) for c, fields in rows for field in fields))
+
+
+def settings_of_tasks() -> list[Field]:
+    """The settings of each task of a benchmark."""
+    fields = sources.class_fields(f"{choices.SCHEMA}.Task")
+    return [Field(field.name, field.type, choices.as_yaml(field.default), field.comment) for field in fields]
 
 
 def api_page() -> str:
@@ -125,7 +131,7 @@ def api_page() -> str:
         "`import svl` gives these names; each is imported when it is first used. Hydra, datasets, lmms-eval, W&B and "
         "matplotlib are not needed for them.",
         *(
-            f"::: svl.{svl.public_module(name)}.{name}\n    options: {{heading: svl.{name}, toc_label: {name}}}"
+            f"::: {getattr(svl, name).__module__}.{name}\n    options: {{heading: svl.{name}, toc_label: {name}}}"
             for name in names
         ),
     ]

@@ -38,11 +38,6 @@ _MODULES = {
 __all__ = sorted(_MODULES)
 
 
-def public_module(name: str) -> str:
-    """The module of `svl` that one of its public names is from."""
-    return _MODULES[name]
-
-
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return getattr(import_module(f"svl.{_MODULES[name]}"), name)

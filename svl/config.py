@@ -243,6 +243,15 @@ def round_ratio(cfg: DictConfig) -> DictConfig:
     return rounded
 
 
+def asked_removals(cfg: DictConfig, n_layers: int) -> int:
+    """How many of so many layers the configuration asks to remove: `n_remove`, or the ratio of them.
+
+    Raises:
+        SvlError: if the ratio is out of range.
+    """
+    return int(layers_to_remove(cfg.ratio, n_layers) if cfg.n_remove is None else cfg.n_remove)
+
+
 def check_first(cfg: DictConfig) -> None:
     """What a beginner gets wrong, checked before torch is imported, which takes seconds.
 
@@ -291,7 +300,7 @@ def validate_config(cfg: DictConfig) -> dict[str, Any]:
         _check_nothing_exports(cfg)
         if {"rescoring", "probe"} <= methods["strategy"].needs:
             raise SvlError(NO_TRIALS)
-    if methods["recovery"].heals:
+    if not methods["recovery"].does_nothing:
         _check_recovery(cfg)
     return methods
 

@@ -76,7 +76,8 @@ def test_every_choice_composes_and_binds(row):
     cfg = compose(*(f"{group}={choice}" for group, choice in row.items()))
     for method in config.METHODS:  # a strategy brings others
         assert cfg[method]["_target_"].startswith("svl.")
-        config.build_method(cfg[method], method)
+        built = config.build_method(cfg[method], method)
+        assert built.does_nothing == (row.get(method) == "none") or method not in row
     to_be_given = {f"{group}.path" for group, choice in row.items() if choice == "local"}
     assert OmegaConf.missing_keys(cfg) == to_be_given
 

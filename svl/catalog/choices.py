@@ -21,7 +21,6 @@ from svl.plugins import CONF, conf_folders
 
 SCHEMA = "svl.config_schema"
 ROOT = f"{SCHEMA}.Svl"
-TASK = f"{SCHEMA}.Task"  # settings of each of benchmark.tasks
 _COMMENT = re.compile(r"""^(?:[^#'"]|'[^']*'|"[^"]*")*?\s#\s(.*)$""")  # behind a value; not a # in quotes
 
 
@@ -187,11 +186,6 @@ def group_settings(group: str) -> list[Field]:
         return []
     fields = sources.class_fields(plain_groups()[group])
     return [Field(field.name, field.type, as_yaml(field.default), field.comment) for field in fields]
-
-
-def settings_of_tasks() -> list[Field]:
-    """The settings of each task of a benchmark."""
-    return [Field(f.name, f.type, as_yaml(f.default), f.comment) for f in sources.class_fields(TASK)]
 
 
 def choices(group: str, folders: Sequence[Path] = ()) -> list[Choice]:

@@ -138,13 +138,18 @@ def _eval_results(facts: CardFacts) -> list[EvalResult]:
 
 
 def _summary(facts: CardFacts) -> str:
-    removed = f"Layers {list(facts.plan.removed)} (0-based) of {for_markdown(facts.name)} were removed without training"
+    removed = f"Layers {list(facts.plan.removed)} (0-based) of {for_markdown(facts.name)} were removed"
+    if not facts.record.get("trained"):
+        removed += " without training"
     if facts.plan.sublayers:
         parts = ", ".join(f"{layer}.{role}" for layer, role in facts.plan.sublayers)
         removed += f", and of others {parts} (layer.projection), whose weights are zeros here and save nothing,"
     if changed := facts.record["compensated"]:
         removed += f", and {', '.join(changed)} (layer.projection) were changed to make up for them,"
-    return f"{removed} by [svl](https://arxiv.org/abs/2507.23362), an implementation of Short-LVLM and its baselines."
+    told = f"{removed} by [svl](https://arxiv.org/abs/2507.23362), an implementation of Short-LVLM and its baselines."
+    if trained := facts.record.get("trained"):
+        told += f" Of what is left, {len(trained)} modules were trained afterwards; config.json lists them."
+    return told
 
 
 def _usage(facts: CardFacts) -> str:
@@ -165,6 +170,7 @@ def _history(record: dict[str, Any]) -> list[str]:
     rows = ["| step | of layers | removed | changed | strategy |", "|---:|---:|---|---|---|"]
     for number, step in enumerate([*record["history"], record], 1):
         changed = ", ".join(step.get("compensated") or ()) or "nothing"
+        changed += "; trained" if step.get("trained") else ""
         cells = (number, step["n_layers"], list(step["removed"]), changed, step.get("strategy", ""))
         rows.append(f"| {' | '.join(map(for_markdown, cells))} |")
     base = f" of {for_markdown(record['base_model'])}" if "base_model" in record else ""

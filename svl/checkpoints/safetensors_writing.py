@@ -27,7 +27,6 @@ from svl.core.errors import SvlError
 from svl.models.weight_files import INDEX, WEIGHTS
 
 Blocks = Callable[[], Iterable[Tensor]]  # a tensor as blocks, one after the other, computed when its turn comes
-Progress = Callable[[int], None]  # told of every number of bytes written
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def split_into_shards(tensors: Sequence[NewTensor], limit: int) -> list[list[New
     return result
 
 
-def write_weights(folder: Path, tensors: Sequence[NewTensor], limit: int, advance: Progress = lambda _: None) -> None:
+def write_weights(folder: Path, tensors: Sequence[NewTensor], limit: int) -> None:
     """Write the weights of a checkpoint folder: one file, or shards of `limit` bytes and their index.
 
     Every file is read back by the safetensors library.
@@ -73,7 +72,7 @@ def write_weights(folder: Path, tensors: Sequence[NewTensor], limit: int, advanc
     files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     files = files if len(shards) > 1 else [WEIGHTS]
     for file, shard in zip(files, shards, strict=True):
-        _write_shard(folder / file, shard, advance)
+        _write_shard(folder / file, shard)
         _check_written(folder / file, shard)
     if len(shards) > 1:
         parameters, size = sum(math.prod(t.shape) for t in tensors), sum(t.size for t in tensors)
@@ -92,7 +91,7 @@ def _check_written(file: Path, tensors: Sequence[NewTensor]) -> None:
         raise RuntimeError(f"'{file}' does not hold what was written to it")
 
 
-def _write_shard(path: Path, tensors: Sequence[NewTensor], advance: Progress) -> None:
+def _write_shard(path: Path, tensors: Sequence[NewTensor]) -> None:
     # Wider elements first, so that every tensor is aligned; otherwise as they lie at the source, so that neighbours
     # are copied as one range.
     tensors = sorted(tensors, key=lambda tensor: -DTYPES[tensor.dtype].itemsize)
@@ -109,11 +108,11 @@ def _write_shard(path: Path, tensors: Sequence[NewTensor], advance: Progress) ->
         write_all(target, struct.pack("<Q", len(header)) + header)
         for source in byte_ranges(tensors):
             if isinstance(source, NewTensor):
-                _write_computed(target, source, advance)
+                _write_computed(target, source)
                 continue
             if source.file not in opened:
                 opened[source.file] = stack.enter_context(open(source.file, "rb", buffering=0))
-            copy_bytes(opened[source.file], target, source.begin, source.size, advance)
+            copy_bytes(opened[source.file], target, source.begin, source.size)
 
 
 def byte_ranges(tensors: Iterable[NewTensor]) -> Iterator[StoredTensor | NewTensor]:
@@ -136,17 +135,16 @@ def byte_ranges(tensors: Iterable[NewTensor]) -> Iterator[StoredTensor | NewTens
         yield run
 
 
-def _write_computed(target: RawIOBase, tensor: NewTensor, advance: Progress) -> None:
+def _write_computed(target: RawIOBase, tensor: NewTensor) -> None:
     """Append a tensor's blocks, each computed when the last one is written and gone."""
-    left = tensor.size
+    written = 0
     for block in tensor.source():  # type: ignore[operator]
         data = block.contiguous().view(-1).view(torch.uint8).numpy()
         write_all(target, data)
-        left -= len(data)
-        advance(len(data))
+        written += len(data)
         del block, data
-    if left:
-        raise RuntimeError(f"{tensor.name} was computed with {-left} bytes too many")
+    if written != tensor.size:
+        raise RuntimeError(f"what was computed of {tensor.name} has {written} bytes, not {tensor.size}")
 
 
 def write_all(target: RawIOBase, data: Any) -> None:
@@ -156,7 +154,7 @@ def write_all(target: RawIOBase, data: Any) -> None:
         view = view[target.write(view) or 0 :]
 
 
-def copy_bytes(source: RawIOBase, target: RawIOBase, begin: int, size: int, advance: Progress) -> None:
+def copy_bytes(source: RawIOBase, target: RawIOBase, begin: int, size: int) -> None:
     """Append `size` bytes of one open file, from `begin`, to another; within the kernel where it can do that.
 
     Raises:
@@ -182,4 +180,3 @@ def copy_bytes(source: RawIOBase, target: RawIOBase, begin: int, size: int, adva
         if not done:
             raise SvlError(f"'{getattr(source, 'name', '')}' became shorter while it was read")
         begin, size = begin + done, size - done
-        advance(done)

@@ -99,7 +99,7 @@ def read_skeleton(
     options = replace(options or LoadOptions(), revision=None)
     stored = read_tensors(folder)
     config, auto = read_model_config(folder, options)
-    dtype = _dtype(config, stored, options)
+    dtype = loaded_dtype(config, stored.values(), options)
     model = described_model(auto, config, folder, dtype, options, shapes_only=shapes_only)
     places = match_names(model, stored)
     found = find_anatomy(model, options.layers, image_token=image_token, protect=options.protect)
@@ -113,13 +113,15 @@ def read_skeleton(
     return skeleton
 
 
-def _dtype(config: PreTrainedConfig, stored: dict[str, StoredTensor], options: LoadOptions) -> torch.dtype:
-    """The dtype of the model: what the options ask for, else what the config or the first tensor has."""
+def loaded_dtype(config: PreTrainedConfig, stored: Iterable[StoredTensor], options: LoadOptions) -> torch.dtype:
+    """The dtype of the model, as transformers chooses it: what the options ask for, else what the config or the first
+    tensor of real numbers has; float32 without any. `stored` is read only where it decides.
+    """
     if isinstance(options.torch_dtype, torch.dtype):
         return options.torch_dtype
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
-    return next((DTYPES[s.dtype] for s in stored.values() if DTYPES[s.dtype].is_floating_point), torch.float32)
+    return next((DTYPES[s.dtype] for s in stored if DTYPES[s.dtype].is_floating_point), torch.float32)
 
 
 def _check_kinds(skeleton: Skeleton) -> None:

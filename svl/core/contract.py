@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def method_name(method: object) -> str:
-    """Module and class of a method, for messages."""
+    """Module and class of a method, as `_target_` has them."""
     return f"{type(method).__module__}.{type(method).__qualname__}"
 
 

@@ -26,10 +26,12 @@ class Method:
     Attributes:
         needs: what must be there when the method is called; nothing by default.
         known_needs: what methods of this kind may ask for.
+        does_nothing: whether it is its group's `none`, whose stage is left out.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     known_needs: ClassVar[frozenset[str]] = frozenset()
+    does_nothing: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)

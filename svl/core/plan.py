@@ -65,7 +65,8 @@ class Plan:
             strategy has none.
         merges: steps (kept layer, the layers merged into it), in order, where the strategy decided on merging; what
             merging does to weights is up to the compensation.
-        provenance: how the plan was made (`strategy`, `selector`, `model`, `ratio`, ...); not part of its identity.
+        provenance: how the plan was made (`strategy`, `selector`, `model`, `ratio`, ...); not part of its identity, and
+            nothing depends on it but what a recovery reads of it by name (`Recovery.reads_of_plan`).
         order: the removed layers in the order in which they went, where each was chosen on what the earlier ones left;
             compensations that follow such steps measure in this order.
         removed_attn: layers that stay, but without their attention.

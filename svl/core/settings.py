@@ -16,17 +16,18 @@ def check_number(
     least: float = -math.inf,
     most: float = math.inf,
     above: float = -math.inf,
+    below: float = math.inf,
     unless: str = "",
 ) -> None:
-    """Raise SvlError unless `value` is a finite number in [least, most], and above `above`.
+    """Raise SvlError unless `value` is a finite number in [least, most], above `above` and below `below`.
 
     With `unless`, which says what None means, it may also be None.
     """
     if value is None and unless:
         return
     usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not usable or not least <= value <= most or not value > above:  # type: ignore[operator]
-        limits = (("at least", least), ("at most", most), ("above", above))
+    if not usable or not least <= value <= most or not above < value < below:  # type: ignore[operator]
+        limits = (("at least", least), ("at most", most), ("above", above), ("below", below))
         bounds = [f"{word} {bound:g}" for word, bound in limits if math.isfinite(bound)]
         wanted = " and ".join(bounds) if usable and bounds else ", ".join(["a finite number", *bounds])
         shown = f"{value:g}" if isinstance(value, float) else reprlib.repr(value)

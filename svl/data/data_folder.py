@@ -24,7 +24,11 @@ BUILDERS = {
     "arrow": (".arrow",),
     "text": (".txt",),
 }
-PICTURE_ROWS = ("metadata.parquet", "metadata.jsonl", "metadata.csv")  # beside pictures: the columns of each
+PICTURE_ROWS = (
+    "metadata.jsonl",
+    "metadata.csv",
+    "metadata.parquet",
+)  # columns of pictures; the first counts
 SPLITS = {
     "train": {"train", "training"},
     "validation": {"validation", "valid", "val", "dev"},

@@ -8,7 +8,7 @@ from typing import Any
 
 from svl.core import SvlError
 from svl.data import pictures
-from svl.data.data_folder import check_no_archives
+from svl.data.data_folder import PICTURE_ROWS, check_no_archives
 from svl.data.json_files import open_json
 from svl.data.tables import CsvTable, JoinedTables, ParquetTable, Row, RowList, Table
 
@@ -19,7 +19,6 @@ FOREIGN_PICTURES = (
     *(".tga", ".pcx", ".exr", ".hdr", ".dds", ".xcf", ".sgi", ".wmf", ".emf", ".dng", ".nef", ".cr2", ".cr3", ".arw"),
     *(".orf", ".rw2", ".raf"),
 )
-PICTURE_ROWS = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # beside pictures: columns of each
 QUESTIONS = {"prompt", "question", "caption", "text", "messages", "conversations", "texts"}  # columns that ask or tell
 
 

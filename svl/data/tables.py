@@ -33,10 +33,6 @@ class Table(ABC):
     def __init__(self, path: Path):
         self.path = path
 
-    def name(self, number: int) -> str:
-        """What messages call row `number`."""
-        return f"row {number} of '{self.path}'"
-
     @abstractmethod
     def __len__(self) -> int:
         """How many rows there are."""

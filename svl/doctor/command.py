@@ -8,11 +8,9 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from omegaconf import DictConfig
 
@@ -21,12 +19,12 @@ from svl.data.samples import Samples
 from svl.doctor.data_checks import examine_benchmarks, examine_samples, longest_text
 from svl.doctor.findings import Section, can_work, page
 from svl.doctor.memory import GUESSED_ANSWER, GUESSED_TOKENS, Load, Need, in_words, stage_needs
-from svl.doctor.model_checks import Examined, asked_removals, examine_model
+from svl.doctor.model_checks import Examined, examine_model
 from svl.doctor.recovery_checks import count_tokens, examine_recovery
 from svl.models.devices import find_device
 from svl.plugins import import_plugins
 from svl.run.keys import versions
-from svl.run.messages import config_folders
+from svl.run.messages import compose
 from svl.store.artifacts import Store
 
 LIBRARIES = (
@@ -55,17 +53,10 @@ def run_doctor() -> None:
     for name in ("huggingface_hub", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)  # of a hub that does not answer, the page says enough
     import_plugins()
-    sections = examine(compose(words))
+    sections = examine(config.round_ratio(compose(words)))
     print(page(sections))
     if not can_work(sections):
         sys.exit(1)
-
-
-def compose(words: Sequence[str]) -> DictConfig:
-    """The configuration of these overrides."""
-    where = f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in config_folders()[1:])}]"
-    with hydra.initialize_config_dir(str(config.CONF), version_base="1.3"):
-        return config.round_ratio(hydra.compose("config", overrides=[where, *words]))
 
 
 def examine(cfg: DictConfig) -> list[Section]:
@@ -82,15 +73,15 @@ def examine(cfg: DictConfig) -> list[Section]:
     store = Store(cfg.paths.store, versions())
     examined = examine_model(cfg, store, model)
     samples = examine_samples(cfg, cfg.calibration, "calibration", calibration)
-    heals, training = bool(methods) and methods["recovery"].heals, None
+    heals, training = bool(methods) and not methods["recovery"].does_nothing, None
     if heals:
-        asked = asked_removals(cfg, examined.shape.layers) if examined else 1
+        asked = config.asked_removals(cfg, examined.shape.layers) if examined else 1
         model_alone = examined.lvlm if examined else None
         training = examine_recovery(cfg, methods["recovery"], model_alone, asked, samples, recovery)
     if examined:
         needs = methods["strategy"].needs if methods else frozenset()
         with memory.examined("memory"):
-            n_remove = asked_removals(cfg, examined.shape.layers)
+            n_remove = config.asked_removals(cfg, examined.shape.layers)
             load, room = _count_load(cfg, examined, samples, needs, memory), _room(cfg)
             for need in stage_needs(examined.shape, load, n_remove, training):
                 _compare(need, room[need.place], memory)
@@ -143,12 +134,10 @@ def _room(cfg: DictConfig) -> dict[str, int | None]:
     """Bytes that there are: of the device's memory, of the CPU's, and of the disk that an export goes to."""
     device = find_device(cfg.model.device)
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    memory = None
-    if cfg.model.device_map is not None:  # device by device, transformers decides
-        memory = None
-    elif device.type == "cuda":
+    memory, alone = None, cfg.model.device_map is None  # of several devices, transformers decides
+    if alone and device.type == "cuda":
         memory = torch.cuda.mem_get_info(device)[1]
-    elif device.type == "cpu":
+    elif alone and device.type == "cpu":
         memory = host
     target = Path(cfg.export.path or ".").absolute()
     while not target.exists():

@@ -63,6 +63,7 @@ def examine_benchmarks(cfg: DictConfig, section: Section) -> None:
     for task, options in task_options(cfg.benchmark).items():
         with section.examined(f"task '{task}'"):
             benchmarks.check_settings(task, options)
+            benchmarks.check_evaluator(task, options.include_path, cfg.evaluator.name)
             benchmarks.check_data(task, options)
             section.ok(f"{task}: {_where(task, options)}")
     if not cfg.benchmark.tasks:

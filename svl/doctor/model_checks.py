@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from svl.config import build_method, load_options, plain_values
-from svl.core import Compensation, Stats, checked_plan, fitted_patch, layers_to_remove
-from svl.core.errors import SvlError, explained
+from svl.checkpoints.safetensors_files import StoredTensor, read_tensors
+from svl.checkpoints.skeleton import loaded_dtype
+from svl.config import asked_removals, build_method, load_options, plain_values
+from svl.core import Compensation, Stats, SvlError, checked_plan, fitted_patch
+from svl.data.card_metadata import read_metadata
 from svl.demo import bundled
 from svl.doctor.findings import Section
 from svl.doctor.memory import ModelShape, in_words
@@ -48,7 +51,7 @@ def examine_model(cfg: DictConfig, store: Store, section: Section) -> Examined |
         options = load_options(cfg.model, _examine_source(checkpoint, cfg.model.revision, section))
         config, auto = read_model_config(checkpoint, options)
         section.ok(f"{type(config).__name__}, {config.model_type}: transformers has it as {auto.__name__}")
-        dtype = _dtype(options.torch_dtype, config)
+        dtype = loaded_dtype(config, _stored_tensors(checkpoint), options)
         model = empty_model(auto, config, dtype, options.trust_remote_code, shapes_only=True)
         processor, token = load_processor(checkpoint, config, options)
         anatomy = find_anatomy(model, options.layers, image_token=token, protect=options.protect)
@@ -73,7 +76,10 @@ def _examine_source(checkpoint: str, revision: str | None, section: Section) -> 
         section.ok(f"folder '{folder}': {len(files.files)} files with weights, {in_words(size)}")
         if files.pickled:
             section.note(PICKLED)
-        _note_licence(_card_of_folder(folder), section)
+        try:
+            _note_licence(read_metadata(folder / "README.md"), section)
+        except (SvlError, OSError, ValueError) as error:
+            section.note(f"its model card cannot be read: {error}")
         return None
     found = find_hub_snapshot(checkpoint, revision)
     section.ok(f"hub id '{checkpoint}', commit {found.commit[:12]}")
@@ -98,27 +104,16 @@ def _examine_hub(found: HubSnapshot, section: Section) -> None:
     _note_licence(found.card, section)
 
 
-def _card_of_folder(folder: Path) -> dict[str, Any]:
-    from huggingface_hub import ModelCard
-
-    readme = folder / "README.md"
-    if not readme.is_file():
-        return {}
-    with explained(f"its model card '{readme}' cannot be read"):
-        return dict(ModelCard.load(readme, ignore_metadata_errors=True).data.to_dict())
-
-
 def _note_licence(card: dict[str, Any], section: Section) -> None:
     licence = card.get("license_name") or card.get("license")
     section.note(f"licence: {licence}" if licence else "its card names no licence")
 
 
-def _dtype(asked: torch.dtype | str, config: Any) -> torch.dtype:
-    """What the weights are loaded in."""
-    if isinstance(asked, torch.dtype):
-        return asked
-    stored = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-    return stored if isinstance(stored, torch.dtype) else torch.float32
+def _stored_tensors(checkpoint: str) -> Iterator[StoredTensor]:
+    """What lies in a folder, by its headers; nothing of a hub id, or of pickles."""
+    folder = Path(checkpoint)
+    if folder.is_dir() and not find_weight_files(folder).pickled:
+        yield from read_tensors(folder).values()
 
 
 def model_shape(lvlm: Lvlm, dtype: torch.dtype) -> ModelShape:
@@ -139,11 +134,6 @@ def model_shape(lvlm: Lvlm, dtype: torch.dtype) -> ModelShape:
         cache_width=2 * kv_heads * width,
         vocabulary=getattr(text, "vocab_size", 0) or 0,
     )
-
-
-def asked_removals(cfg: DictConfig, n_layers: int) -> int:
-    """How many of so many layers the configuration asks to remove."""
-    return int(layers_to_remove(cfg.ratio, n_layers) if cfg.n_remove is None else cfg.n_remove)
 
 
 def _examine_layers(cfg: DictConfig, anatomy: Anatomy, section: Section) -> None:
@@ -192,20 +182,11 @@ def _examine_methods(cfg: DictConfig, lvlm: Lvlm, section: Section) -> None:
     compensation = build_method(cfg.compensation, "compensation")
     try:
         check_foldable(lvlm)
-        missing = {"attn", "mlp"} - set(lvlm.anatomy.writers)
-        if missing:
-            roles = " or ".join(sorted(missing))
-            section.note(f"some layer has no {roles} writer: compensations that need it are refused")
-        else:
-            section.ok(
-                "every compensation applies, as far as names tell: attention and MLP of every layer write through one "
-                "matrix (a run tries that out before it calibrates)"
-            )
     except SvlError as error:
-        if compensation.foldable and _compensates(cfg):
-            section.fails(str(error))
-        else:
-            section.note(str(error))
+        matters = compensation.foldable and not compensation.does_nothing
+        (section.fails if matters else section.note)(str(error))
+    else:
+        _examine_writers(lvlm.anatomy, section)
     if compensation.joins:
         with section.examined("joining layers"):
             joinable_layers(lvlm)
@@ -218,6 +199,28 @@ def _examine_methods(cfg: DictConfig, lvlm: Lvlm, section: Section) -> None:
         section.ok("it takes pictures")
     if cfg.model.offload:
         section.note("model.offload: trial removals, refit, come and benchmarks need the whole model in memory instead")
+
+
+def _examine_writers(anatomy: Anatomy, section: Section) -> None:
+    """Which compensations can be folded, as far as the layers' projections tell."""
+    missing = {"attn", "mlp"} - set(anatomy.writers)
+    several = {
+        role: [i for i, writer in enumerate(writers) if not writer.single] for role, writers in anatomy.writers.items()
+    }
+    several = {role: layers for role, layers in several.items() if layers}
+    if missing:
+        roles = " or ".join(sorted(missing))
+        section.note(f"some layer has no {roles} writer: compensations that need it are refused")
+    for role, layers in several.items():
+        section.note(
+            f"'{role}' of layers {_in_ranges(layers)} has several matrices (experts): compensations that refit it are "
+            "refused there"
+        )
+    if not missing and not several:
+        section.ok(
+            "attention and MLP of every layer write through one matrix, without a norm behind it as far as names tell: "
+            "compensations can be folded in (a run tries that out before it calibrates)"
+        )
 
 
 def _examine_choices(cfg: DictConfig, lvlm: Lvlm, compensation: Compensation, section: Section) -> None:
@@ -243,7 +246,3 @@ def _examine_choices(cfg: DictConfig, lvlm: Lvlm, compensation: Compensation, se
         if not strategy.needs and not compensation.needs:  # what they come to is known
             plan = checked_plan(strategy, stats, n_remove)
             check_patch(fitted_patch(compensation, None, plan), plan, lvlm.anatomy, lvlm.layers)  # type: ignore[arg-type]
-
-
-def _compensates(cfg: DictConfig) -> bool:
-    return not str(cfg.compensation["_target_"]).startswith("svl.compensation.none.")

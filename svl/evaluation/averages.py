@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-NORMAL_95 = 1.96  # a 95 % interval of a normal distribution, in standard errors on either side
+from svl.evaluation.score_statistics import NORMAL_95
+
 Metric = Mapping[str, Any]  # "value", "stderr", "low", "high", "dense"
 
 

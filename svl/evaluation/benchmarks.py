@@ -40,7 +40,7 @@ import yaml
 from svl.core import SvlError, did_you_mean, one_of
 from svl.core.errors import explained
 from svl.evaluation.settings import TaskOptions
-from svl.store.files import digest, file_digest, remembered
+from svl.store.files import digest, file_digest, nested_strings, remembered
 from svl.text.escaping import for_terminal
 
 log = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ def _with_included(path: Path) -> dict[str, Any]:
     """What a YAML file says, with the files it includes; of these, the first that names a setting counts."""
     config = deepcopy(_parsed(path))
     included: dict[str, Any] = {}
-    for name in reversed(list(_strings(config.pop("include", None)))):
+    for name in reversed(list(nested_strings(config.pop("include", None)))):
         included |= _with_included(path.parent / name)
     return included | config
 
@@ -183,10 +183,24 @@ def check_task(task: str, options: TaskOptions) -> None:
         log.warning("  %s: answers are always greedy, so %s does not count", task, for_terminal(", ".join(ignored)))
 
 
+def output_type(task: str, include_path: str | None) -> str:
+    """What a task asks for."""
+    return str(task_settings(task, include_path).get("output_type", OUTPUTS[0]))
+
+
+def check_evaluator(task: str, include_path: str | None, evaluator: str) -> None:
+    """Raise SvlError unless the evaluator gives what a task asks for: vLLM writes answers, and gives no likelihoods."""
+    kind = output_type(task, include_path)
+    if evaluator == "vllm" and kind != OUTPUTS[0]:
+        raise SvlError(
+            f"task '{task}' asks for {kind} (its output_type), but evaluator=vllm gives only {OUTPUTS[0]}: set "
+            "evaluator=transformers, or leave the task out"
+        )
+
+
 def check_settings(task: str, options: TaskOptions) -> None:
     """Raise SvlError unless `task` can be scored so, as far as its YAML tells."""
-    settings = task_settings(task, options.include_path)
-    kind = settings.get("output_type", OUTPUTS[0])
+    settings, kind = task_settings(task, options.include_path), output_type(task, options.include_path)
     one_of(f"output_type of task '{task}'", kind, OUTPUTS)
     if "class" in settings:
         raise SvlError(f"task '{task}' is a class of lmms-eval's; only tasks that their YAML describes can be scored")
@@ -268,7 +282,7 @@ def new_tokens(task: str, include_path: str | None) -> int:
 def higher_is_better(task: str, metric: str, include_path: str | None) -> bool:
     """Whether higher values of a task's metric are better: as its YAML says; True where nothing is known."""
     settings = task_settings(task, include_path)
-    if settings.get("output_type") == "perplexity":
+    if output_type(task, include_path) == "perplexity":
         return False
     name, entries = metric.partition(",")[0].removeprefix(LIKELIHOOD), settings.get("metric_list") or []
     if "upstream" in settings and name not in {entry["metric"] for entry in entries}:
@@ -363,7 +377,7 @@ def _files(path: Path) -> Iterator[Path]:
     yield path
     yield from path.parent.glob("*.py")
     config = _parsed(path)
-    for included in _strings(config.get("include")):
+    for included in nested_strings(config.get("include")):
         yield from _files(path.parent / included)
     if "upstream" in config:
         yield from _files(find_task(config["upstream"], None))
@@ -373,15 +387,6 @@ def _files(path: Path) -> Iterator[Path]:
 def task_data_files(path: Path, config: dict[str, Any]) -> Iterator[Path]:
     """The local data files that the YAML file at `path`, which says `config`, names relative to itself."""
     options = config.get("dataset_kwargs") or {}
-    for name in _strings([config.get("dataset_path"), options.get("data_files"), options.get("data_dir")]):
+    for name in nested_strings([config.get("dataset_path"), options.get("data_files"), options.get("data_dir")]):
         for place in map(Path, glob.glob(str(path.parent / name), recursive=True)):
             yield from [place] if place.is_file() else [p for p in place.rglob("*") if p.is_file()]
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """All strings in nested lists and dict values."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _strings(item)

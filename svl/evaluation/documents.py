@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -18,6 +17,7 @@ from svl.core.errors import explained
 from svl.data.hub_data import left_encoded
 from svl.data.pictures import LIMIT, open_picture
 from svl.data.videos import SUFFIXES as VIDEO_SUFFIXES
+from svl.evaluation.settings import taken_by_limit
 
 Document = Mapping[str, Any]
 
@@ -26,9 +26,7 @@ def rows_of_limit(
     documents: Sequence[Document], limit: float | None, together: Callable[[Document], Hashable] | None
 ) -> list[int]:
     """The rows of the documents that a limit takes; of documents that are scored `together`, all or none."""
-    n = len(documents)
-    if limit is not None:
-        n = min(n, math.ceil(limit * n) if limit < 1 else int(limit))
+    n = taken_by_limit(len(documents), limit)
     if together is None or n == len(documents):
         return list(range(n))
     values = [together(document) for document in documents]

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +25,10 @@ from svl.core.errors import explained, out_of_memory
 from svl.data.sample_files import read_samples
 from svl.evaluation import benchmarks
 from svl.evaluation.score_statistics import Part, standard_error
-from svl.evaluation.settings import TaskOptions
+from svl.evaluation.settings import TaskOptions, taken_by_limit
 from svl.models.lvlm import Lvlm
 from svl.models.positions import looked_up_positions
+from svl.processes import all_or_none, gather_shares, gather_values, join_processes, my_share
 from svl.text.progress import show_progress
 
 if TYPE_CHECKING:
@@ -57,6 +59,7 @@ def evaluate_perplexity(lvlm: Lvlm, task: str, options: TaskOptions, folder: Pat
     Arguments and result are those of `svl.evaluation.evaluate.evaluate`. Metrics: `loss`, nats per token over all
     tokens of the task; `perplexity`, its exponential; `bits_per_byte`, bits per byte of the predicted text, which
     compares models of different vocabularies; all None if a loss is not finite, and a perplexity that no float holds.
+    Started by torchrun, every process reads its share of the batches, and all have the whole result.
     Standard errors take samples as independent. In `samples.jsonl`, `score` is a sample's mean loss and `part` what it
     adds to the task's metric (None where that is undefined).
 
@@ -66,9 +69,10 @@ def evaluate_perplexity(lvlm: Lvlm, task: str, options: TaskOptions, folder: Pat
     """
     one_of(f"metric of task '{task}'", options.metric, METRICS)
     samples = limited_texts(task, options)
+    join_processes()
     began = time.perf_counter()
     losses = text_losses(lvlm, task, samples, options)
-    seconds = time.perf_counter() - began
+    seconds = max(gather_values(time.perf_counter() - began))
     tokens = sum(text.tokens for text in losses)
     with open(folder / "samples.jsonl", "w", encoding="utf-8") as file:
         for sample, text, part in zip(samples, losses, metric_parts(losses, options.metric), strict=True):
@@ -92,34 +96,40 @@ def limited_texts(task: str, options: TaskOptions) -> Sequence[Sample]:
     source = benchmarks.find_task(task, options.include_path)
     settings = benchmarks.task_settings(task, options.include_path)
     (file,) = benchmarks.task_data_files(source, settings)
-    samples, limit = read_samples(file).samples, options.limit
-    if limit is None:
-        return samples
-    return samples[: int(limit) if limit >= 1 else math.ceil(limit * len(samples))]
+    samples = read_samples(file).samples
+    return samples[: taken_by_limit(len(samples), options.limit)]
+
+
+def text_losses(lvlm: Lvlm, task: str, samples: Sequence[Sample], options: TaskOptions) -> list[TextLoss]:
+    """How well the model predicts each text, in their order; of processes of one run, each reads its share."""
+    size = options.batch_size
+    batches = [samples[start : start + size] for start in range(0, len(samples), size)]
+    mine = my_share(len(batches))
+
+    def read_share() -> list[list[TextLoss]]:
+        return [batch_losses(lvlm, task, batches[k], size) for k in show_progress(mine, task, len(mine))]
+
+    return list(chain.from_iterable(gather_shares(all_or_none(read_share), len(batches))))
 
 
 @torch.inference_mode()
-def text_losses(lvlm: Lvlm, task: str, samples: Sequence[Sample], options: TaskOptions) -> list[TextLoss]:
-    """How well the model predicts each text, in their order."""
-    size, losses = options.batch_size, []
-    starts = range(0, len(samples), size)
-    for start in show_progress(starts, task, len(starts)):
-        batch = samples[start : start + size]
-        rows = ", ".join(str(sample.row) for sample in batch)
-        with (
-            out_of_memory(f"evaluation of task '{task}'", f"lower benchmark.batch_size (now {size})"),
-            explained(f"task '{task}': documents [{rows}] do not go through the model"),
-        ):
-            inputs = lvlm.encode([sample.prompt for sample in batch])
-            inputs = lvlm.with_answers(inputs, inputs["attention_mask"].sum(1).tolist())
-            logits = lvlm.model(**inputs, **looked_up_positions(lvlm, inputs), use_cache=False).logits
-            for b, sample in enumerate(batch):
-                real = inputs["attention_mask"][b].bool()
-                tokens = inputs["input_ids"][b][real]
-                if len(tokens) < 2:
-                    raise SvlError(f"task '{task}', row {sample.row}: a text of fewer than two tokens predicts nothing")
-                text = str(lvlm.tokenizer.decode(tokens[1:]))
-                losses.append(TextLoss(_loss(logits[b][real], tokens), len(tokens) - 1, len(text.encode())))
+def batch_losses(lvlm: Lvlm, task: str, batch: Sequence[Sample], size: int) -> list[TextLoss]:
+    """How well the model predicts the texts of one batch, which are at most `size`."""
+    rows, losses = ", ".join(str(sample.row) for sample in batch), []
+    with (
+        out_of_memory(f"evaluation of task '{task}'", f"lower benchmark.batch_size (now {size})"),
+        explained(f"task '{task}': documents [{rows}] do not go through the model"),
+    ):
+        inputs = lvlm.encode([sample.prompt for sample in batch])
+        inputs = lvlm.with_answers(inputs, inputs["attention_mask"].sum(1).tolist())
+        logits = lvlm.model(**inputs, **looked_up_positions(lvlm, inputs), use_cache=False).logits
+        for b, sample in enumerate(batch):
+            real = inputs["attention_mask"][b].bool()
+            tokens = inputs["input_ids"][b][real]
+            if len(tokens) < 2:
+                raise SvlError(f"task '{task}', row {sample.row}: a text of fewer than two tokens predicts nothing")
+            text = str(lvlm.tokenizer.decode(tokens[1:]))
+            losses.append(TextLoss(_loss(logits[b][real], tokens), len(tokens) - 1, len(text.encode())))
     return losses
 
 

@@ -25,7 +25,7 @@ def picture_overlap(samples: Samples, tasks: Mapping[str, TaskOptions]) -> dict[
     """
     theirs: set[bytes] = set()
     for task, options in tasks.items():
-        if benchmarks.task_settings(task, options.include_path).get("output_type") == "perplexity":
+        if benchmarks.output_type(task, options.include_path) == "perplexity":
             continue  # on text alone
         scored = load_task(task, options)
         for number in range(len(scored.rows)):

@@ -27,7 +27,7 @@ from svl.store.artifacts import Entry
 
 T = TypeVar("T")
 RESAMPLES = 500  # of a bootstrap
-Z = 1.959964  # 97.5 % of a normal distribution lie below
+NORMAL_95 = 1.959964  # a 95 % interval of a normal distribution, in standard errors on either side
 
 
 class Part(NamedTuple):
@@ -89,8 +89,9 @@ def share_interval(share: float, stderr: float | None, n: float, n_units: float)
     n = min(n, variance / stderr**2 + 1 if known and stderr else n_units)
     if n <= 0:
         return 0.0, 1.0
-    centre = (share + Z * Z / (2 * n)) / (1 + Z * Z / n)
-    margin = Z * math.sqrt(variance / n + Z * Z / (4 * n * n)) / (1 + Z * Z / n)
+    z = NORMAL_95
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    margin = z * math.sqrt(variance / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return max(0.0, min(share, centre - margin)), min(1.0, max(share, centre + margin))
 
 

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from svl.core import SvlError
+
+
+def taken_by_limit(n: int, limit: float | None) -> int:
+    """How many of `n` documents a limit takes: the first so many; below 1, the first share; None: all."""
+    if limit is None:
+        return n
+    return min(n, math.ceil(limit * n) if limit < 1 else int(limit))
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,6 @@ def vllm_answerer(path: str, batch_size: int, options: dict[str, Any], template:
     class VllmAnswerer(adapter):  # type: ignore[valid-type, misc]
         """What `evaluate` reads of an answerer, besides lmms-eval's interface."""
 
-        seconds, first_prompt = 0.0, ""
-
         def device_facts(self) -> dict[str, Any]:
             """What a speed depends on besides the model."""
             name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

@@ -69,7 +69,7 @@ class Recovery(Method, ABC):
         budget_s: seconds of training after which it stops; None: no limit. With one, the same run again may end with
             other weights.
         learning_rate: its largest value.
-        warmup: share of the budget (of steps or seconds, whichever is further) in which it rises from 0.
+        warmup: share of the budget (of steps or seconds, whichever is further) in which it rises, from a tenth on.
         schedule: after that: cosine (down to 0) | constant.
         batch_size: samples in a pass.
         accumulate: passes for one step, which the processes that torchrun started share.
@@ -80,6 +80,8 @@ class Recovery(Method, ABC):
         save_every: steps between checkpoints: what is lost at most when a run is killed.
         seed: of the order of samples, and of adapters.
         data: samples to train on, as the group `calibration` describes them; path null: the calibration set.
+        unrelated: settings that a result does not depend on.
+        reads_of_plan: names in a plan's `provenance` that `parts` reads; a result depends on their values.
     """
 
     steps: int | None = None
@@ -96,8 +98,8 @@ class Recovery(Method, ABC):
     save_every: int = 50
     seed: int = 0
     data: dict[str, Any] = field(default_factory=dict)
-    heals: ClassVar[bool] = True  # False: the stage is left out
-    unrelated: ClassVar[tuple[str, ...]] = ("data", "save_every")  # settings that a result does not depend on
+    unrelated: ClassVar[tuple[str, ...]] = ("data", "save_every")
+    reads_of_plan: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         one_of("recovery.schedule", self.schedule, ("cosine", "constant"))
@@ -107,10 +109,9 @@ class Recovery(Method, ABC):
         check_count("recovery.steps", self.steps, unless="those of budget_s, or one pass over the data")
         check_number("recovery.budget_s", self.budget_s, above=0, unless="no limit")
         check_number("recovery.learning_rate", self.learning_rate, above=0)
-        for name in ("weight_decay", "max_grad_norm", "warmup"):
+        for name in ("weight_decay", "max_grad_norm"):
             check_number(f"recovery.{name}", getattr(self, name), least=0)
-        if not self.warmup < 1:
-            raise SvlError(f"recovery.warmup is {self.warmup:g}, but must be below 1: it is a share of the budget")
+        check_number("recovery.warmup", self.warmup, least=0, below=1)
 
     def passes_of_each(self, processes: int) -> int:
         """Passes for one step that each of so many processes does.

@@ -7,7 +7,7 @@ After other strategies, whose plans have no triplets, these are for each removed
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from svl.recovery.base import Parts, Recovery
 from svl.recovery.modules import layer_tensors, layers_beside_gaps, nearest_kept
@@ -24,6 +24,7 @@ class Interlace(Recovery):
     learning_rate: float = 1e-5
     batch_size: int = 16
     accumulate: int = 2
+    reads_of_plan: ClassVar[tuple[str, ...]] = ("partners",)
 
     def parts(self, pruned: Lvlm, plan: Plan) -> Parts:
         """All parameters of these layers: those that the strategy names as `partners`, or the nearest ones."""

@@ -41,9 +41,7 @@ class Lora(Recovery):
         one_of("recovery.targets", self.targets, ("all", "attn", "mlp"))
         check_count("recovery.rank", self.rank, least=1)
         check_count("recovery.alpha", self.alpha, least=1)
-        check_number("recovery.dropout", self.dropout, least=0)
-        if not self.dropout < 1:
-            raise SvlError(f"recovery.dropout is {self.dropout:g}, but must be below 1")
+        check_number("recovery.dropout", self.dropout, least=0, below=1)
 
     @property
     def adapter(self) -> Adapter:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class NoRecovery(Recovery):
     """Leave the pruned model as it is."""
 
-    heals: ClassVar[bool] = False
+    does_nothing: ClassVar[bool] = True
 
     def parts(self, pruned: Lvlm, plan: Plan) -> Parts:
         """Nothing."""

@@ -45,7 +45,7 @@ class Student(nn.Module):
         self.lvlm = surgery.apply(dense, plan, patch)
         self.plan, self.recovery = plan, recovery
         self.parts = recovery.parts(self.lvlm, plan)
-        self._teacher = (dense,) if recovery.losses.need_teacher else ()  # not a module of this one
+        self._teacher = dense if recovery.losses.need_teacher else None
         self._points = terms.compared_states(plan) if recovery.losses.states else {}
         self.trained = self._make_trainable()
         self.model = self.lvlm.model
@@ -113,9 +113,9 @@ class Student(nn.Module):
         if weights.answers:
             targets = terms.answer_targets(inputs, answer).to(logits.device)
             found["answers"] = nn.functional.cross_entropy(logits, targets)
-        for teacher in self._teacher:
+        if self._teacher is not None:
             with torch.no_grad():
-                wanted, points = terms.forward_pass(teacher, inputs, answer, list(self._points))
+                wanted, points = terms.forward_pass(self._teacher, inputs, answer, list(self._points))
             if weights.logits:
                 found["logits"] = terms.logit_divergence(logits, wanted, weights.temperature)
             if weights.states:

@@ -24,7 +24,7 @@ from svl.report.pictures import Picture
 from svl.report.results import Run, stored_scores
 from svl.report.rows import Row, Section
 from svl.report.table_writers import as_csv, as_latex
-from svl.report.tables import PAPER, Line, Table, error_text
+from svl.report.tables import PAPER, Table, error_text
 from svl.store.artifacts import Entry, Store
 from svl.text.escaping import for_html, for_terminal
 
@@ -152,7 +152,7 @@ def _section_data(
         "groups": groups,
         "columns": table.columns,
         "lines": [
-            {"cells": line.cells, "details": _details(section, line, line.row, store, images) if line.row else None}
+            {"cells": line.cells, "details": _details(section, line.row, store, images) if line.row else None}
             for line in table.lines
         ],
         "notes": table.notes,
@@ -167,7 +167,7 @@ def _section_data(
     }
 
 
-def _details(section: Section, line: Line, row: Row, store: Store, images: dict[str, str]) -> dict[str, Any]:
+def _details(section: Section, row: Row, store: Store, images: dict[str, str]) -> dict[str, Any]:
     """What a row opens: plans, numbers, settings, and questions that flipped against the dense model."""
     run = row.first
     methods = [(name, run.result.get(name) or "none") for name in ("selector", "compensation", "recovery")]

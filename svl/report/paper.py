@@ -12,15 +12,22 @@ from pathlib import Path
 from svl.report.rows import Row
 
 SOURCE = "arXiv 2507.23362"
-NAME = "short_lvlm_main_results.csv"
-HERE = Path(__file__).parent
-FILE = next((p for p in (HERE / NAME, HERE.parents[1] / "experiments/paper" / NAME) if p.is_file()), HERE / NAME)
 SIZE = re.compile(r"\d+b")  # as in 7b
 METHOD = {  # what the paper calls short-lvlm: two names of the same layers
     "strategy": ("short_lvlm_paper", "short_lvlm"),
     "selector": ("tis",),
     "compensation": ("subspace",),
 }
+
+
+def numbers_file(name: str) -> Path:
+    """A file of published numbers: in the installed package, or in the experiments of a checkout."""
+    here = Path(__file__).parent
+    places = (here / name, here.parents[1] / "experiments/paper" / name)
+    return next((place for place in places if place.is_file()), places[0])
+
+
+FILE = numbers_file("short_lvlm_main_results.csv")
 
 
 @dataclass(frozen=True)

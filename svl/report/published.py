@@ -6,14 +6,11 @@ import csv
 import re
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
-from svl.report.paper import is_model
+from svl.report.paper import is_model, numbers_file
 from svl.report.rows import Section
 
-NAME = "published_scores.csv"
-HERE = Path(__file__).parent
-FILE = next((p for p in (HERE / NAME, HERE.parents[1] / "experiments/paper" / NAME) if p.is_file()), HERE / NAME)
+FILE = numbers_file("published_scores.csv")
 TOLERANCE = 3.0  # points, of 100; a difference above it is said
 FULL_SCORES = {"mme": 2000}  # where the highest score is not 100
 CAUSES = (

@@ -14,7 +14,8 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from svl.core import Plan
-from svl.evaluation.averages import NORMAL_95, metric_error
+from svl.evaluation.averages import metric_error
+from svl.evaluation.score_statistics import NORMAL_95
 from svl.report.results import Run
 
 BESIDE = ("likelihood", "above_chance", "off_format")  # averages besides that of the main metrics, as tables show them

@@ -6,7 +6,8 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from svl.core import Patch, Plan, SvlError, layers_to_remove
+from svl.config import asked_removals
+from svl.core import Patch, Plan, SvlError
 from svl.core.contract import answering
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def check_compensation(setup: RunSetup) -> None:
         SvlError: if it cannot.
     """
     compensation = setup.compensation
-    if not compensation.needs or not compensation.foldable or setup.layers_are_tried:
+    if not compensation.needs or not compensation.foldable or "layers" in setup.tried:
         return
     from svl.pruning import folding, layer_trials
 
@@ -30,7 +31,7 @@ def check_compensation(setup: RunSetup) -> None:
     layer_trials.check_folding(setup.dense, only_scales=compensation.only_scales)
     if compensation.joins:
         layer_trials.check_joining(setup.dense)
-    setup.layers_are_tried = True
+    setup.tried.add("layers")
 
 
 def check_single_writers(setup: RunSetup, plan: Plan) -> None:
@@ -50,20 +51,19 @@ def check_recovery(setup: RunSetup, plan: Plan | None = None) -> None:
     Raises:
         SvlError: if it cannot.
     """
-    recovery, cfg = setup.recovery, setup.cfg
-    if not setup.recovers or setup.recovery_is_tried:
+    recovery = setup.recovery
+    if not setup.recovers or "recovery" in setup.tried:
         return
     from svl.recovery import student, training
 
     anatomy = setup.dense.anatomy
     if plan is None:
-        n_remove = layers_to_remove(cfg.ratio, anatomy.n_layers) if cfg.n_remove is None else cfg.n_remove
-        plan = Plan(anatomy.n_layers, tuple(anatomy.removable[:n_remove]))
+        plan = Plan(anatomy.n_layers, tuple(anatomy.removable[: asked_removals(setup.cfg, anatomy.n_layers)]))
     if plan.is_empty:
         return
     student.check_trainable(setup.dense, recovery)
     training.check_pictures(setup.dense, recovery.parts(setup.dense, plan), setup.training_samples)
-    setup.recovery_is_tried = True
+    setup.tried.add("recovery")
 
 
 def check_patch_fits(setup: RunSetup, plan: Plan, patch: Patch) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 
 from svl.config import PACKAGE
 from svl.core import Method
+from svl.core.contract import method_name
 from svl.store.files import digest, remembered
 
 PACKAGES = ("svl", "torch", "transformers", "lmms_eval", "datasets", "hydra-core", "wandb")
@@ -77,7 +78,7 @@ def stage_code(stage: str) -> str:
 def method_identity(method: Any) -> dict[str, Any]:
     """What a method's results depend on: its class, its code, and its settings (defaults included)."""
     code = code_digest(type(method).__module__)
-    return {"class": _class_name(method), "code": code, **_fields(method, method_identity)}
+    return {"class": method_name(method), "code": code, **_fields(method, method_identity)}
 
 
 def identity_without(method: Any, names: Collection[str]) -> dict[str, Any]:
@@ -87,7 +88,7 @@ def identity_without(method: Any, names: Collection[str]) -> dict[str, Any]:
 
 def method_settings(method: Any) -> dict[str, Any]:
     """Values of a method's fields, defaults included; those of a method within it beside its `_target_`."""
-    return _fields(method, lambda inner: {"_target_": _class_name(inner), **method_settings(inner)})
+    return _fields(method, lambda inner: {"_target_": method_name(inner), **method_settings(inner)})
 
 
 def _fields(method: Any, described: Callable[[Method], dict[str, Any]]) -> dict[str, Any]:
@@ -100,10 +101,6 @@ def _as_json(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return type(value)(_as_json(item) for item in value)
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _class_name(method: Any) -> str:
-    return f"{type(method).__module__}.{type(method).__qualname__}"
 
 
 @cache

@@ -22,7 +22,6 @@ from svl.store.files import cannot_write
 from svl.text.escaping import for_terminal
 from svl.text.redaction import redact_text
 
-LESS_MEMORY = "lower the batch sizes of calibration and benchmark, or set model.dtype=bfloat16 or model.device=cpu"
 NEAR = 5  # choices that are shown where something like them was asked for
 
 
@@ -50,10 +49,8 @@ def one_line(error: BaseException) -> str | None:
     if isinstance(error, SvlError):
         return str(error)
     if is_out_of_memory(error):
-        smaller = (
-            "lower calibration.batch_size and benchmark.batch_size, or set model.dtype=bfloat16 or model.device=cpu"
-        )
-        return f"out of memory: {smaller}"
+        sizes = "calibration.batch_size and benchmark.batch_size"
+        return f"out of memory: lower {sizes}, or set model.dtype=bfloat16 or model.device=cpu"
     if isinstance(error, MarkedYAMLError):
         place = f" in '{mark.name}', line {mark.line + 1}" if (mark := error.problem_mark) else ""
         return f"the configuration is no YAML{place}: {error.problem}"
@@ -102,16 +99,21 @@ def config_folders() -> list[Path]:
     return [plugins.CONF, *([own] if own else []), *plugins.conf_folders()[1:]]
 
 
+def compose(words: Sequence[str]) -> DictConfig:
+    """The configuration of these overrides, from the folders that the command line names."""
+    where = f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in config_folders()[1:])}]"
+    with hydra.initialize_config_dir(str(config.CONF), version_base="1.3"):
+        return hydra.compose("config", overrides=[where, *words])
+
+
 def neighbouring_settings(key: str) -> list[str]:
     """The settings next to `key` in the composed configuration of this command line without its wrong part."""
-    where = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in config_folders()[1:])}]"]
     groups = "model|strategy|selector|compensation|recovery|quantization|visual_tokens|benchmark"
     choices = [word for word in sys.argv[1:] if re.fullmatch(rf"({groups})=\w+", word)]
-    with hydra.initialize_config_dir(str(config.CONF), version_base="1.3"):
-        try:
-            cfg = hydra.compose("config", overrides=where + choices)
-        except (HydraException, OmegaConfBaseException):  # the wrong part is in the chosen file itself
-            cfg = OmegaConf.structured(config.Svl)
+    try:
+        cfg = compose(choices)
+    except (HydraException, OmegaConfBaseException):  # the wrong part is in the chosen file itself
+        cfg = OmegaConf.structured(config.Svl)
     parent, _, _ = key.rpartition(".")
     node = OmegaConf.select(cfg, parent) if parent else cfg
     if not isinstance(node, DictConfig):

@@ -31,19 +31,7 @@ def train(setup: RunSetup, plan: Plan, patch: Entry | None) -> Entry | None:
         log.info("  recover       nothing is removed, so nothing is trained")
     if not setup.recovers or plan.is_empty:
         return None
-    samples, recovery = setup.training_samples, setup.recovery
-    inputs: dict[str, Any] = {
-        "model": setup.model,
-        "code": stage_code("recover"),
-        "removed": plan.removed,
-        "weights": content_of(patch, PATCH),
-        "examples": [samples.fingerprint, samples.answers],
-        "recovery": identity_without(recovery, recovery.unrelated),
-    }
-    if plan.sublayers:
-        inputs["sublayers"] = plan.sublayers
-    if partners := plan.provenance.get("partners"):
-        inputs["partners"] = partners
+    samples, recovery, inputs = setup.training_samples, setup.recovery, training_inputs(setup, plan, patch)
 
     def build(folder: Path) -> dict[str, Any]:
         from svl.pruning import patch_file
@@ -64,6 +52,22 @@ def train(setup: RunSetup, plan: Plan, patch: Entry | None) -> Entry | None:
         return {**spent, "parameters": found.parameters, "examples": len(samples), "device": device}
 
     return make_stage(setup, "recover", inputs, build, help=in_scratch(build))
+
+
+def training_inputs(setup: RunSetup, plan: Plan, patch: Entry | None) -> dict[str, Any]:
+    """What a training depends on."""
+    samples, recovery = setup.training_samples, setup.recovery
+    inputs: dict[str, Any] = {
+        "model": setup.model,
+        "code": stage_code("recover"),
+        "removed": plan.removed,
+        "weights": content_of(patch, PATCH),
+        "examples": [samples.fingerprint, samples.answers],
+        "recovery": identity_without(recovery, recovery.unrelated),
+    }
+    if plan.sublayers:
+        inputs["sublayers"] = plan.sublayers
+    return inputs | {name: value for name in recovery.reads_of_plan if (value := plan.provenance.get(name))}
 
 
 def describe_training(spent: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from svl.checkpoints import export
 from svl.checkpoints.fingerprint import checkpoint_fingerprint
 from svl.config import load_options, plain_values, round_ratio, training_data, validate_config
 from svl.config_schema import TrainingData
-from svl.core import Method, SvlError, TokenSelector, one_of
+from svl.core import SvlError, TokenSelector, one_of
 from svl.core.errors import out_of_memory
 from svl.data.sample_files import read_samples
 from svl.data.samples import Samples, write_samples
@@ -67,6 +67,7 @@ class RunSetup:
         rescores: whether it measures the model again after each removal.
         seconds_loading: spent on loading the model, which belongs to no stage.
         log: what is told of stages.
+        tried: what svl.run.early_checks has found to work in this run: "layers", "recovery".
 
     Raises:
         SvlError: on bad input.
@@ -81,7 +82,7 @@ class RunSetup:
         self.selector, self.strategy = methods["selector"], methods["strategy"]
         self.compensation, self.recovery = methods["compensation"], methods["recovery"]
         self.trackers = methods["tracker"].each(self.choice("tracker"))
-        self.combined: dict[str, Any] = {group: methods[group] for group in COMBINED if not _is_none(methods[group])}
+        self.combined: dict[str, Any] = {group: methods[group] for group in COMBINED if not methods[group].does_nothing}
         if self.combined and self.uses_vllm:
             raise SvlError(f"{' and '.join(self.combined)}: only evaluator=transformers can combine these with pruning")
         if process_rank() == 0:
@@ -98,8 +99,8 @@ class RunSetup:
             self.samples  # noqa: B018 (read now, so that bad data is found before the model is loaded)
         if self.recovers:
             check_answers(self.training_samples)
-        self._dense: Lvlm | None = None
         self.seconds_loading = 0.0
+        self.tried: set[str] = set()
 
     def _find_model(self) -> None:
         model = self.cfg.model
@@ -137,6 +138,7 @@ class RunSetup:
         self.tasks = task_options(benchmark)
         for task, options in self.tasks.items():
             benchmarks.check_task(task, options)
+            benchmarks.check_evaluator(task, options.include_path, self.cfg.evaluator.name)
             said = benchmark.tasks[task].higher_is_better
             benchmarks.check_direction(task, options.metric, said, benchmark.include_path)
         self.task_fingerprints = {
@@ -177,12 +179,12 @@ class RunSetup:
     @property
     def compensates(self) -> bool:
         """Whether weights that stay are changed."""
-        return not _is_none(self.compensation)
+        return not self.compensation.does_nothing
 
     @property
     def recovers(self) -> bool:
         """Whether the pruned model is trained."""
-        return bool(self.recovery.heals)
+        return not self.recovery.does_nothing
 
     @property
     def losses_on(self) -> list[str] | None:
@@ -206,15 +208,10 @@ class RunSetup:
 
     # ----------------------------------------------------------------------------------- samples and model
 
-    @property
+    @cached_property
     def samples(self) -> Samples:
         """The calibration set, read once."""
-        if self._samples is None:
-            self._samples = self._read_samples(self.cfg.calibration)
-        return self._samples
-
-    _samples: Samples | None = None
-    layers_are_tried = recovery_is_tried = False  # by svl.run.early_checks, in this run
+        return self._read_samples(self.cfg.calibration)
 
     @cached_property
     def training_samples(self) -> Samples:
@@ -240,18 +237,17 @@ class RunSetup:
         inputs = {**source.identity(), "code": stage_code("data")}
         return read_samples(self.store.make("data", inputs, draw).path / SAMPLES_FILE)
 
-    @property
+    @cached_property
     def dense(self) -> Lvlm:
         """The model as it comes, loaded on first use."""
-        if self._dense is None:
-            began = time.perf_counter()
-            self._dense = self._load()
-            self.seconds_loading += time.perf_counter() - began
-        return self._dense
+        began = time.perf_counter()
+        dense = self._load()
+        self.seconds_loading += time.perf_counter() - began
+        return dense
 
     def release_model(self) -> None:
         """Forget the loaded model; it is loaded again if need be."""
-        self._dense = None
+        self.__dict__.pop("dense", None)
 
     def _load(self) -> Lvlm:
         from svl.calibration import offload
@@ -360,8 +356,3 @@ def _told_of(group: str) -> Iterator[None]:
         settings = "|".join(field.name for field in dataclasses.fields(TrainingData))
         told = re.sub(rf"\bcalibration\.(?=(?:{settings})\b)", f"{group}.", str(error))
         raise SvlError(told.replace("calibration file", f"{group} file")) from error
-
-
-def _is_none(method: Method) -> bool:
-    """Whether a method is its group's `none`."""
-    return type(method).__module__.endswith(".none")

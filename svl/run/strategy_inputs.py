@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svl.core import Plan, RemovalProbe, Rescoring, Stats, checked_plan, fitted_patch, layers_to_remove
+from svl.config import asked_removals
+from svl.core import Plan, RemovalProbe, Rescoring, Stats, checked_plan, fitted_patch
 from svl.core.contract import answering
 from svl.run import early_checks
 from svl.run.generated import read_texts
@@ -42,9 +43,7 @@ def count_removals(setup: RunSetup, stats: Stats) -> int:
     Raises:
         SvlError: if that many may not be removed.
     """
-    n = setup.cfg.n_remove
-    if n is None:
-        n = layers_to_remove(setup.cfg.ratio, stats.n_layers)
+    n = asked_removals(setup.cfg, stats.n_layers)
     stats.candidates(n)
     return n
 

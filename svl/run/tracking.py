@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from svl.config import plain_values
 from svl.core import Plan
+from svl.core.contract import method_name
 from svl.evaluation import score_statistics
 from svl.processes import process_rank
 from svl.run.keys import method_settings
@@ -48,8 +49,7 @@ def track_run(setup: RunSetup, folder: Path, stages: RunStages, run: Entry) -> N
             with not_costing_the_result(name):
                 return {"run": run.key, "location": mirror_in_time(tracker, record())}
 
-        cls = type(tracker)
-        settings = {"class": f"{cls.__module__}.{cls.__qualname__}", **redact_values(method_settings(tracker))}
+        settings = {"class": method_name(tracker), **redact_values(method_settings(tracker))}
         try:
             setup.store.make("track", {"run": run.key, "tracker": settings}, build)
         except NotTrackedError as error:

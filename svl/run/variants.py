@@ -108,8 +108,7 @@ class ModelVariant:
 
     def answers(self, task: str) -> bool:
         """Whether a task asks for answers; else it measures perplexity."""
-        settings = benchmarks.task_settings(task, self.setup.cfg.benchmark.include_path)
-        return settings.get("output_type") != "perplexity"
+        return benchmarks.output_type(task, self.setup.cfg.benchmark.include_path) != "perplexity"
 
     def evaluate(self, task: str, folder: Path) -> dict[str, Any]:
         """The scores of a task, with files in `folder`."""

@@ -30,7 +30,7 @@ from typing import Any
 
 from svl.core.errors import SvlError
 from svl.store.files import cannot_write, digest, file_digest, reason_with_file, remove_path
-from svl.store.in_use import end_lease, lease_artifact, new_lease_lock
+from svl.store.in_use import lease_artifact, new_lease_lock
 from svl.store.layout import (
     LOCKS,
     SCHEMA,
@@ -184,10 +184,6 @@ class Store:
             yield self.root / SCRATCH / f"{what}.{lock.file.name}"
         finally:
             lock.release(remove=True)
-
-    def end_lease(self) -> None:
-        """Let cleaning remove what this process has made or read so far; the end of the process does so, too."""
-        end_lease(self.root)
 
     # ------------------------------------------------------------------------------------------------ helpers
 

@@ -17,6 +17,7 @@ import yaml
 
 from svl.core.errors import SvlError, did_you_mean, one_of
 from svl.store.artifacts import CREATED, MANIFEST, Store
+from svl.store.files import nested_strings
 from svl.store.layout import SCHEMA, files_of_store
 from svl.text.escaping import for_terminal
 
@@ -56,23 +57,11 @@ class Artifact:
     @cached_property
     def references(self) -> set[str]:
         """All strings in what it was made of (keys of other artifacts among them); of a run, also the keys it lists."""
-        return {*_strings(self.manifest["inputs"]), *_strings((self.manifest["output"] or {}).get("keys"))}
+        return {*nested_strings(self.manifest["inputs"]), *nested_strings((self.manifest["output"] or {}).get("keys"))}
 
     def __str__(self) -> str:
         size, age = humanize.naturalsize(self.bytes), humanize.naturaldelta(self.age)
         return f"{self.key}  {size:>9}  {age:>10}  {self.summary}".rstrip()
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """Every string in nested lists and dicts."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _strings(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _strings(item)
 
 
 def summarise_artifact(stage: str, output: dict[str, Any], inputs: dict[str, Any]) -> str:

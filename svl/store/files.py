@@ -1,4 +1,4 @@
-"""Files and folders: their hashes, locks on them, and writing them whole or not at all."""
+"""Files and folders: their hashes, and writing them whole or not at all."""
 
 from __future__ import annotations
 
@@ -36,6 +36,15 @@ def digest(value: Any) -> str:
     """16 hex digits of the SHA-256 of `value` as canonical JSON."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def nested_strings(value: Any) -> Iterator[str]:
+    """All strings in nested lists and dict values."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from nested_strings(item)
 
 
 def remembered(read: Callable[[Path], T]) -> Callable[[Path], T]:

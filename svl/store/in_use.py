@@ -54,7 +54,7 @@ def lease_artifact(root: Path, folder: Path) -> None:
 
 
 def end_lease(root: Path) -> None:
-    """Use none of a store's artifacts any more."""
+    """Let cleaning remove what this process has made or read so far; the end of the process does so, too."""
     if lease := _leases.pop((root, os.getpid()), None):
         lease.end()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from svl.trackers.record import Record, Tracker
 
@@ -10,6 +11,8 @@ from svl.trackers.record import Record, Tracker
 @dataclass(frozen=True)
 class Nowhere(Tracker):
     """No tracking."""
+
+    does_nothing: ClassVar[bool] = True
 
     def mirror(self, record: Record) -> str | None:
         """Nothing."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from svl.models.lvlm import Lvlm
 from svl.visual_tokens.base import VisualTokens
@@ -11,6 +12,8 @@ from svl.visual_tokens.base import VisualTokens
 @dataclass(frozen=True)
 class Every(VisualTokens):
     """No dropping of visual tokens."""
+
+    does_nothing: ClassVar[bool] = True
 
     def apply(self, lvlm: Lvlm) -> Lvlm:
         """The model as it is."""

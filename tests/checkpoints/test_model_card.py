@@ -13,6 +13,7 @@ from svl.checkpoints import export
 from svl.checkpoints.export import ExportRecord
 from svl.checkpoints.model_card import read_card_metadata
 from svl.core import Patch, Plan, SvlError, Update
+from svl.core.patch import TensorChange
 from svl.models.options import LoadOptions
 
 RESULT = {
@@ -56,6 +57,17 @@ def test_the_model_card_is_read_by_the_hub_and_by_people(checkpoint, tmp_path):
     assert "AutoTokenizer" in bare.text
     assert "Recipe" not in bare.text
     assert "Results" not in bare.text
+
+
+def test_the_card_of_a_trained_model_does_not_say_that_it_was_not(checkpoint, tmp_path):
+    patch = Patch(trained={"model.norm.weight": TensorChange(torch.ones(32))})
+    trained, plain = (
+        ModelCard.load(export.save(checkpoint("llama"), Plan(4, (1,)), tmp_path / name, each) / "README.md").text
+        for name, each in (("trained", patch), ("plain", None))
+    )
+    assert "were removed without training by" in plain
+    assert "without training" not in trained
+    assert "1 modules were trained afterwards" in trained
 
 
 def test_cards_of_strangers_can_do_nothing_in_ours(checkpoint, tmp_path):

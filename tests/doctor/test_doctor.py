@@ -9,7 +9,9 @@ import shutil
 import pytest
 import torch
 from helpers.commands import run_svl
-from safetensors.torch import load_file
+from helpers.families import LLAMA, build, config
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import svl
 from svl.doctor.memory import Load, ModelShape, stage_needs
@@ -39,7 +41,7 @@ def test_a_folder_that_will_do(doctor, checkpoint):
     model = section(page, "model")
     assert "4 decoder layers ('model.language_model.layers'), of width 32" in model
     assert "ratio=0.5 removes 2 layers, of 4 that may go" in model
-    assert "every compensation applies" in model
+    assert "attention and MLP of every layer write through one matrix" in model
     assert "64 samples" in section(page, "calibration")
     assert "FAILS" not in page
 
@@ -70,6 +72,32 @@ def test_the_shape_without_weights_is_that_of_the_weights(kind, checkpoint):
     assert shape.mlp_width == config.intermediate_size
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     assert shape.cache_width == 2 * config.num_key_value_heads * head
+
+
+def test_a_dtype_that_only_the_weights_tell_is_that_of_loading(doctor, checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint("llama"), tmp_path / "half")
+    save_file(
+        {n: t.bfloat16() for n, t in load_file(folder / "model.safetensors").items()}, folder / "model.safetensors"
+    )
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({n: v for n, v in fields.items() if not n.endswith("dtype")}))
+    assert svl.load(folder, device="cpu").model.dtype == torch.bfloat16
+    assert "in bfloat16" in section(doctor("model=local", f"model.path={folder}"), "model")
+
+
+def test_a_card_that_cannot_be_read_ends_no_run(doctor, checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint("llama"), tmp_path / "carded")
+    (folder / "README.md").write_text(f"---\nlicense: mit\na: {'[' * 10**5}\n---\n")
+    assert "note  its model card cannot be read: lists are nested" in doctor("model=local", f"model.path={folder}")
+
+
+def test_experts_are_no_single_matrices(doctor, checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint("llama"), tmp_path / "experts")
+    experts = {"num_local_experts": 3, "num_experts_per_tok": 2}
+    build(config("mixtral", **LLAMA, **experts), auto=AutoModelForCausalLM).model.save_pretrained(folder)
+    page = section(doctor("model=local", f"model.path={folder}"), "model")
+    assert "has several matrices (experts): compensations that refit it are refused there" in page
+    assert "through one matrix" not in page
 
 
 def test_memory_by_hand():

@@ -128,6 +128,14 @@ def test_tasks_that_cannot_be_scored_are_refused(tmp_path):
         benchmarks.check_task("custom", own_task(tmp_path, "output_type: generate_until_multi_round\n"))
 
 
+@pytest.mark.parametrize("kind", ["perplexity", "multiple_choice", "loglikelihood"])
+def test_what_vllm_does_not_give_is_refused(kind, tmp_path):
+    folder = own_task(tmp_path, f"output_type: {kind}\n").include_path
+    with pytest.raises(SvlError, match=rf"'custom' asks for {kind} .*, but evaluator=vllm gives only generate_until"):
+        benchmarks.check_evaluator("custom", folder, "vllm")
+    benchmarks.check_evaluator("custom", folder, "transformers")
+
+
 def test_data_that_cannot_be_had_are_named_with_the_way_out(tmp_path, monkeypatch):
     def unreachable(path, name, **options):
         raise ConnectionError(f"Couldn't reach '{path}' on the Hub")

@@ -25,8 +25,10 @@ from transformers import AutoProcessor
 import svl
 from svl import config
 from svl.core import Plan, SvlError
+from svl.doctor.command import examine
 from svl.evaluation.answerer import Answerer
 from svl.evaluation.vllm import vllm_answerer
+from svl.run.setup import RunSetup
 
 pytest.importorskip("lmms_eval")
 evaluation = importlib.import_module("svl.evaluation.evaluate")
@@ -276,6 +278,20 @@ def test_vllm_that_is_not_installed_is_named():
     cfg.benchmark.likelihood = True
     with pytest.raises(SvlError, match="likelihood=true: only evaluator=transformers"):
         config.validate_config(cfg)
+
+
+def test_perplexities_with_vllm_are_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    words = ["benchmark=prose", "evaluator=vllm", "tracker=none", f"paths.store={tmp_path}/store"]
+    config.register_with_hydra()
+    with initialize_config_dir(str(config.CONF), version_base="1.3"):
+        cfg = compose("config", overrides=words)
+    with pytest.raises(SvlError, match=r"asks for perplexity .*, but evaluator=vllm gives only"):
+        RunSetup(cfg)
+    (section,) = [each for each in examine(cfg) if each.title.startswith("benchmark")]
+    assert "evaluator=vllm gives only" in section.findings[0].text
 
 
 def test_vllm_is_given_the_pictures_that_other_evaluators_are(checkpoint, tmp_path, monkeypatch):

@@ -278,7 +278,7 @@ def test_no_error_is_zero(store):
     (table,) = Report.read(store, "demo").tables
     assert [line.cells[6].text for line in table.lines] == ["80.0", "60.0 ± 3.0"]
     (table,) = Report.read(store, "other").tables
-    assert [cell.error for cell in table.lines[1].cells[3:6]] == [pytest.approx(100 * 0.0714 / 3.92), None, None]
+    assert [cell.error for cell in table.lines[1].cells[3:6]] == [pytest.approx(100 * 0.0714 / 3.919928), None, None]
     assert table.lines[1].cells[5].text == "100.0"
     assert "0.0" not in re.findall(r"pm\$\\,([\d.]+)", table_writers.as_latex([table]))
     assert [error_text(error, 1) for error in (2.34, 0.06, 0.04, 0.0012)] == ["2.3", "0.1", "0.04", "0.001"]

@@ -13,7 +13,12 @@ from pathlib import Path
 import pytest
 from helpers.commands import QUIET, SMALL, read, run_svl
 from helpers.paths import ROOT
+from hydra import compose, initialize_config_dir
 
+from svl import config
+from svl.core import Plan
+from svl.run import recovering
+from svl.run.setup import RunSetup
 from svl.store.artifacts import Store
 
 pytest.importorskip("lmms_eval")
@@ -32,6 +37,17 @@ torch.save(model(input_ids=ids).logits, sys.argv[2])
 """
 
 
+@pytest.mark.parametrize(("recovery", "reads"), [("projector", False), ("interlace", True)])
+def test_partners_that_a_plan_names_count_where_they_are_read(recovery, reads, tmp_path):
+    words = (f"recovery={recovery}", "benchmark=none", "tracker=none", "calibration.samples=2")
+    config.register_with_hydra()
+    with initialize_config_dir(str(config.CONF), version_base="1.3"):
+        setup = RunSetup(compose("config", overrides=[*words, f"paths.store={tmp_path}"]))
+    plain, named = Plan(16, (5, 6)), Plan(16, (5, 6), provenance={"partners": [3, 8]})
+    inputs = [recovering.training_inputs(setup, plan, None) for plan in (plain, named)]
+    assert (inputs[0] != inputs[1]) == reads
+
+
 def last_run(folder: Path) -> tuple[dict, dict, str]:
     return read(max((folder / "out").glob("*/*")))
 
@@ -45,7 +61,7 @@ def test_a_run_trains_once_and_exports_a_stock_checkpoint(tmp_path):
     import torch
 
     import svl
-    from svl.core import Patch, Plan
+    from svl.core import Patch
     from svl.pruning.patch_file import load_trained
 
     words = (*PRUNE, "recovery=distill", "recovery.steps=3", *TRAIN, "export.path=exported")

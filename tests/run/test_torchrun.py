@@ -9,6 +9,7 @@ import socket
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers.commands import QUIET, run_svl
 from PIL import Image
 
@@ -130,6 +131,52 @@ def test_what_two_processes_left_one_finishes(start_two, fork_server, mixed, tmp
     assert "error: another process of this run has ended" in fork_server.errors(other)
     assert list(both.glob("store/unfinished/*/step-*"))
     assert finish(both) == finish(alone)
+
+
+NOTING = """
+import os
+from svl.models.lvlm import Lvlm
+
+plain = Lvlm.encode
+
+def noting(self, prompts, *args, **kwargs):
+    with open("read", "a") as file:
+        file.write("".join(f"{os.environ.get('RANK')} {prompt}\\n" for prompt in prompts))
+    return plain(self, prompts, *args, **kwargs)
+
+Lvlm.encode = noting
+"""
+
+
+def test_two_processes_share_the_texts_of_a_perplexity(together, tmp_path):
+    pytest.importorskip("lmms_eval")
+    task = {"task": "texts", "output_type": "perplexity", "dataset_path": "json"}
+    task |= {"dataset_kwargs": {"data_files": "texts.jsonl"}, "metric_list": [{"metric": "loss"}]}
+    benchmark = {"name": "texts", "include_path": f"{tmp_path}/tasks", "batch_size": 2}
+    benchmark |= {"tasks": {"texts": {"metric": "loss"}}}
+    texts = ["the of and", "of the", "and the of the of and", "the the of", "of of and the"]
+    for name, content in {
+        "tasks/texts.yaml": yaml.safe_dump(task),
+        "tasks/texts.jsonl": "\n".join(json.dumps({"text": text}) for text in texts),
+        "conf/benchmark/texts.yaml": json.dumps(benchmark),
+        "plugins/__init__.py": NOTING,
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text(content)
+    words = ("--config-dir", f"{tmp_path}/conf", "benchmark=texts", "strategy=tail", "n_remove=0", *QUIET[1:])
+    found = []
+    for folder, run, environment in (
+        ("alone", run_svl, {}),
+        ("both", together, {"SVL_PLUGINS": str(tmp_path / "plugins")}),
+    ):
+        (tmp_path / folder).mkdir()
+        run(*words, cwd=tmp_path / folder, **environment)
+        (score,) = (tmp_path / folder / "store" / "score").iterdir()
+        output = json.loads((score / "manifest.json").read_text())["output"]
+        found.append((output["metrics"], (score / "samples.jsonl").read_text()))
+    assert found[0] == found[1]
+    read = (tmp_path / "both" / "read").read_text().splitlines()
+    assert sorted(read) == sorted([*(f"0 {texts[i]}" for i in (0, 1, 4)), *(f"1 {texts[i]}" for i in (2, 3))])
 
 
 FAILING = """

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from svl.store.artifacts import Store
+from svl.store.in_use import end_lease
 
 
 @pytest.fixture
@@ -30,5 +31,5 @@ def filled_store(tmp_path, monkeypatch):
     store.unused = add("score", {"removed": [1]}, task="t", metric="a", metrics={"a": {"value": None}}, n=4)
     store.orphan = add("track", {"run": "gone"}, run="gone")
     store.probe = add("probe", {"what": "losses"}, value=1.0)
-    store.end_lease()
+    end_lease(store.root)
     return store

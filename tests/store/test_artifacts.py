@@ -20,6 +20,7 @@ from svl.core import SvlError
 from svl.store import artifacts, files
 from svl.store.artifacts import Store
 from svl.store.files import digest
+from svl.store.in_use import end_lease
 from svl.store.locks import Lock
 
 
@@ -59,7 +60,7 @@ def test_made_once_and_found_again(store):
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EROFS])
 def test_finished_artifacts_can_be_read_from_a_store_that_cannot_be_written(store, monkeypatch, code):
     made = store.make("plan", {"x": 1}, two_files)
-    store.end_lease()
+    end_lease(store.root)
 
     def refused(*_: object) -> bool:
         raise OSError(code, os.strerror(code))

@@ -15,6 +15,7 @@ from svl.store import cleanup
 from svl.store.artifacts import Store
 from svl.store.cleanup import clean_store, find_leftovers, remove_leftover
 from svl.store.contents import list_artifacts
+from svl.store.in_use import end_lease
 from svl.store.layout import MARKER
 from svl.store.locks import Lock
 
@@ -170,7 +171,7 @@ def test_what_a_running_process_uses_stays_however_old(filled_store):
     store, everything = filled_store, present(filled_store)
     made = store.make("patch", {"plan": store.lonely}, lambda _: {})
     everything = present(store)
-    store.end_lease()
+    end_lease(store.root)
     used = [("patch", {"plan": store.lonely}), ("score", {"removed": [1]}), ("track", {"run": "gone"})]
     with using(store, used) as (process, told):
         assert told.recv() == [True] * 3
@@ -205,7 +206,7 @@ def test_cleaning_and_reading_at_once_loses_nothing(filled_store):
     def read_again_and_again(told: Connection) -> None:
         own = Store(store.root)
         while told.recv():
-            own.end_lease()
+            end_lease(own.root)
             told.send("started")
             sizes = [(own.make("plan", {"stats": "gone"}, build).path / "data.bin").stat().st_size for _ in range(10)]
             told.send(set(sizes))
@@ -246,7 +247,7 @@ def test_what_came_into_use_is_not_removed(filled_store):
     store.get("score", {"removed": [1]})
     assert not remove_leftover(store, unused)
     assert store.read(unused.path)
-    store.end_lease()
+    end_lease(store.root)
     assert remove_leftover(store, unused)
 
 

@@ -14,7 +14,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from svl.report.figures.direct_labels import LABEL, LineEnd, PointName, label_line_ends, name_points
-from svl.report.figures.style import PALETTE, STYLE, WIDTH, Look, add_title, figure_with_axes, looks, shortened
+from svl.report.figures.style import (
+    PALETTE,
+    STYLE,
+    WIDTH,
+    Look,
+    add_title,
+    bar_lengths,
+    figure_with_axes,
+    looks,
+    shortened,
+)
 
 
 class Point(NamedTuple):
@@ -64,7 +74,7 @@ def accuracy_vs_ratio(curves: Mapping[str, Sequence[Point]], dense: float | None
         for label, look in looks(list(curves)).items():
             points = sorted(curves[label])
             x, y = [100 * point.ratio + shifts[label] for point in points], [point.value for point in points]
-            ax.errorbar(x, y, _reach(points), fmt="none", ecolor=look.color, elinewidth=1.2, capsize=3, zorder=3)
+            ax.errorbar(x, y, bar_lengths(points), fmt="none", ecolor=look.color, elinewidth=1.2, capsize=3, zorder=3)
             _draw_seeds(ax, x, points, look)
             if dense is not None and points and points[0].ratio > 0:
                 x, y = [0, *x], [dense, *y]
@@ -113,11 +123,6 @@ def _shifts(labels: Sequence[str], ratios: Sequence[float]) -> dict[str, float]:
     return {label: step * (i - (len(labels) - 1) / 2) for i, label in enumerate(labels)}
 
 
-def _reach(points: Sequence[Point]) -> np.ndarray:
-    """Lengths of error bars: [2, points], below and above."""
-    return np.array([[p.value - p.low for p in points], [p.high - p.value for p in points]]).clip(min=0)
-
-
 def accuracy_vs_speed(curves: Mapping[str, Sequence[Point]], dense: float | None, labels: Labels = Labels()) -> Figure:
     """Average score against speed, one mark per plan, those of a method joined in the order of their ratios.
 
@@ -135,7 +140,7 @@ def accuracy_vs_speed(curves: Mapping[str, Sequence[Point]], dense: float | None
             points = [point for point in sorted(curves[label]) if math.isfinite(point.speed)]
             x, y = [point.speed for point in points], [point.value for point in points]
             bars: Any = {"fmt": "none", "ecolor": look.color, "elinewidth": 1, "capsize": 2.5, "alpha": 0.6}
-            ax.errorbar(x, y, _reach(points), **bars, zorder=2)
+            ax.errorbar(x, y, bar_lengths(points), **bars, zorder=2)
             _draw_seeds(ax, x, points, look)
             ax.plot(x, y, lw=1, ms=6, zorder=3, **look.curve())
             every += list(zip(x, y, strict=True))

@@ -6,9 +6,10 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -126,3 +127,21 @@ def shortened(text: str, most: int = 80) -> str:
     """A text in one line that fits: by default, a title's width."""
     text = " ".join(for_terminal(text).split())
     return text if len(text) <= most else text[: most - 1] + "…"
+
+
+class Spread(Protocol):
+    """A value between the ends of its error bar."""
+
+    @property
+    def value(self) -> float: ...
+
+    @property
+    def low(self) -> float: ...
+
+    @property
+    def high(self) -> float: ...
+
+
+def bar_lengths(points: Sequence[Spread]) -> np.ndarray:
+    """Lengths of error bars: [2, points], below and above."""
+    return np.array([[p.value - p.low for p in points], [p.high - p.value for p in points]]).clip(min=0)

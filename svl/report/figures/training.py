@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from svl.report.figures.curves import Labels
 from svl.report.figures.direct_labels import FRAME, LABEL, LineEnd, label_line_ends
-from svl.report.figures.style import STYLE, WIDTH, Look, add_title, looks, shortened
+from svl.report.figures.style import STYLE, WIDTH, Look, add_title, bar_lengths, looks, shortened
 
 UNTRAINED = "#777777"
 LEVELS = ((0, (1, 1.5)), (0, (5, 2)))  # lines of the untrained: without compensation, and with one
@@ -85,8 +84,8 @@ def accuracy_vs_training(panels: Mapping[str, Panel], dense: float | None, unit:
 def _draw_curve(ax: Axes, curve: Training, method: Look) -> LineEnd:
     look = Look(method.color, method.marker, "-" if curve.after else "--")
     x, y = [point.spent for point in curve.points], [point.value for point in curve.points]
-    reach = np.array([[p.value - p.low for p in curve.points], [p.high - p.value for p in curve.points]]).clip(min=0)
-    ax.errorbar(x, y, reach, fmt="none", ecolor=look.color, elinewidth=1, capsize=2, alpha=0.5, zorder=2)
+    bars: Any = {"fmt": "none", "ecolor": look.color, "elinewidth": 1, "capsize": 2, "alpha": 0.5}
+    ax.errorbar(x, y, bar_lengths(curve.points), **bars, zorder=2)
     trained = [i for i, spent in enumerate(x) if spent]  # what they start from has its own line
     ax.plot(x, y, lw=1.5, ms=5.5, markevery=trained, zorder=3, **look.curve())
     return LineEnd(x[-1], y[-1], f"{curve.method} after {curve.after}" if curve.after else curve.method, look)
