@@ -37,6 +37,11 @@ WRITERS = {
     ),
 }
 
+# Config fields that count layers, of decoders and of towers; as transformers' configs have them.
+DEPTH_FIELDS = (
+    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "layers", "depth", "num_blocks",
+    "encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers",
+)  # fmt: skip
 IMAGE_TOKEN_FIELDS = ("image_token_id", "image_token_index", "image_patch_id")
 VIDEO_TOKEN_FIELDS = ("video_token_id", "video_token_index")
 

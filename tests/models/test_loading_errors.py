@@ -261,6 +261,7 @@ def test_any_value_in_any_setting_loads_or_is_one_line(kind, data, checkpoint, t
         ("llama", "num_hidden_layers"),
         ("llava", "text_config__num_hidden_layers"),
         ("llava", "vision_config__num_hidden_layers"),
+        ("llama", "layers"),  # Kosmos-2's
     ],
 )
 def test_impossible_depths_are_refused_at_once(kind, field, copy_of):
@@ -268,9 +269,7 @@ def test_impossible_depths_are_refused_at_once(kind, field, copy_of):
     folder = copy_of(kind)
     edit(folder / "config.json", **{field: 10**9})
     began = time.monotonic()
-    with pytest.raises(
-        SvlError, match=r"its config says num_hidden_layers=1000000000, but the checkpoint has \d+ tensors"
-    ):
+    with pytest.raises(SvlError, match=r"its config says \w*layers=1000000000, but the checkpoint has \d+ tensors"):
         svl.load(folder, device="cpu")
     assert time.monotonic() - began < 60
 
