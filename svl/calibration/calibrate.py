@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ def calibrate(
 
 def select(stats: Stats, selector: TokenSelector) -> Stats:
     """The same statistics seen through another selector."""
-    return Stats(stats.n_layers, stats.removable, stats.traces, selector, gone=stats.gone)
+    return replace(stats, selector=selector)
 
 
 def check_selector(lvlm: Lvlm, samples: Samples, selector: TokenSelector) -> None:

@@ -36,7 +36,7 @@ class ShortenedPpl(Strategy):
         stats.without(self.protected).candidates(n_remove)
 
     def plan(self, stats: Stats, n_remove: int) -> Plan:
-        """Importance: the loss without the layer."""
+        """Importance: the loss without the layer; layers that may not go count as the one missed most."""
         stats = stats.without(self.protected)
         layers = stats.candidates(n_remove)
         _, losses = stats.required_probe().with_samples(self.samples).losses((), layers)

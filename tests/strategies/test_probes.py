@@ -45,6 +45,19 @@ def test_sleb_evaluates_as_often_as_its_paper(n, evaluations):
     assert plan.removed == tuple(sorted(sorted(range(1, 31), key=costs.__getitem__)[:n]))
 
 
+def test_layers_that_sleb_never_tries_count_as_the_most_important_one_tried():
+    stats = Stats(6, (0, 1, 2, 4, 5), probe=Counting([0.0, 4.0, 1.0, 0.0, 3.0, 0.0]))
+    assert Sleb().plan(stats, 2).importance == (4.0, 4.0, 1.0, 4.0, 3.0, 4.0)
+    assert Sleb().plan(stats, 0).importance == (0.0,) * 6
+
+
+@pytest.mark.parametrize("loss", [float("inf"), float("nan")])
+def test_a_loss_that_is_no_number_is_not_taken_for_a_layer_that_was_never_tried(loss):
+    stats = Stats(5, tuple(range(5)), probe=Counting([0.0, 2.0, 1.0, loss, 0.0]))
+    with pytest.raises(SvlError, match=r"importance of a layer is (inf|nan)"):
+        Sleb().plan(stats, 1)
+
+
 def test_sleb_decides_like_a_search_over_rebuilt_models(lm, samples):
     plan = Sleb().plan(replace(calibrate(lm, samples), probe=ModelProbe(lm, samples)), 2)
     removed = []
