@@ -7,7 +7,7 @@ Words have one meaning each: layers are 0-based, `h_i` enters layer i (`h_L` lea
 norm), `ratio` is the fraction of decoder layers removed, importance is higher for layers to keep.
 """
 
-from svl.core.contract import checked_patch, checked_plan, checked_weights, extended_patch, fitted_patch
+from svl.core.contract import check_stepwise, checked_patch, checked_plan, checked_weights, extended_patch, fitted_patch
 from svl.core.errors import SvlError, did_you_mean, one_of
 from svl.core.methods import (
     Compensation,
@@ -47,6 +47,7 @@ __all__ = [
     "Update",
     "check_count",
     "check_number",
+    "check_stepwise",
     "checked_patch",
     "checked_plan",
     "checked_weights",
