@@ -14,11 +14,11 @@ def check_number(
     value: object,
     *,
     least: float = -math.inf,
-    most: float = math.inf,
     above: float = -math.inf,
+    most: float = math.inf,
     unless: str = "",
 ) -> None:
-    """Raise SvlError unless `value` is a finite number in [least, most], and above `above`.
+    """Raise SvlError unless `value` is a finite number, at least `least`, above `above` and at most `most`.
 
     With `unless`, which says what None means, it may also be None.
     """
@@ -26,7 +26,7 @@ def check_number(
         return
     usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not usable or not least <= value <= most or not value > above:  # type: ignore[operator]
-        limits = (("at least", least), ("at most", most), ("above", above))
+        limits = (("at least", least), ("above", above), ("at most", most))
         bounds = [f"{word} {bound:g}" for word, bound in limits if math.isfinite(bound)]
         wanted = " and ".join(bounds) if usable and bounds else ", ".join(["a finite number", *bounds])
         shown = f"{value:g}" if isinstance(value, float) else reprlib.repr(value)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from svl.core import Plan, SvlError
+from svl.core import Plan, SvlError, check_count, check_number
 from svl.models.lvlm import Lvlm
 from svl.models.transformers_internals import swap_decoder_attention
 from svl.pruning import surgery
@@ -41,10 +41,8 @@ class Fastv(VisualTokens):
     keep: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.layer < 1:
-            raise SvlError(f"visual_tokens.layer is {self.layer}, but at least one layer must see all tokens")
-        if not 0 <= self.keep <= 1:
-            raise SvlError(f"visual_tokens.keep is {self.keep:g}, but must lie in [0, 1]: it is a share")
+        check_count("visual_tokens.layer", self.layer, least=1)
+        check_number("visual_tokens.keep", self.keep, least=0, most=1)
 
     def check_plan(self, plan: Plan) -> None:
         """Raise SvlError if a plan leaves no more than `layer` layers, or removes the attention that chooses tokens."""
