@@ -26,7 +26,6 @@ from svl.models.devices import fetched
 from svl.models.lvlm import Lvlm, Progress
 from svl.processes import all_or_none, my_share
 
-STATISTICS = ("cosine", "windows", "sublayers", "attention")
 FIELDS = ("visual", "cosine", "windows", "received", "emitted", "queries", "keys", "sublayers")
 CHUNK = 1024  # tokens whose states are compared at once
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from svl.calibration.activations import Activations
-from svl.calibration.calibrate import STATISTICS, calibrate, select
+from svl.calibration.calibrate import calibrate, select
 from svl.calibration.removal_probe import ModelProbe
 from svl.calibration.row_count import counted_rows
 from svl.core import Compensation, Patch, Plan, Stats, Strategy, SvlError, checked_plan, extended_patch, fitted_patch
+from svl.core.methods import STATISTICS
 from svl.core.patch import NO_TRIALS
 from svl.pruning import surgery
 
@@ -64,7 +65,7 @@ class ModelRescoring:
         pruned = surgery.apply(hidden.lvlm, plan, self._patch(plan))
         stats = Stats(pruned.anatomy.n_layers, pruned.anatomy.removable, gone=plan.removed)
         selector = hidden.stats.selector
-        if selector and strategy.needs & set(STATISTICS):
+        if selector and strategy.needs.intersection(STATISTICS):
             wanted = [name for name in STATISTICS if name in strategy.needs | selector.needs]
             measured = calibrate(
                 pruned, hidden.samples, statistics=wanted, batch_size=hidden.batch_size, show=hidden.show

@@ -357,9 +357,7 @@ def test_answers_that_are_no_layer_are_refused(answer, llama, samples):
 
 def test_what_cannot_go_layer_by_layer_is_refused(llama, samples):
     stats = rescoring(llama, samples, Ghosted())
-    with pytest.raises(
-        SvlError, match=r"cannot be tried out on a model with maps at its cuts.* folds into weights"
-    ):
+    with pytest.raises(SvlError, match=r"cannot be tried out on a model with maps at its cuts.* folds into weights"):
         Iterative(Sleb()).plan(stats, 2)
     assert stats.probe.layer_forwards == 0  # known before the first trial
     with pytest.raises(SvlError, match="it needs 'rescoring'"):
