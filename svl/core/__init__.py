@@ -22,11 +22,12 @@ from svl.core.methods import (
     TokenSelector,
 )
 from svl.core.patch import JoinedPart, Patch, TensorChange, Update
-from svl.core.plan import Plan, layers_to_remove
-from svl.core.settings import check_count, check_number
+from svl.core.plan import ROLES, Plan, layers_to_remove
+from svl.core.settings import check_count, check_number, check_targets
 from svl.core.stats import Stats, TokenTrace, no_selected_token
 
 __all__ = [
+    "ROLES",
     "Compensation",
     "HiddenStates",
     "JoinedPart",
@@ -48,6 +49,7 @@ __all__ = [
     "check_count",
     "check_number",
     "check_stepwise",
+    "check_targets",
     "checked_patch",
     "checked_plan",
     "checked_weights",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import reprlib
+from collections.abc import Sequence
 
-from svl.core.errors import SvlError
-from svl.core.plan import whole_number
+from svl.core.errors import SvlError, one_of
+from svl.core.plan import ROLES, whole_number
 
 
 def check_number(
@@ -32,6 +33,16 @@ def check_number(
         shown = f"{value:g}" if isinstance(value, float) else reprlib.repr(value)
         or_null = f", or null for {unless}" if unless else ""
         raise SvlError(f"{name} is {shown}, but must be {wanted}{or_null}")
+
+
+def check_targets(name: str, targets: Sequence[str]) -> None:
+    """Raise SvlError unless `targets` names attn, mlp or both."""
+    for target in targets:
+        one_of(name, target, ROLES)
+    if not targets:
+        raise SvlError(f"{name} is empty, but must name attn, mlp or both")
+    if len(set(targets)) < len(targets):
+        raise SvlError(f"{name} is {list(targets)}, but must name attn and mlp at most once each")
 
 
 def check_count(name: str, value: object, *, least: int = 0, unless: str = "") -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from svl.core import Plan, SvlError, check_count, check_number
+from svl.models.layer_calls import first_argument, first_output, with_first_argument, with_first_output
 from svl.models.lvlm import Lvlm
 from svl.models.transformers_internals import swap_decoder_attention
 from svl.pruning import surgery
@@ -129,9 +130,8 @@ class _Dropper:
         stays = self.present & (~self.visual | (rank < numbers))
         self.kept = stays.byte().sort(dim=1, stable=True).indices[:, -int(stays.sum(1).max()) :]
         self.real = stays.gather(1, self.kept)
-        self.whole = args[0] if args else kwargs["hidden_states"]
-        state = _gather(self.whole, self.kept, 1)
-        return ((state, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": state})
+        self.whole = first_argument(args, kwargs)
+        return with_first_argument(args, kwargs, _gather(self.whole, self.kept, 1))
 
     def _fit(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A later layer is called: with what fits the tokens that it sees, or its shorter past."""
@@ -176,10 +176,10 @@ class _Dropper:
         """The last layer's output at the prompt's places; dropped tokens have the state in which they were dropped."""
         if not self.prompt:
             return None
-        state = output[0] if isinstance(output, tuple) else output
+        state = first_output(output)
         places = self.kept[..., None].expand(-1, -1, state.shape[-1]).to(state.device)
         whole = self.whole.to(state.device).scatter(1, places, state)
-        return (whole, *output[1:]) if isinstance(output, tuple) else whole
+        return with_first_output(output, whole)
 
 
 def _gather(x: Tensor, places: Tensor, dim: int) -> Tensor:

@@ -144,7 +144,7 @@ def test_templates_that_fail_are_one_line(template, llava):
 
     processor = SimpleNamespace(chat_template=template, tokenizer=llava.tokenizer, apply_chat_template=fails)
     with pytest.raises(SvlError, match=r"^the chat template of 'llava' fails: [^\n]+$"):
-        replace(llava, processor=processor).prompt("red", image=True)
+        replace(llava, processor=processor).prompt("red", images=1)
 
 
 @pytest.mark.parametrize("part", ["text_config", "vision_config"])

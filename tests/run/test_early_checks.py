@@ -93,7 +93,7 @@ NAMED = "strategy=manual", "compensation=magnitude"
         (("strategy=block_pruner", "strategy.targets=[mlp,mlp]"), "must name attn and mlp at most once each"),
         (
             ("strategy=shortgpt", "compensation=refit", "compensation.targets=[mlp,mlp]"),
-            "must name mlp and attn at most once each",
+            "must name attn and mlp at most once each",
         ),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, tuple) else "",

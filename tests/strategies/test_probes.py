@@ -10,9 +10,9 @@ from helpers.references import rebuilt_loss, rebuilt_losses
 from torch.nn import functional as F
 
 from svl.calibration.calibrate import calibrate
-from svl.calibration.encoding import encode_answer
 from svl.calibration.removal_probe import ModelProbe
 from svl.core import Plan, Stats, SvlError
+from svl.models.sample_inputs import encode_answer
 from svl.pruning.surgery import apply
 from svl.strategies.depth_shapley import DepthShapley
 from svl.strategies.shortened_magnitude import ShortenedMagnitude
