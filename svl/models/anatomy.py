@@ -92,7 +92,6 @@ class Anatomy:
         protected: layer that must stay -> why.
         waived: layers that others depend on, but whose protection `model.protect` has lifted: they may be removed, and
             the pruned model then computes something else than the full one that skips them.
-        video_token_id: as `image_token_id`, of videos; None where they have no placeholder of their own.
         entered: behind how many of the first layers visual features enter (DeepStack), so that they cannot run by
             themselves.
     """
