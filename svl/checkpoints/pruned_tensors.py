@@ -30,7 +30,7 @@ def plan_tensors(dense: Skeleton, plan: Plan, patch: Patch) -> Iterator[NewTenso
     Raises:
         SvlError: if the names on disk do not number decoder layers in one way, or the patch does not fit.
     """
-    folding.check_patch_fits(patch, plan, dense.anatomy, dense.layers)
+    folding.check_patch_for_model(patch, plan, dense.anatomy, dense.layers)
     trained.check_trained(patch.trained, plan, dense.anatomy, dense.model)
     prefix, new_index = layer_prefix(dense), {old: new for new, old in enumerate(plan.kept)}
     blended, updated = blended_parameters(dense, patch), updated_parameters(dense, patch)

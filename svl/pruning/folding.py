@@ -61,7 +61,7 @@ def check_single_somewhere(compensation: Compensation, anatomy: Anatomy) -> None
         raise problems[0]
 
 
-def check_patch_fits(patch: Patch, plan: Plan, anatomy: Anatomy, layers: nn.ModuleList) -> None:
+def check_patch_for_model(patch: Patch, plan: Plan, anatomy: Anatomy, layers: nn.ModuleList) -> None:
     """Raise SvlError unless a patch is for the layers that a plan keeps, in shapes that fit, of real, finite numbers.
 
     `layers` are the dense model's; they may be on the meta device.

@@ -144,7 +144,7 @@ def test_updates_of_any_shape_fit_exactly_or_are_refused(data, llama):
             parts[part] = torch.full(data.draw(shapes), fill, dtype=dtype)
     update, anatomy = Update(**parts), llama.anatomy
     try:
-        folding.check_patch_fits(Patch({(0, "mlp"): update}), PLAN, anatomy, llama.layers)
+        folding.check_patch_for_model(Patch({(0, "mlp"): update}), PLAN, anatomy, llama.layers)
     except SvlError:
         return
     weight = llama.layers[0].mlp.down_proj.weight

@@ -15,7 +15,7 @@ from svl.compensation.merge import Merge
 from svl.core import Patch, Plan, Stats, SvlError
 from svl.core.merging import merge_coefficients
 from svl.models.sample_inputs import encode_answer
-from svl.pruning.folding import check_patch_fits, merge_kinds
+from svl.pruning.folding import check_patch_for_model, merge_kinds
 from svl.pruning.surgery import apply
 from svl.strategies.laco import Laco
 from svl.strategies.merging import merge_plan
@@ -116,19 +116,19 @@ def test_only_layers_of_one_kind_are_merged(family):
             continue
         plan, patch = merged_by(lvlm, ((gone - 1, (gone,)),))
         if stats.can_merge(gone - 1, (gone,)):
-            check_patch_fits(patch, plan, anatomy, lvlm.layers)
+            check_patch_for_model(patch, plan, anatomy, lvlm.layers)
             apply(lvlm, plan, patch)
         else:
             refused += 1
             with pytest.raises(SvlError, match=r"cannot be merged: projections of layer \d+ differ"):
-                check_patch_fits(patch, plan, anatomy, lvlm.layers)
+                check_patch_for_model(patch, plan, anatomy, lvlm.layers)
     assert refused
     for strategy in (Laco(threshold=-1.0, size=2), Swm(threshold=-1.0), Laco(threshold=-1.0, size=3)):
         probe = Counting()
         strategy.plan(Stats(anatomy.n_layers, anatomy.removable, probe=probe, kinds=kinds), 0)
         for merges in probe.asked:
             plan, patch = merged_by(lvlm, merges)
-            check_patch_fits(patch, plan, anatomy, lvlm.layers)
+            check_patch_for_model(patch, plan, anatomy, lvlm.layers)
 
 
 @pytest.mark.parametrize(
