@@ -27,12 +27,12 @@ from transformers.utils import logging
 
 import svl
 from svl.calibration.calibrate import calibrate
-from svl.calibration.encoding import encode_samples
 from svl.calibration.hooks import run_decoder
 from svl.config import PACKAGE
 from svl.data.samples import Samples
 from svl.models.anatomy import find_anatomy
 from svl.models.lvlm import Lvlm
+from svl.models.sample_inputs import encode_samples
 
 LIBC = ctypes.CDLL("libc.so.6")
 

@@ -47,7 +47,6 @@ from random_llava import SHAPES, SMALL, WORDS, Shape, random_llava
 from transformers.utils import logging
 
 import svl
-from svl.calibration.encoding import encode_samples
 from svl.calibration.hooks import run_decoder
 from svl.compensation.come import Come
 from svl.compensation.ghosted import Ghosted
@@ -66,6 +65,7 @@ from svl.evaluation.efficiency import measure_efficiency
 from svl.evaluation.lock_step import LockStep
 from svl.evaluation.settings import EfficiencySettings
 from svl.evaluation.shared_prefill import SharedPrefill
+from svl.models.sample_inputs import encode_samples
 from svl.quantization.torchao import Torchao
 from svl.selectors.tis import Tis
 from svl.strategies.cosine import Cosine

@@ -43,7 +43,7 @@ def random_plans(lvlm: Lvlm) -> list[Plan]:
 def batch(lvlm: Lvlm, size: int) -> dict[str, Any]:
     """Questions of the bundled calibration data."""
     samples = svl.read_samples(PACKAGE / "demo" / "data" / "calibration.parquet").samples[:size]
-    return lvlm.encode([lvlm.prompt(s.prompt, image=True) for s in samples], [s.pictures for s in samples])
+    return lvlm.encode([lvlm.prompt(s.prompt, images=1) for s in samples], [s.pictures for s in samples])
 
 
 def seconds(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 
-from svl.calibration.encoding import encode_answer
 from svl.calibration.removal_probe import ModelProbe
 from svl.core import layers_to_remove
 from svl.data.sample_files import read_samples
 from svl.demo import bundled
 from svl.models import loading, lvlm
+from svl.models.sample_inputs import encode_answer
 from svl.store.artifacts import Store
 
 

@@ -85,7 +85,7 @@ def correct(lvlm: Lvlm, rows: list[dict], blank: bool = False) -> dict[str, np.n
     for start in range(0, len(rows), 64):
         batch = rows[start : start + 64]
         images = [[BLANK if blank else Image.open(io.BytesIO(row["image"]["bytes"]))] for row in batch]
-        inputs = lvlm.encode([lvlm.prompt(row["prompt"], image=True) for row in batch], images)
+        inputs = lvlm.encode([lvlm.prompt(row["prompt"], images=1) for row in batch], images)
         out = lvlm.model.generate(**inputs, max_new_tokens=3, do_sample=False)
         answers = lvlm.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for row, answer in zip(batch, answers, strict=True):

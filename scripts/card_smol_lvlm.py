@@ -124,7 +124,7 @@ def correct(lvlm: Lvlm, rows: list[dict], blank: bool = False, size: int = 24) -
     for start in range(0, len(rows), size):
         batch = [rows[i] for i in order[start : start + size]]
         images = [[BLANK if blank else Image.open(io.BytesIO(row["image"]["bytes"]))] for row in batch]
-        texts = [lvlm.prompt(row["prompt"], image=True) + row["answer"] + end for row in batch]
+        texts = [lvlm.prompt(row["prompt"], images=1) + row["answer"] + end for row in batch]
         inputs = lvlm.encode(texts, images)
         likely = lvlm.model(**inputs, use_cache=False).logits.argmax(-1)[:, :-1]
         for i, row, ids, said in zip(order[start:], batch, inputs["input_ids"][:, 1:], likely, strict=False):

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 
-from svl.calibration.encoding import encode_answer
 from svl.config import CONF, PACKAGE, register_with_hydra
 from svl.data.sample_files import read_samples
 from svl.data.samples import Sample
 from svl.models.lvlm import Lvlm
+from svl.models.sample_inputs import encode_answer
 from svl.run.pipeline import Run
 
 QUESTIONS = {

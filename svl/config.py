@@ -29,7 +29,17 @@ from omegaconf.errors import OmegaConfBaseException
 from svl import plugins
 from svl.config_ranges import HYDRA, check_known, check_least, check_numbers, type_hints
 from svl.config_schema import Svl, TrainingData
-from svl.core import Compensation, Method, Strategy, SvlError, TokenSelector, did_you_mean, layers_to_remove, one_of
+from svl.core import (
+    Compensation,
+    Method,
+    Strategy,
+    SvlError,
+    TokenSelector,
+    check_stepwise,
+    did_you_mean,
+    layers_to_remove,
+    one_of,
+)
 from svl.core.patch import NO_STOCK_FORM, NO_TRIALS
 from svl.models.options import LoadOptions
 from svl.quantization.base import Quantization
@@ -119,24 +129,24 @@ def build_method(node: DictConfig, group: str, where: str | None = None) -> Any:
 def _check_stepwise(inner: Mapping[str, Any], where: str) -> None:
     """Raise SvlError if a strategy that goes layer after layer is to ask one that cannot be asked so."""
     for name, method in inner.items():
-        if isinstance(method, Strategy) and not method.stepwise:
-            raise SvlError(
-                f"{where}.{name} is {type(method).__name__}, which cannot be asked for one layer after another; choose "
-                f"one of: {', '.join(stepwise_choices())}"
-            )
+        if isinstance(method, Strategy):
+            try:
+                check_stepwise(f"{where}.{name}", method)
+            except SvlError as error:
+                raise SvlError(f"{error}; choose one of: {choices_with('strategy', 'stepwise')}") from None
 
 
-def stepwise_choices() -> list[str]:
-    """The choices of `strategy` that can be asked for one layer after another."""
+def choices_with(group: str, flag: str) -> str:
+    """The choices of a method group but none, svl's and plugins', whose classes say that `flag` is true; for messages."""
     found = set()
-    for file in (file for folder in plugins.conf_folders() for file in (folder / "strategy").glob("*.yaml")):
+    for file in (file for folder in plugins.conf_folders() for file in (folder / group).glob("*.yaml")):
         with contextlib.suppress(SvlError, OmegaConfBaseException, yaml.YAMLError):  # another one's mistake
             content: Any = OmegaConf.load(file)
             if not OmegaConf.is_dict(content):
                 continue
-            if getattr(_find_class(str(content.get("_target_")), "strategy", file.stem), "stepwise", False):
+            if getattr(_find_class(str(content.get("_target_")), group, file.stem), flag):
                 found.add(file.stem)
-    return sorted(found)
+    return ", ".join(sorted(found - {"none"}))
 
 
 def _build_inner(node: Any, group: str, by_name: bool, where: str) -> Any:
@@ -299,7 +309,7 @@ def validate_config(cfg: DictConfig) -> dict[str, Any]:
     if not methods["compensation"].foldable:
         _check_nothing_exports(cfg)
         if {"rescoring", "probe"} <= methods["strategy"].needs:
-            raise SvlError(NO_TRIALS)
+            raise SvlError(f"{NO_TRIALS}: {choices_with('compensation', 'foldable')}")
     if not methods["recovery"].does_nothing:
         _check_recovery(cfg)
     return methods
@@ -358,7 +368,8 @@ def _check_nothing_exports(cfg: DictConfig) -> None:
     for setting, asked in uses.items():
         if asked:
             raise SvlError(
-                f"{setting} asks for a checkpoint, but {cfg.compensation['_target_']} gives maps: {NO_STOCK_FORM}"
+                f"{setting} asks for a checkpoint, but {cfg.compensation['_target_']} gives maps: {NO_STOCK_FORM}: "
+                f"{choices_with('compensation', 'foldable')}"
             )
 
 

@@ -382,7 +382,7 @@ def encode():
 
     def encoded(lvlm, examples):
         images = [e.pictures for e in examples] if lvlm.takes_images else []
-        texts = [lvlm.prompt(e.prompt, image=lvlm.takes_images and bool(e.images)) for e in examples]
+        texts = [lvlm.prompt(e.prompt, images=lvlm.takes_images and bool(e.images)) for e in examples]
         return lvlm.encode(texts, images)
 
     return encoded

@@ -284,7 +284,7 @@ def test_seed_reaches_what_is_random():
         (["selector.p=many"], ["selector", "'many'", "Float", "setting 'p'"]),
         (["compensation.targets=[1]", "compensation.rank=4.5"], ["compensation", "Integer", "setting 'rank'"]),
         (["selector.visible=perhaps"], ["selector", "setting 'visible'"]),
-        (["selector.p=0"], ["selector.p is 0", "(0, 1]"]),
+        (["selector.p=0"], ["selector.p is 0", "above 0 and at most 1"]),
         (["selector.rule=nuclues"], ["selector.rule is 'nuclues'", "fraction, nucleus", "did you mean 'nucleus'?"]),
         (["compensation.targets=[mpl]"], ["compensation.targets is 'mpl'", "did you mean 'mlp'?"]),
         (["tracker=wandb", "tracker.mode=of"], ["tracker.mode is 'of'", "offline, online, disabled"]),

@@ -7,10 +7,12 @@ import sys
 import textwrap
 from pathlib import Path
 
+import hydra
 import pytest
 from helpers.commands import QUIET, run_svl
+from helpers.methods import CHOICES, method
 
-from svl import plugins
+from svl import config, plugins
 from svl.core import SvlError
 
 FIRST = """
@@ -60,6 +62,37 @@ def test_a_folder_is_registered_by_one_setting(folder):
 def test_fields_that_the_yaml_does_not_list_can_be_set(folder):
     run_svl("strategy=first", "strategy.spared=3", "n_remove=2", *QUIET, cwd=folder, SVL_PLUGINS="./my_methods")
     assert plan_of(folder)["removed"] == [3, 4]
+
+
+BENT = """
+    from dataclasses import dataclass
+
+    from svl.core import Compensation, Patch
+
+
+    @dataclass(frozen=True)
+    class Bent(Compensation):
+        def fit(self, hidden, plan):
+            return Patch()
+"""
+
+
+def test_choices_in_messages_are_svls_and_those_of_plugins(folder, monkeypatch):
+    package = folder / "my_methods"
+    (package / "conf" / "compensation").mkdir()
+    (package / "bent.py").write_text(textwrap.dedent(BENT))
+    (package / "conf" / "compensation" / "bent.yaml").write_text("_target_: my_methods.bent.Bent\n")
+    (package / "conf" / "compensation" / "broken.yaml").write_text("_target_: my_methods.bent.Missing\n")
+    monkeypatch.setenv("SVL_PLUGINS", str(package))
+    folding = {name for name in CHOICES["compensation"] if method("compensation", name).foldable} - {"none"}
+    assert config.choices_with("compensation", "foldable") == ", ".join(sorted({*folding, "bent"}))
+    tried_out = ["strategy=iterative", "strategy@strategy.of=sleb", "compensation=ghosted"]
+    for words in (tried_out, ["compensation=linearpatch", "export.path=new"]):
+        config.register_with_hydra()
+        with hydra.initialize_config_dir(str(config.CONF), version_base="1.3"):
+            cfg = hydra.compose("config", overrides=words)
+        with pytest.raises(SvlError, match=rf"folds into weights: bent, {', '.join(sorted(folding))}$"):
+            config.validate_config(cfg)
 
 
 def test_a_misspelt_field_of_the_last_job_is_found_before_the_first_one_starts(folder):

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from svl.calibration.calibrate import no_progress
-from svl.calibration.encoding import encode_samples, explained_samples
 from svl.calibration.hooks import EnoughError, run_decoder, state_hooks, writer_hook
 from svl.calibration.layer_replay import Replay, record_replay
 from svl.calibration.row_count import add_rows
@@ -18,8 +16,9 @@ from svl.core import LayerRows, Patch, Plan, Stats, SvlError, TokenTrace, Update
 from svl.core.errors import out_of_memory
 from svl.data.samples import Sample, Samples
 from svl.models.devices import fp64_device
-from svl.models.lvlm import Lvlm, Progress
+from svl.models.lvlm import Lvlm, Progress, no_progress
 from svl.models.placement import stored_tensor
+from svl.models.sample_inputs import encode_samples, explained_samples
 from svl.pruning import folding, layer_trials, sublayers, surgery
 
 _States = dict[int, Tensor]
@@ -159,7 +158,7 @@ class Activations:
         with out_of_memory("compensation", f"lower calibration.batch_size (now {self.batch_size})"):
             shown = lvlm.map(run, [*given, *generated], self.show, "compensate")
             for mark, (present, states, reads, writes) in zip(marks, shown, strict=True):
-                reads, writes = ({key: by_sample(x, present) for key, x in of.items()} for of in (reads, writes))
+                reads, writes = ({key: by_sample(x, present.shape) for key, x in of.items()} for of in (reads, writes))
                 for b, here in enumerate(present.to(place)):
                     yield StreamedStates(
                         self._weights(None if mark else traces, here),
@@ -256,7 +255,7 @@ class WalkStep:
             for sample in self.walking:
                 out = sample.run(layer, self.layer, sample.pruned, self.changed)
                 place = fp64_device(out.device)
-                read = by_sample(reads[writer], out[:1, :, 0])
+                read = by_sample(reads[writer], out.shape[:2])
                 x, given, wanted = (h[0].to(place).float() for h in (read, out, sample.dense))
                 yield LayerRows(x, given, wanted, sample.weights[self.layer].to(place), sample.generated)
 
@@ -269,9 +268,9 @@ class WalkStep:
         return self.changed[name]
 
 
-def by_sample(states: Tensor, present: Tensor) -> Tensor:
-    """What a module reads or writes as [B, T, n], of tokens `present` [B, T]; some are called with rows [B T, n]."""
-    return states.reshape(*present.shape, -1) if states.ndim == 2 else states
+def by_sample(states: Tensor, shape: Sequence[int]) -> Tensor:
+    """What a module reads or writes, as [B, T, n]; some are called with rows [B T, n]. `shape` is (B, T)."""
+    return states.reshape(*shape, -1) if states.ndim == 2 else states
 
 
 def single_matrix(lvlm: Lvlm, layer: int, role: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +17,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from svl.calibration import attention
-from svl.calibration.encoding import encode_samples, explained_samples
 from svl.calibration.hooks import cosine_hooks, run_decoder, state_hooks, sublayer_hooks
 from svl.core import Stats, TokenSelector, TokenTrace, checked_weights, no_selected_token
 from svl.core.errors import out_of_memory
 from svl.data.samples import Sample, Samples
 from svl.models.devices import fetched
-from svl.models.lvlm import Lvlm, Progress
+from svl.models.lvlm import Lvlm, Progress, no_progress
+from svl.models.sample_inputs import encode_samples, explained_samples
 from svl.processes import all_or_none, my_share
 
-STATISTICS = ("cosine", "windows", "sublayers", "attention")
 FIELDS = ("visual", "cosine", "windows", "received", "emitted", "queries", "keys", "sublayers")
 CHUNK = 1024  # tokens whose states are compared at once
-
-
-def no_progress(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
-    """No progress display."""
-    return items
 
 
 def calibrate(
@@ -78,7 +72,7 @@ def calibrate(
 
 def select(stats: Stats, selector: TokenSelector) -> Stats:
     """The same statistics seen through another selector."""
-    return Stats(stats.n_layers, stats.removable, stats.traces, selector, gone=stats.gone)
+    return replace(stats, selector=selector)
 
 
 def check_selector(lvlm: Lvlm, samples: Samples, selector: TokenSelector) -> None:

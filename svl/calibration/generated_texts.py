@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from svl.calibration.calibrate import no_progress
 from svl.core import SvlError
 from svl.core.errors import explained, out_of_memory
-from svl.models.lvlm import Lvlm, Progress
+from svl.models.lvlm import Lvlm, Progress, no_progress
 
 BATCH = 32  # texts at once; fixed, as batches of other sizes would draw other texts
 WAY_OUT = "set calibration.generated=0"

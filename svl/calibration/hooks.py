@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from svl.calibration.row_count import add_rows, is_counting
-from svl.core import SvlError, one_of
+from svl.core import ROLES, SvlError, one_of
 from svl.core.errors import reason_of
+from svl.models.layer_calls import first_argument, first_output, hooked
 from svl.models.lvlm import Lvlm
 from svl.models.positions import looked_up_positions
 
@@ -69,16 +70,6 @@ def _row_hooks(lvlm: Lvlm) -> Iterator[Any]:
     return (layer.register_forward_pre_hook(count, with_kwargs=True) for layer in lvlm.layers)
 
 
-def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The hidden state that a module is called with."""
-    return args[0] if args else kwargs["hidden_states"]
-
-
-def first_output(output: Any) -> Tensor:
-    """The hidden state that a module gives out, alone or before others."""
-    return output[0] if isinstance(output, tuple) else output
-
-
 @contextmanager
 def cosine_hooks(lvlm: Lvlm, cosines: dict[int, Tensor]) -> Iterator[None]:
     """Within the block, forward passes put cos(h_i, h_{i+1}) [B, T] (fp32) into `cosines[i]`, if layer i runs."""
@@ -128,8 +119,8 @@ def sublayer_hooks(lvlm: Lvlm, cosines: dict[int, Tensor]) -> Iterator[None]:
     Raises:
         SvlError: if layers have no such two parts, or add something else to the residual stream than they write.
     """
-    roles, written = ("attn", "mlp"), dict[str, Tensor]()
-    for role in roles:
+    written: dict[str, Tensor] = {}
+    for role in ROLES:
         one_of("the writer that this statistic needs", role, tuple(lvlm.anatomy.writers))
 
     def keep(role: str) -> Callable[..., None]:
@@ -140,7 +131,7 @@ def sublayer_hooks(lvlm: Lvlm, cosines: dict[int, Tensor]) -> Iterator[None]:
             eps = torch.finfo(first_output(output).dtype).eps
             after = first_output(output).float()
             before = first_argument(args, kwargs).to(after.device).float()  # the layer's own
-            attention, mlp = (written.pop(role).to(after.device).reshape(before.shape) for role in roles)
+            attention, mlp = (written.pop(role).to(after.device).reshape(before.shape) for role in ROLES)
             if not adds_up(before, attention, mlp, after, eps):
                 raise SvlError(f"layer {i} of '{lvlm.name}' adds something else than attention and MLP write")
             pairs = ((before, before + attention), (after - mlp, after))
@@ -154,7 +145,7 @@ def sublayer_hooks(lvlm: Lvlm, cosines: dict[int, Tensor]) -> Iterator[None]:
 
     def handles() -> Iterator[Any]:
         for i, layer in enumerate(lvlm.layers):
-            for role in roles:
+            for role in ROLES:
                 writer = layer.get_submodule(lvlm.anatomy.writers[role][i].module)
                 yield writer.register_forward_hook(keep(role))
             yield layer.register_forward_hook(hook(i), with_kwargs=True)
@@ -212,14 +203,3 @@ def writer_hook(module: nn.Module, key: Any, reads: dict[Any, Tensor], writes: d
 
     with hooked([module.register_forward_hook(keep, with_kwargs=True)]):
         yield
-
-
-@contextmanager
-def hooked(handles: Iterable[Any]) -> Iterator[None]:
-    """Within the block, hooks are in place; afterwards they are gone."""
-    handles = list(handles)
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

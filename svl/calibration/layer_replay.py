@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svl.calibration.hooks import first_output, hooked, run_decoder
+from svl.calibration.hooks import run_decoder
 from svl.calibration.row_count import add_rows
 from svl.core import SvlError
+from svl.models.layer_calls import first_argument, first_output, hooked, other_arguments
 from svl.models.lvlm import Lvlm
 from svl.models.placement import changed_tensors
 
@@ -52,9 +53,8 @@ def record_replay(lvlm: Lvlm, inputs: dict[str, Tensor], start: int, check: bool
     states: list[Tensor] = []
 
     def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kwargs = dict(kwargs)
-        states.append(args[0] if args else kwargs.pop("hidden_states"))
-        calls.append((args[1:], kwargs))
+        states.append(first_argument(args, kwargs))
+        calls.append(other_arguments(args, kwargs))
 
     def end(_: nn.Module, args: Any, output: Any) -> None:
         states.append(first_output(output))

@@ -16,11 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from svl.calibration.calibrate import no_progress
-from svl.calibration.encoding import encode_answer, explained_samples
 from svl.calibration.layer_gradients import layer_weights, size_of, taylor_salience
 from svl.calibration.layer_replay import Replay, record_replay
 from svl.calibration.logits import LogitTail, find_logit_tail
@@ -29,8 +27,9 @@ from svl.calibration.sublayer_sweep import Sublayer, block_name, block_number, s
 from svl.core import Patch, Plan, SvlError
 from svl.core.errors import out_of_memory
 from svl.data.samples import Sample, Samples
-from svl.models.lvlm import Lvlm, Progress
+from svl.models.lvlm import Lvlm, Progress, no_progress
 from svl.models.placement import stored_tensor
+from svl.models.sample_inputs import encode_answer, explained_samples
 from svl.processes import all_or_none, gather_shares, gather_values, my_share, process_rank
 from svl.pruning import surgery
 
@@ -39,6 +38,11 @@ Swept = Iterator[tuple["ScoredSample", tuple[int, ...], Tensor]]
 BASE = -1  # the row with nothing more removed
 TOKENS = 2048  # tokens whose logits are computed at once
 MEMORY = 2**31  # bytes for states kept between the steps of a search
+
+
+def compute_anew(what: str, inputs: dict[str, Any], compute: Callable[[], Any]) -> Any:
+    """Remembers nothing."""
+    return compute()
 
 
 @dataclass
@@ -76,16 +80,14 @@ class ModelProbe:
         samples: Samples | None,
         *,
         memory: int = MEMORY,
-        remember: Remember = lambda what, inputs, compute: compute(),
+        remember: Remember = compute_anew,
         show: Progress = no_progress,
     ):
         self.lvlm, self.samples, self.memory = lvlm, samples or Samples("", ()), memory
         self.remember, self.show = remember, show
         self.layers, self.n_layers = lvlm.layers, lvlm.anatomy.n_layers
         self.start = min(lvlm.anatomy.removable, default=0)
-        self.layer_forwards = 0  # rows through decoder layers, for cost reports
-        if missing := [s for s in self.samples if not s.plain and not s.answer]:
-            raise SvlError(f"a loss needs answers, but {len(missing)} samples have none, {missing[0].label} for one")
+        self.samples.check_answered("a loss")
         self._tail: LogitTail | None = None
         self._records: dict[tuple[int, int], ScoredSample] = {}  # by first layer and sample
 
@@ -169,7 +171,7 @@ class ModelProbe:
                     state = sample.state
                     for layer, i in zip(layers, indices, strict=True):
                         if i >= start:
-                            state = self._run(layer, i, state, sample)
+                            state = sample.replay.run(layer, i, state)
                     ends.append(self.tail.norm(state).float().flatten())
                 found.append(float(F.cosine_similarity(ends[0], ends[1], dim=0)))
             return found
@@ -195,7 +197,7 @@ class ModelProbe:
             return taylor_salience(
                 list(enumerate(self.layers))[self.start :],
                 self._recorded(range(len(self.samples)), self.start),
-                lambda i, state, sample: self._run(self.layers[i], i, state, sample),
+                lambda i, state, sample: sample.replay.run(self.layers[i], i, state),
                 self.tail.logits,
                 lambda scored: self.show(scored, "gradients", len(scored)),
             )
@@ -227,7 +229,7 @@ class ModelProbe:
         if self._tail is None:
             state = scored.state
             for i in range(start, self.n_layers):
-                state = self._run(self.layers[i], i, state, scored)
+                state = scored.replay.run(self.layers[i], i, state)
             self._tail = find_logit_tail(self.lvlm, state, logits)
         return scored
 
@@ -244,10 +246,6 @@ class ModelProbe:
             found = self.remember(what, {"samples": len(self.samples), **inputs}, measure)
         add_rows(found["rows"])
         return found["value"]
-
-    def _run(self, layer: nn.Module, i: int, state: Tensor, sample: ScoredSample) -> Tensor:
-        self.layer_forwards += len(state)
-        return sample.replay.run(layer, i, state)
 
     def _try(
         self,
@@ -290,7 +288,7 @@ class ModelProbe:
         for sample in self.show(self.scored, f"{len(candidates)} removals", len(self.scored)):
 
             def run(i: int, states: Tensor, sample: ScoredSample = sample) -> Tensor:
-                return self._run(self.layers[i], i, states, sample)
+                return sample.replay.run(self.layers[i], i, states)
 
             rows, states = sweep_sublayers(
                 run, self.layers, self.lvlm.anatomy, sample.state, self.start, removed, candidates
@@ -318,7 +316,7 @@ class ModelProbe:
                     sample.kept[i] = ((*sorted(k for k in gone if k < i), *rows), states)
                 if i in gone:
                     continue
-                after = self._run(self.layers[i], i, states, sample)
+                after = sample.replay.run(self.layers[i], i, states)
                 if i in tried:
                     after, rows = torch.cat([after, states[:1].to(after.device)]), (*rows, i)
                 states = after

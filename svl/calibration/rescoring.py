@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from svl.calibration.activations import Activations
-from svl.calibration.calibrate import STATISTICS, calibrate, select
-from svl.calibration.removal_probe import ModelProbe
+from svl.calibration.calibrate import calibrate, select
+from svl.calibration.removal_probe import ModelProbe, Remember, compute_anew
 from svl.calibration.row_count import counted_rows
 from svl.core import Compensation, Patch, Plan, Stats, Strategy, SvlError, checked_plan, extended_patch, fitted_patch
+from svl.core.methods import STATISTICS
 from svl.core.patch import NO_TRIALS
 from svl.pruning import surgery
-
-Remember = Callable[[str, dict[str, Any], Callable[[], Any]], Any]
 
 
 @dataclass
@@ -29,7 +28,7 @@ class ModelRescoring:
 
     hidden: Activations
     compensation: Compensation
-    remember: Remember = lambda what, inputs, compute: compute()
+    remember: Remember = compute_anew
     _patches: dict[tuple[int, ...], Patch] = field(default_factory=dict)
 
     def next_removal(self, strategy: Strategy, removed: Sequence[int]) -> tuple[int, dict[int, float], float]:
@@ -54,7 +53,8 @@ class ModelRescoring:
 
         found = self.remember("next removal", {"removed": order}, compute)
         kept = [i for i in range(self.hidden.n_layers) if i not in order]
-        importance = dict(zip(kept, found["importance"], strict=False))
+        values = found["importance"]
+        importance = dict(zip(kept, values, strict=True)) if values else {}  # a strategy may give none
         return kept[found["removed"]], importance, found["passes"]
 
     def _statistics(self, strategy: Strategy, order: tuple[int, ...]) -> Stats:
@@ -64,7 +64,7 @@ class ModelRescoring:
         pruned = surgery.apply(hidden.lvlm, plan, self._patch(plan))
         stats = Stats(pruned.anatomy.n_layers, pruned.anatomy.removable, gone=plan.removed)
         selector = hidden.stats.selector
-        if selector and strategy.needs & set(STATISTICS):
+        if selector and strategy.needs.intersection(STATISTICS):
             wanted = [name for name in STATISTICS if name in strategy.needs | selector.needs]
             measured = calibrate(
                 pruned, hidden.samples, statistics=wanted, batch_size=hidden.batch_size, show=hidden.show

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svl.calibration.hooks import hooked
-from svl.core import SvlError
+from svl.core import ROLES, SvlError
 from svl.models.anatomy import Anatomy
+from svl.models.layer_calls import first_output, hooked, with_first_output
 
-ROLES = ("attn", "mlp")
 Sublayer = tuple[int, str]  # layer, role
 
 
@@ -89,10 +88,9 @@ def _writing_nothing(layer: nn.Module, off: dict[str, slice], batch: int) -> Ite
 
     def zero(rows: slice) -> Callable[[nn.Module, Any, Any], Any]:
         def hook(_: nn.Module, args: Any, output: Any) -> Any:
-            written = output[0] if isinstance(output, tuple) else output
-            written = written.clone()
+            written = first_output(output).clone()
             written.view(batch, -1)[rows] = 0  # some blocks of experts write rows of tokens
-            return (written, *output[1:]) if isinstance(output, tuple) else written
+            return with_first_output(output, written)
 
         return hook
 

@@ -89,7 +89,7 @@ class ConvertedGroup:
 
     def _make(self) -> dict[str, Tensor]:
         """The tensors on disk after training, in their own dtype."""
-        parts = [_read(self.contents[key]) for key in self.keys]
+        parts = [read_content(self.contents[key]) for key in self.keys]
         flat = torch.cat([part.flatten() for part in parts])
         for name, place in self.places().items():
             if name in self.trained:
@@ -127,5 +127,6 @@ def converted_groups(dense: Skeleton, trained: Mapping[str, TensorChange]) -> di
     return found
 
 
-def _read(content: Content) -> Tensor:
+def read_content(content: Content) -> Tensor:
+    """A tensor as a whole."""
     return content.read() if isinstance(content, StoredTensor) else torch.cat(list(content()))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from svl.checkpoints.converted_tensors import converted_groups
+from svl.checkpoints.converted_tensors import Content, converted_groups, read_content
 from svl.checkpoints.safetensors_files import StoredTensor, row_blocks
 from svl.checkpoints.safetensors_writing import Blocks, NewTensor
 from svl.checkpoints.skeleton import Skeleton
@@ -30,7 +30,7 @@ def plan_tensors(dense: Skeleton, plan: Plan, patch: Patch) -> Iterator[NewTenso
     Raises:
         SvlError: if the names on disk do not number decoder layers in one way, or the patch does not fit.
     """
-    folding.check_patch(patch, plan, dense.anatomy, dense.layers)
+    folding.check_patch_for_model(patch, plan, dense.anatomy, dense.layers)
     trained.check_trained(patch.trained, plan, dense.anatomy, dense.model)
     prefix, new_index = layer_prefix(dense), {old: new for new, old in enumerate(plan.kept)}
     blended, updated = blended_parameters(dense, patch), updated_parameters(dense, patch)
@@ -41,7 +41,7 @@ def plan_tensors(dense: Skeleton, plan: Plan, patch: Patch) -> Iterator[NewTenso
             continue  # removed, or a prediction layer
         name = key if number is None else f"{prefix}.{new_index[number]}.{rest}"
         place, shape = dense.places.get(key), stored.shape
-        content: StoredTensor | Blocks = stored
+        content: Content = stored
         if place and number is not None and place.name in blended:
             sources = {k: dense.stored.get(f"{prefix}.{k}.{rest}") for k in patch.blends[number]}
             content = blended_content(name, stored, sources, patch.blends[number])
@@ -116,7 +116,7 @@ def updated_parameters(dense: Skeleton, patch: Patch) -> dict[str, tuple[Update,
 
 
 def updated_content(
-    content: StoredTensor | Blocks,
+    content: Content,
     stored: StoredTensor,
     dense: Skeleton,
     place: Destination,
@@ -134,14 +134,13 @@ def updated_content(
     turned_on_disk = stored.shape[-2:] != tuple(dense.model.state_dict()[place.name].shape)[-2:]
 
     def compute() -> Iterator[Tensor]:
-        tensor = content.read() if isinstance(content, StoredTensor) else torch.cat(list(content()))
-        yield folding.fold_update(tensor, update, transposed != turned_on_disk)
+        yield folding.fold_update(read_content(content), update, transposed != turned_on_disk)
 
     return compute
 
 
 def trained_content(
-    content: StoredTensor | Blocks, stored: StoredTensor, dense: Skeleton, place: Destination, change: TensorChange
+    content: Content, stored: StoredTensor, dense: Skeleton, place: Destination, change: TensorChange
 ) -> Blocks:
     """A tensor on disk as recovery has trained it.
 
@@ -155,8 +154,7 @@ def trained_content(
         )
 
     def compute() -> Iterator[Tensor]:
-        tensor = content.read() if isinstance(content, StoredTensor) else torch.cat(list(content()))
-        yield trained.change_tensor(tensor, change)
+        yield trained.change_tensor(read_content(content), change)
 
     return compute
 

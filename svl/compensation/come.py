@@ -3,8 +3,8 @@
 A removed layer m is joined with the kept layer l before it, one removal after another (in the plan's order, else
 upwards), measured on the model as joined so far:
 
-* BI of either layer is the sum over tokens of 1 - cos of what enters and what leaves it; its ratio r is its part of
-  the sum of both.
+* BI of either layer is the sum over tokens of 1 - cos of what enters and what leaves it, a negative cosine counting
+  as 0; its ratio r is its part of the sum of both.
 * MLP channels: c counts as mean_t |a_c| * sum of |W_down[:, c]|, with a what down_proj reads. Of either layer the best
   floor(d_ff r) stay, the layer of larger r has the rest.
 * Heads go by key-value group, in the same way, by the mean of mean_t |a_d| * sum of |W_o[:, d]| over the group's
@@ -29,9 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from svl.compensation.run_rows import check_whole_before_runs
-from svl.core import Compensation, HiddenStates, JoinedPart, Patch, Plan, SvlError, one_of
-
-ROLES = ("attn", "mlp")
+from svl.core import ROLES, Compensation, HiddenStates, JoinedPart, Patch, Plan, SvlError, one_of
 
 
 @dataclass(frozen=True)

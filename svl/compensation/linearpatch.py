@@ -28,6 +28,8 @@ from svl.compensation.hadamard import orthonormal_hadamard
 from svl.compensation.run_rows import Run, check_rows
 from svl.core import Compensation, HiddenStates, Patch, Plan, SvlError
 
+NO_TOKEN = "the selector leaves no token for compensation; choose another selector, or rows=all"
+
 
 @dataclass(frozen=True)
 class LinearPatch(Compensation):
@@ -54,7 +56,7 @@ class LinearPatch(Compensation):
                 has no positive size.
         """
         ratios: dict[Run, list[Tensor]] = {run: [] for run in plan.runs}
-        basis = torch.zeros(())
+        basis: Tensor | None = None
         if not plan.runs:
             return Patch()
         for sample in hidden.stream(sorted({i for run in plan.runs for i in run}), plan=plan.with_layers(())):
@@ -63,13 +65,13 @@ class LinearPatch(Compensation):
                 if self.rows == "all":
                     weights = torch.ones_like(weights)
                 before, after = (sample.h(i).double() for i in (start, stop))
-                if not basis.ndim:
-                    width = before.shape[-1]
-                    basis = orthonormal_hadamard(width) if self.rotate else torch.eye(width, dtype=torch.float64)
-                    basis = basis.to(before.device)
+                if basis is None:
+                    basis = self._basis(before.shape[-1]).to(before.device)
                 if float(weights.sum()) > 0:
                     size_before, size_after = (weights @ (h @ basis).abs() for h in (before, after))
                     ratios[start, stop].append(size_after / size_before)
+        if basis is None:
+            raise SvlError(NO_TOKEN)
         maps, notes = {}, []
         for (start, stop), parts in ratios.items():
             scale = _mean_scale(parts, start, stop)
@@ -79,11 +81,15 @@ class LinearPatch(Compensation):
             )
         return Patch(maps=maps, notes=tuple(notes))
 
+    def _basis(self, width: int) -> Tensor:
+        """H, fp64 [d, d]."""
+        return orthonormal_hadamard(width) if self.rotate else torch.eye(width, dtype=torch.float64)
+
 
 def _mean_scale(parts: list[Tensor], start: int, stop: int) -> Tensor:
     """d, [d], as the mean of its samples'."""
     if not parts:
-        raise SvlError("the selector leaves no token for compensation; choose another selector, or rows=all")
+        raise SvlError(NO_TOKEN)
     scale = torch.stack(parts).mean(0)
     if not bool(((scale > 0) & scale.isfinite()).all()):
         raise SvlError(

@@ -30,9 +30,7 @@ import torch
 from torch import Tensor
 
 from svl.compensation.run_rows import check_rows
-from svl.core import Compensation, HiddenStates, Patch, Plan, SvlError, Update, one_of
-
-ROLES = ("attn", "mlp")
+from svl.core import ROLES, Compensation, HiddenStates, Patch, Plan, SvlError, Update, one_of
 
 
 @dataclass(frozen=True)

@@ -1,36 +1,19 @@
 """Removed layers merged into the kept layer before them (LaCo, arXiv 2402.11187).
 
 Follows the merges that the strategy decided on (`laco`), or else merges every removed run into the layer before it.
-Linear projections and their biases are merged, norms are not; see `merge_coefficients` for the two formulas.
+Linear projections and their biases are merged, norms are not; see `svl.core.merging` for the two formulas. Merges that
+the strategy measured with one are not done by the other.
 
 Cost: no forward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from svl.compensation.run_rows import check_whole_before_runs, notes_on_runs
-from svl.core import Compensation, HiddenStates, Patch, Plan, one_of
-
-
-def merge_coefficients(merges: Iterable[tuple[int, Sequence[int]]], formula: str) -> dict[int, dict[int, float]]:
-    """What layers become when others are merged into them, step by step, as sums over the dense model's layers.
-
-    One step merges layers l_1 .. l_m into l. `formula` paper: W_l + sum_k (W_{l_k} - W_l) (LaCo, arXiv 2402.11187,
-    eq. 1); released: W_{l_m}, to which the sum of its published code telescopes.
-    """
-    one_of("formula of merging", formula, ("paper", "released"))
-    now: dict[int, dict[int, float]] = {}
-    for into, gone in merges:
-        terms = {into: 1.0 - len(gone), **dict.fromkeys(gone, 1.0)} if formula == "paper" else {gone[-1]: 1.0}
-        total: dict[int, float] = {}
-        for layer, factor in terms.items():
-            for source, coefficient in now.get(layer, {layer: 1.0}).items():
-                total[source] = total.get(source, 0.0) + factor * coefficient
-        now = {k: v for k, v in now.items() if k not in gone} | {into: {k: c for k, c in total.items() if c != 0}}
-    return now
+from svl.core import Compensation, HiddenStates, Patch, Plan, SvlError, one_of
+from svl.core.merging import FORMULAS, merge_coefficients
 
 
 @dataclass(frozen=True)
@@ -44,11 +27,17 @@ class Merge(Compensation):
     formula: str = "paper"
 
     def __post_init__(self) -> None:
-        one_of("compensation.formula", self.formula, ("paper", "released"))
+        one_of("compensation.formula", self.formula, FORMULAS)
 
     def check_plan(self, plan: Plan) -> None:
-        """Raise SvlError if a layer that others would be merged into has lost its attention or MLP."""
+        """Raise SvlError if a layer to merge into has lost its attention or MLP, or merges were measured otherwise."""
         check_whole_before_runs(plan, "merge")
+        measured = plan.provenance.get("formula", self.formula)  # older plans do not say
+        if plan.merges and measured != self.formula:
+            raise SvlError(
+                f"compensation.formula is {self.formula}, but the plan's merges were chosen with strategy.merge="
+                f"{measured}: set both alike"
+            )
 
     def fit(self, hidden: HiddenStates, plan: Plan) -> Patch:
         """Kept layers as sums over layers of the dense model.

@@ -31,8 +31,19 @@ import torch
 from torch import Tensor
 
 from svl.compensation.regression import HeldOutRegression, check_ridges
-from svl.compensation.run_rows import check_rows, check_targets, targets_left
-from svl.core import Compensation, HiddenStates, LayerStep, Patch, Plan, SvlError, Update, check_count, one_of
+from svl.compensation.run_rows import check_rows, targets_left
+from svl.core import (
+    Compensation,
+    HiddenStates,
+    LayerStep,
+    Patch,
+    Plan,
+    SvlError,
+    Update,
+    check_count,
+    check_targets,
+    one_of,
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +72,7 @@ class Refit(Compensation):
 
     def __post_init__(self) -> None:
         one_of("compensation.layers", self.layers, ("all", "gaps"))
-        check_targets(self.targets)
+        check_targets("compensation.targets", self.targets)
         check_rows(self.rows)
         check_ridges(self.ridges, self.fold)
         check_count("compensation.texts", self.texts)

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from svl.core import HiddenStates, Plan, SvlError, one_of
-
-ROLES = ("attn", "mlp")  # in the order in which a layer's projections write
+from svl.core import ROLES, HiddenStates, Plan, SvlError, one_of
 
 Run = tuple[int, int]  # removed layers [start, stop)
 
@@ -37,16 +35,6 @@ class RunRows:
 def check_rows(rows: str) -> None:
     """Raise SvlError unless `rows` says which tokens count: selected (weighted by the selector) or all."""
     one_of("compensation.rows", rows, ("selected", "all"))
-
-
-def check_targets(targets: Sequence[str]) -> None:
-    """Raise SvlError unless `targets` names projections that are changed."""
-    for target in targets:
-        one_of("compensation.targets", target, ("mlp", "attn"))
-    if not targets:
-        raise SvlError("compensation.targets is empty, but must name mlp, attn or both")
-    if len(set(targets)) < len(targets):
-        raise SvlError(f"compensation.targets is {list(targets)}, but must name mlp and attn at most once each")
 
 
 def targets_left(plan: Plan, layer: int, targets: Sequence[str]) -> tuple[str, ...]:

@@ -24,8 +24,8 @@ from svl.compensation.gap_subspace import (
     leading_directions,
     measure_gaps,
 )
-from svl.compensation.run_rows import check_targets, targets_left
-from svl.core import Compensation, HiddenStates, Patch, Plan, Update, check_count, check_number, one_of
+from svl.compensation.run_rows import targets_left
+from svl.core import Compensation, HiddenStates, Patch, Plan, Update, check_count, check_number, check_targets, one_of
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Subspace(Compensation):
         one_of("compensation.rows", self.rows, ("selected", "all", "means"))
         one_of("compensation.anchor", self.anchor, ("before", "after"))
         one_of("compensation.scope", self.scope, ("run", "layer"))
-        check_targets(self.targets)
+        check_targets("compensation.targets", self.targets)
         check_count("compensation.rank", self.rank)
         check_number("compensation.gain", self.gain)
         check_guard(self.guard)

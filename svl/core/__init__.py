@@ -7,7 +7,7 @@ Words have one meaning each: layers are 0-based, `h_i` enters layer i (`h_L` lea
 norm), `ratio` is the fraction of decoder layers removed, importance is higher for layers to keep.
 """
 
-from svl.core.contract import checked_patch, checked_plan, checked_weights, extended_patch, fitted_patch
+from svl.core.contract import check_stepwise, checked_patch, checked_plan, checked_weights, extended_patch, fitted_patch
 from svl.core.errors import SvlError, did_you_mean, one_of
 from svl.core.methods import (
     Compensation,
@@ -22,11 +22,12 @@ from svl.core.methods import (
     TokenSelector,
 )
 from svl.core.patch import JoinedPart, Patch, TensorChange, Update
-from svl.core.plan import Plan, layers_to_remove
-from svl.core.settings import check_count, check_number
+from svl.core.plan import ROLES, Plan, layers_to_remove
+from svl.core.settings import check_count, check_number, check_targets
 from svl.core.stats import Stats, TokenTrace, no_selected_token
 
 __all__ = [
+    "ROLES",
     "Compensation",
     "HiddenStates",
     "JoinedPart",
@@ -47,6 +48,8 @@ __all__ = [
     "Update",
     "check_count",
     "check_number",
+    "check_stepwise",
+    "check_targets",
     "checked_patch",
     "checked_plan",
     "checked_weights",

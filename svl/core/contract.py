@@ -34,6 +34,13 @@ def answering(method: Method) -> Iterator[None]:
         raise SvlError(f"{method_name(method)}: {error}") from error
 
 
+def check_stepwise(setting: str, strategy: Strategy) -> None:
+    """Raise SvlError unless a strategy, which `setting` names, can be asked for one layer after another."""
+    if not strategy.stepwise:
+        name = type(strategy).__name__
+        raise SvlError(f"{setting} is {name}, which cannot be asked for one layer after another")
+
+
 def checked_weights(selector: TokenSelector, trace: TokenTrace, n_layers: int) -> Tensor:
     """`selector.weights(trace)`: [T] or [L, T].
 

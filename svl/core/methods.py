@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from svl.core.stats import Stats, TokenTrace
 
 
+STATISTICS = ("cosine", "windows", "sublayers", "attention")  # what a calibration pass can measure
+
+
 @dataclass(frozen=True)
 class Method:
     """Base of every method.
@@ -38,7 +41,7 @@ class Method:
 class TokenSelector(Method, ABC):
     """Which tokens count."""
 
-    known_needs: ClassVar[frozenset[str]] = frozenset({"cosine", "windows", "sublayers", "attention"})
+    known_needs: ClassVar[frozenset[str]] = frozenset(STATISTICS)
 
     @abstractmethod
     def weights(self, trace: TokenTrace) -> Tensor:
@@ -65,9 +68,7 @@ class Strategy(Method, ABC):
             that choose whole layers, both of each.
     """
 
-    known_needs: ClassVar[frozenset[str]] = frozenset(
-        {"cosine", "windows", "sublayers", "attention", "probe", "gradients", "weights", "rescoring"}
-    )
+    known_needs: ClassVar[frozenset[str]] = frozenset({*STATISTICS, "probe", "gradients", "weights", "rescoring"})
     stepwise: ClassVar[bool] = False
     sublayers_for_one: ClassVar[int] = 2
 

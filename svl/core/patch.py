@@ -9,19 +9,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-_FOLDABLE = (  # all of conf/compensation, as a test checks
-    "a compensation that folds into weights: come, linear, linear_cosine, linear_replaceme, magnitude, mean_update, "
-    "merge, refit, refit_generated, subspace, subspace_fit, subspace_guarded"
-)
 # Why a patch with maps, and a compensation that gives them, is not exported.
 NO_STOCK_FORM = (
     "a map at a cut acts on the residual stream between two layers, which no stock checkpoint can express; evaluate it "
-    f"in memory (evaluator=transformers, no export), or choose {_FOLDABLE}"
+    "in memory (evaluator=transformers, no export), or choose a compensation that folds into weights"
 )
 # Why further removals are not tried on a model that has them.
 NO_TRIALS = (
     "removals cannot be tried out on a model with maps at its cuts, which were fitted to these; choose a strategy that "
-    f"reads statistics, or {_FOLDABLE}"
+    "reads statistics, or a compensation that folds into weights"
 )
 
 

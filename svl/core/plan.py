@@ -12,6 +12,7 @@ from typing import Any
 
 from svl.core.errors import SvlError
 
+ROLES = ("attn", "mlp")  # what a layer writes into the stream with, in the order in which it does
 MOST_LAYERS = 100_000  # far more than any model has, far fewer than fill memory
 
 
@@ -85,7 +86,9 @@ class Plan:
     def __post_init__(self) -> None:
         n_layers = whole_number("n_layers of a plan", self.n_layers)
         removed = sorted(whole_number("a removed layer", i) for i in self.removed)
-        removed = self._take_sublayers(n_layers, removed)
+        removed, lost = _sorted_out(n_layers, removed, {role: getattr(self, f"removed_{role}") for role in ROLES})
+        for role, layers in lost.items():
+            object.__setattr__(self, f"removed_{role}", layers)
         object.__setattr__(self, "n_layers", n_layers)
         object.__setattr__(self, "removed", tuple(removed))
         if n_layers > MOST_LAYERS:
@@ -111,22 +114,6 @@ class Plan:
         object.__setattr__(self, "order", tuple(whole_number("a layer in the order of removal", i) for i in self.order))
         if self.order and sorted(self.order) != removed:
             raise SvlError(f"plan removes layers in the order {list(self.order)}, but removes {removed}")
-
-    def _take_sublayers(self, n_layers: int, removed: list[int]) -> list[int]:
-        """Check and sort the sub-layers; gives the layers to remove, with those that lose both of theirs."""
-        parts = {}
-        for role in ("attn", "mlp"):
-            name = f"removed_{role}"
-            layers = sorted(whole_number(f"a layer of {name}", i) for i in getattr(self, name))
-            if len(set(layers)) != len(layers) or not all(0 <= i < n_layers for i in layers):
-                raise SvlError(f"{name} of a plan is {reprlib.repr(layers)}, but must be different ones of its layers")
-            if gone := sorted(set(layers) & set(removed)):
-                raise SvlError(f"{name} of a plan has layers {gone}, which are removed as a whole")
-            parts[name] = set(layers)
-        both = set.intersection(*parts.values())
-        for name, found in parts.items():
-            object.__setattr__(self, name, tuple(sorted(found - both)))
-        return sorted([*removed, *both])
 
     @property
     def sublayers(self) -> tuple[tuple[int, str], ...]:
@@ -212,3 +199,24 @@ class Plan:
             return plan
         except SvlError as error:
             raise SvlError(f"not a plan: {error}") from error
+
+
+def _sorted_out(
+    n_layers: int, removed: list[int], lost: dict[str, Iterable[int]]
+) -> tuple[list[int], dict[str, tuple[int, ...]]]:
+    """The layers to remove, with those that lose all their sub-layers, and of others what they lose, by role.
+
+    Raises:
+        SvlError: if sub-layers are not different ones of layers that stay.
+    """
+    parts = {}
+    for role, given in lost.items():
+        name = f"removed_{role}"
+        layers = sorted(whole_number(f"a layer of {name}", i) for i in given)
+        if len(set(layers)) != len(layers) or not all(0 <= i < n_layers for i in layers):
+            raise SvlError(f"{name} of a plan is {reprlib.repr(layers)}, but must be different ones of its layers")
+        if gone := sorted(set(layers) & set(removed)):
+            raise SvlError(f"{name} of a plan has layers {gone}, which are removed as a whole")
+        parts[role] = set(layers)
+    whole = set.intersection(*parts.values())
+    return sorted([*removed, *whole]), {role: tuple(sorted(layers - whole)) for role, layers in parts.items()}

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from svl.core.errors import SvlError
 from svl.data import pictures
 
 if TYPE_CHECKING:
@@ -125,6 +126,11 @@ class Samples:
             batches[-1].append(sample)
             frames |= shown
         return [tuple(batch) for batch in batches]
+
+    def check_answered(self, what: str) -> None:
+        """Raise SvlError, which says that `what` needs them, unless all samples have answers, or are running text."""
+        if missing := [s for s in self if not s.plain and not s.answer]:
+            raise SvlError(f"{what} needs answers, but {len(missing)} samples have none, {missing[0].label} for one")
 
     @cached_property
     def fingerprint(self) -> str:

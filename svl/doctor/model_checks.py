@@ -28,7 +28,7 @@ from svl.models.placement import weights_by_place
 from svl.models.prompts import with_prompt_style
 from svl.models.transformers_internals import empty_model
 from svl.models.weight_files import PICKLES, check_index, find_weight_files
-from svl.pruning.folding import check_foldable, check_patch, check_single_somewhere, merge_kinds
+from svl.pruning.folding import check_foldable, check_patch_for_model, check_single_somewhere, merge_kinds
 from svl.pruning.layer_trials import joinable_layers
 from svl.store.artifacts import Store
 
@@ -245,4 +245,4 @@ def _examine_choices(cfg: DictConfig, lvlm: Lvlm, compensation: Compensation, se
         strategy.check(stats, n_remove)
         if not strategy.needs and not compensation.needs:  # what they come to is known
             plan = checked_plan(strategy, stats, n_remove)
-            check_patch(fitted_patch(compensation, None, plan), plan, lvlm.anatomy, lvlm.layers)  # type: ignore[arg-type]
+            check_patch_for_model(fitted_patch(compensation, None, plan), plan, lvlm.anatomy, lvlm.layers)  # type: ignore[arg-type]

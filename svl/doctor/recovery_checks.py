@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from svl.calibration.encoding import encode_samples, encode_texts, sample_text
 from svl.config import training_data
 from svl.core import Plan
 from svl.data.samples import Sample, Samples
@@ -12,6 +11,7 @@ from svl.doctor.data_checks import examine_samples, longest_text
 from svl.doctor.findings import Section
 from svl.doctor.memory import GUESSED_ANSWER, GUESSED_TOKENS, Training
 from svl.models.lvlm import Lvlm
+from svl.models.sample_inputs import encode_samples, encode_texts, sample_text
 from svl.recovery.base import Recovery, check_answers
 from svl.recovery.losses import compared_states
 from svl.recovery.student import check_trainable_kind

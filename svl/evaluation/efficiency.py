@@ -30,13 +30,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from svl.calibration.encoding import encode_texts, sample_text
 from svl.core import SvlError
 from svl.core.errors import explained, out_of_memory
 from svl.data.samples import Sample
 from svl.evaluation.settings import EfficiencySettings
 from svl.models.devices import synchronize
 from svl.models.lvlm import Lvlm, Progress
+from svl.models.sample_inputs import encode_texts, sample_text
 from svl.pruning.sublayers import NoAttention, NoMlp
 
 log = logging.getLogger(__name__)

@@ -23,6 +23,7 @@ from svl.core import Plan, SvlError
 from svl.evaluation.batch_rows import Rows, RowSelection, map_tensors, repeated, repeats
 from svl.evaluation.growing_cache import GrowingLayer
 from svl.evaluation.shared_prefill import Forward, cache_of, module_identity, replace_forward, vision_towers
+from svl.models.layer_calls import first_argument, first_output, with_first_output
 from svl.models.lvlm import Lvlm
 from svl.models.positions import looked_up_positions
 from svl.pruning.surgery import apply
@@ -236,7 +237,7 @@ class LockStep:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             cache = cache_of(self.dense.name, args, kwargs)
-            hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+            hidden = first_argument(args, kwargs)
             if len(hidden) != self._batch.total:
                 raise SvlError(f"layers of '{self.dense.name}' are called with hidden states of unknown rows")
             slots = self._slots(i, cache) if cache else [None] * len(self._groups[i])
@@ -273,11 +274,10 @@ class LockStep:
         """`before` with the `output` of a group (hidden states, or a tuple that they come first in) in its rows."""
         if rows is None:
             return output
-        states = output[0] if isinstance(output, tuple) else output
-        whole = before[0] if isinstance(before, tuple) else before
+        states, whole = first_output(output), first_output(before)
         whole = whole.to(states.device, copy=True) if first else whole
         whole.index_copy_(0, rows.index(states.device), states)
-        return (whole, *output[1:]) if isinstance(output, tuple) else whole
+        return with_first_output(output, whole)
 
     def _slots(self, i: int, cache: Cache) -> list[Slot | None]:
         """Of the groups of a layer; the first one has the host's own, which tells masks how long the past is."""

@@ -33,6 +33,6 @@ class PromptSizes:
         """Tokens of an image of this width and height."""
         width, height = (-(-side // STEP) * STEP for side in size)
         if (width, height) not in self._known:
-            inputs = self.lvlm.encode([self.lvlm.prompt("", image=True)], [[Image.new("RGB", (width, height))]])
+            inputs = self.lvlm.encode([self.lvlm.prompt("", images=1)], [[Image.new("RGB", (width, height))]])
             self._known[width, height] = int(self.lvlm.is_visual(inputs["input_ids"]).sum())
         return self._known[width, height]

@@ -37,6 +37,11 @@ WRITERS = {
     ),
 }
 
+# Config fields that count layers, of decoders and of towers; as transformers' configs have them.
+DEPTH_FIELDS = (
+    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "layers", "depth", "num_blocks",
+    "encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers",
+)  # fmt: skip
 IMAGE_TOKEN_FIELDS = ("image_token_id", "image_token_index", "image_patch_id")
 VIDEO_TOKEN_FIELDS = ("video_token_id", "video_token_index")
 
@@ -87,7 +92,6 @@ class Anatomy:
         protected: layer that must stay -> why.
         waived: layers that others depend on, but whose protection `model.protect` has lifted: they may be removed, and
             the pruned model then computes something else than the full one that skips them.
-        video_token_id: as `image_token_id`, of videos; None where they have no placeholder of their own.
         entered: behind how many of the first layers visual features enter (DeepStack), so that they cannot run by
             themselves.
     """

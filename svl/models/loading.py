@@ -65,8 +65,6 @@ def forget_last() -> None:
 
     Frees an accelerator's memory once nobody else holds the model.
     """
-    import torch
-
     _last_model.clear()
     gc.collect()
     if torch.cuda.is_available():
@@ -88,6 +86,7 @@ def _load(path: str, options: LoadOptions) -> Lvlm:
         model, info = _read_weights(path, auto, options, device)
     anatomy = find_anatomy(model, options.layers, image_token=token, protect=options.protect)
     check_complete(path, info, model, anatomy)
+    tell_left_out(path, info, anatomy)
     if device is not None:
         with explained(f"cannot use model.device='{options.device}'"):
             model = nn.Module.to(model, device)
@@ -201,37 +200,43 @@ def check_complete(path: str, info: dict[str, Any], model: PreTrainedModel, anat
         )
     if missing := info["missing_keys"]:  # and in theirs
         raise SvlError(f"the checkpoint '{path}' lacks {len(missing)} weights, {min(missing)} for one")
-    left_out = {i for name in stored_names(path) if (i := anatomy.layer_number(name)) is not None}
-    unused: list[str] = []
     for name in info["unexpected_keys"]:
-        number = anatomy.layer_number(name)
-        if number is None or number < anatomy.n_layers:
-            unused.append(name)
-            continue
-        if not is_prediction_layer(model, anatomy, name):
+        if _layer_behind(anatomy, name) is not None and not is_prediction_layer(model, anatomy, name):
             raise SvlError(
                 f"the checkpoint '{path}' has {name}, but its config says {anatomy.n_layers} decoder layers: the "
                 "layers behind them would be left out"
             )
-        left_out.add(number)
-    if unused:
+
+
+def tell_left_out(path: str, info: dict[str, Any], anatomy: Anatomy) -> None:
+    """Log which stored weights the model has no place for, and which layers behind the decoder are left out."""
+    unexpected = info["unexpected_keys"]
+    if unused := [name for name in unexpected if _layer_behind(anatomy, name) is None]:
         log.warning(
             "  left out: %d stored weights that the model has no place for, %s for one",
             len(unused),
             for_terminal(min(unused)),
         )
-    if left_out := {i for i in left_out if i >= anatomy.n_layers}:
-        log.info("  left out: prediction layer %s, stored behind the decoder", ", ".join(map(str, sorted(left_out))))
+    names = (*unexpected, *stored_names(path))
+    if behind := {number for name in names if (number := _layer_behind(anatomy, name)) is not None}:
+        log.info("  left out: prediction layer %s, stored behind the decoder", ", ".join(map(str, sorted(behind))))
+
+
+def _layer_behind(anatomy: Anatomy, name: str) -> int | None:
+    """The number of the layer that a stored tensor belongs to, if the config counts fewer."""
+    number = anatomy.layer_number(name)
+    return None if number is None or number < anatomy.n_layers else number
 
 
 def is_prediction_layer(model: PreTrainedModel, anatomy: Anatomy, name: str) -> bool:
     """Whether a tensor belongs to a layer behind the last that guesses tokens further ahead, and is not loaded."""
     from svl.models.transformers_internals import ignored_on_load
 
-    number, n_extra = anatomy.layer_number(name), getattr(model.config.get_text_config(), "num_nextn_predict_layers", 0)
-    if number is None or number < anatomy.n_layers:
+    number = _layer_behind(anatomy, name)
+    if number is None:
         return False
-    return ignored_on_load(model, name) or number < anatomy.n_layers + (n_extra or 0)
+    n_extra = getattr(model.config.get_text_config(), "num_nextn_predict_layers", 0) or 0
+    return ignored_on_load(model, name) or number < anatomy.n_layers + n_extra
 
 
 def load_processor(

@@ -18,11 +18,16 @@ from svl.models.anatomy import Anatomy
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
+Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]  # of items, what is done with them, how many they are
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
 
 SECONDS_PER_FRAME = 0.5  # of a video that comes as frames: what Qwen's own tools take a list of frames to be
+
+
+def no_progress(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
+    """No progress display."""
+    return items
 
 
 @dataclass(frozen=True)
@@ -128,12 +133,12 @@ class Lvlm:
         with explained(f"the chat template of '{self.name}' fails"):
             return str(self.processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=asks))
 
-    def prompt(self, text: str, image: int, answer: str | None = None, video: bool = False) -> str:
+    def prompt(self, text: str, images: int, answer: str | None = None, video: bool = False) -> str:
         """One user turn of text, after what it is about, and its answer, as `render` gives it.
 
         Args:
             text: of the turn.
-            image: how many images come before the text (False: none, True: one).
+            images: how many come before the text.
             answer: the assistant's turn after it.
             video: whether a video comes before the text, after the images.
 
@@ -141,7 +146,7 @@ class Lvlm:
             SvlError: if the text holds the model's own mark of an image or a video.
         """
         self.check_text(text)
-        parts = [{"type": "image"}] * int(image) + [{"type": "video"}] * video
+        parts = [{"type": "image"}] * int(images) + [{"type": "video"}] * video
         turns = [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
         if answer is not None:
             turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})

@@ -19,7 +19,7 @@ from svl.models.lvlm import Lvlm
 from svl.models.processors import puts_picture_first, with_settings
 
 TEMPLATES = Path(__file__).parent / "prompt_templates"
-STYLES = ("chat", "paligemma", "plain", "vicuna_v1")  # chat: the checkpoint's own
+STYLES = ("chat", *sorted(file.stem for file in TEMPLATES.glob("*.jinja")))  # chat: the checkpoint's own
 
 
 def style_template(style: str, image_token: str = "<image>") -> str | None:

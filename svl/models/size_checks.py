@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from svl.core.errors import SvlError, explained
+from svl.models.anatomy import DEPTH_FIELDS
 from svl.models.hub_snapshot import find_hub_snapshot
 from svl.models.options import LoadOptions
 from svl.models.weight_files import find_weight_files, stored_names
@@ -17,8 +18,7 @@ from svl.models.weight_files import find_weight_files, stored_names
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth")  # config fields that count layers
-COUNT = re.compile(r"(^|_)(layers?|depths?|blocks|labels)$")  # and all that count what lists are made of
+COUNT = re.compile(r"(^|_)(layers?|depths?|blocks|labels)$")  # config fields that count what lists are made of
 PARAMETERS_PER_BYTE = 4  # at most, in any format
 WEIGHTS_PER_TENSOR = 8  # at most: a stored tensor may be several in the model
 MOST_LAYERS = 10_000  # that a config may ask for where the number of stored tensors is not known
@@ -41,7 +41,7 @@ def _check_counts(fields: dict[str, Any], n_stored: int, path: str | Path) -> No
         numbers = [number for number in (value if isinstance(value, list) else [value]) if isinstance(number, int)]
         largest = max(numbers, default=0)
         where = f"cannot load a model from '{path}': its config says {name}={largest}, but"
-        if name in DEPTH and largest > (n_stored or MOST_LAYERS):
+        if name in DEPTH_FIELDS and largest > (n_stored or MOST_LAYERS):
             have = f"the checkpoint has {n_stored} tensors" if n_stored else f"no model has more than {MOST_LAYERS}"
             raise SvlError(f"{where} {have}")
         if COUNT.search(name) and largest > MOST:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from svl.core.errors import SvlError
 from svl.core.patch import Patch
 from svl.core.plan import Plan
+from svl.models.layer_calls import first_argument, first_output, with_first_argument, with_first_output
 from svl.models.lvlm import Lvlm
 from svl.models.placement import input_device
 
@@ -73,12 +74,8 @@ def _add_map(layer: nn.Module, name: str, width: int) -> None:
 
 
 def _map_entering(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    mapped = layer.get_submodule(ENTERING)
-    if args:
-        return (mapped(args[0]), *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": mapped(kwargs["hidden_states"])}
+    return with_first_argument(args, kwargs, layer.get_submodule(ENTERING)(first_argument(args, kwargs)))
 
 
 def _map_leaving(layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    mapped = layer.get_submodule(LEAVING)
-    return (mapped(output[0]), *output[1:]) if isinstance(output, tuple) else mapped(output)
+    return with_first_output(output, layer.get_submodule(LEAVING)(first_output(output)))

@@ -19,7 +19,7 @@ from svl.pruning.joining import join_rules
 if TYPE_CHECKING:
     from svl.core.methods import Compensation
 
-COLUMNS = 256  # of a matrix that are changed at a time
+BLOCK_COLUMNS = 256  # of a matrix that are changed at a time
 POST_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm", "post_self_attn_layernorm")
 
 
@@ -61,7 +61,7 @@ def check_single_somewhere(compensation: Compensation, anatomy: Anatomy) -> None
         raise problems[0]
 
 
-def check_patch(patch: Patch, plan: Plan, anatomy: Anatomy, layers: nn.ModuleList) -> None:
+def check_patch_for_model(patch: Patch, plan: Plan, anatomy: Anatomy, layers: nn.ModuleList) -> None:
     """Raise SvlError unless a patch is for the layers that a plan keeps, in shapes that fit, of real, finite numbers.
 
     `layers` are the dense model's; they may be on the meta device.
@@ -160,8 +160,8 @@ def fold_update(tensor: Tensor, update: Update, flipped: bool = False) -> Tensor
             continue
         if flipped:
             new, old = new.mT, old.mT
-        for start in range(0, old.shape[1], COLUMNS):
-            block = (slice(None), slice(start, start + COLUMNS))
+        for start in range(0, old.shape[1], BLOCK_COLUMNS):
+            block = (slice(None), slice(start, start + BLOCK_COLUMNS))
             extra = None if update.delta is None else update.delta[block]
             new[block] = _folded(old[block], factors, extra, update.scale)
     return result

@@ -64,7 +64,7 @@ def join_rules(shapes: Shapes, parts: Sequence[JoinedPart], hidden: int) -> dict
         rules[name] = rule
     for name, rule in rules.items():
         if rule.axis is not None:
-            _check_indices(name, shapes[name], rule.kind, parts, counts[rule.kind])
+            _check_indices(name, rule.kind, parts, counts[rule.kind])
     return rules
 
 
@@ -94,7 +94,7 @@ def _vector_rule(
     return None
 
 
-def _check_indices(name: str, shape: tuple[int, ...], kind: str, parts: Sequence[JoinedPart], count: int) -> None:
+def _check_indices(name: str, kind: str, parts: Sequence[JoinedPart], count: int) -> None:
     """Raise SvlError if a part asks for what a tensor does not have."""
     units = [getattr(part, kind) for part in parts]
     if any(bool((u < 0).any() or (u >= count).any()) for u in units):

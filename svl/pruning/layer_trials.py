@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from svl.core.errors import SvlError, explained
 from svl.core.patch import JoinedPart, Update
+from svl.core.plan import ROLES
 from svl.models.anatomy import Anatomy
 from svl.models.devices import fp64_device
-from svl.models.lvlm import Lvlm
+from svl.models.layer_calls import first_argument, first_output, hooked, other_arguments
+from svl.models.lvlm import Lvlm, no_progress
 from svl.models.placement import changed_tensors, stored_tensor
 from svl.pruning import folding
 from svl.pruning.joining import join_rules, join_tensors
@@ -61,7 +63,7 @@ class LayerTrial:
         with changed_tensors(self.layer, changed or {}) as in_memory:
             named = {f"layer.{name}": tensor for name, tensor in in_memory.items()}
             output = torch.func.functional_call(_Direct(self.layer), named, (self.state, *self.args), self.kwargs)
-        return (output[0] if isinstance(output, tuple) else output).float()
+        return first_output(output).float()
 
     def scaled(self, anatomy: Anatomy, scales: dict[str, float]) -> Tensor:
         """What it makes of the state if its writers' weights are `scales` times what they are, by role."""
@@ -81,15 +83,11 @@ class LayerTrial:
         nothing = dict.fromkeys(anatomy.writers, 0.0)
         without, given = self.scaled(anatomy, nothing), []
         module = self.layer.get_submodule(anatomy.writers[role][self.number].module)
-        handle = module.register_forward_hook(lambda _, args, output: given.append(output))
-        try:
+        with hooked([module.register_forward_hook(lambda _, args, output: given.append(first_output(output)))]):
             whole = self.scaled(anatomy, {**nothing, role: 1.0})
-        finally:
-            handle.remove()
-        written = given[0][0] if isinstance(given[0], tuple) else given[0]
         rounding = 4 * self.eps * float(without.norm() + whole.norm())
         width = anatomy.hidden_size
-        return written.to(whole).reshape(-1, width), (whole - without).reshape(-1, width), rounding
+        return given[0].to(whole).reshape(-1, width), (whole - without).reshape(-1, width), rounding
 
     @property
     def eps(self) -> float:
@@ -237,7 +235,7 @@ def _own_parts(lvlm: Lvlm, i: int, backwards: bool = False) -> JoinedPart:
         SvlError: if several matrices, or none, write in a role.
     """
     matrices = []
-    for role in ("attn", "mlp"):
+    for role in ROLES:
         writer = lvlm.anatomy.writers.get(role, ())[i : i + 1]
         if not writer or not writer[0].single:
             raise SvlError(f"its '{role}' does not write through one matrix; choose another compensation")
@@ -285,27 +283,19 @@ def _try_layers(lvlm: Lvlm, inputs: Inputs | None, check: Callable[[LayerTrial],
 
     def hook(i: int) -> Callable[..., None]:
         def attempt(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-            given = args[0] if args else kwargs["hidden_states"]
+            given = first_argument(args, kwargs)
             noise = torch.randn(given.shape, generator=torch.Generator().manual_seed(i)) * SMALL
-            check(LayerTrial(i, layer, noise.to(given), args[1:], rest))
+            check(LayerTrial(i, layer, noise.to(given), *other_arguments(args, kwargs)))
             if i == numbers[-1]:
                 raise _EndedError
 
         return attempt
 
     def work(model: Lvlm, _: None) -> None:
-        handles = [model.layers[i].register_forward_hook(hook(i), with_kwargs=True) for i in numbers]
-        try:
-            with suppress(_EndedError), torch.no_grad():
-                model.model(**inputs, use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def silent(items: Any, what: str, total: int) -> Any:
-        return items
+        handles = (model.layers[i].register_forward_hook(hook(i), with_kwargs=True) for i in numbers)
+        with hooked(handles), suppress(_EndedError), torch.no_grad():
+            model.model(**inputs, use_cache=False)
 
     with explained(f"the layers of '{lvlm.name}' cannot be tried on an example"):
-        for _ in lvlm.map(work, [None], silent):
+        for _ in lvlm.map(work, [None], no_progress):
             pass

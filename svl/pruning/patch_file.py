@@ -44,7 +44,7 @@ def save_patch(patch: Patch, file: Path) -> None:
 
 
 def load_patch(file: Path) -> Patch:
-    """Read what `save_patch` wrote; whether it fits a model, `folding.check_patch` tells.
+    """Read what `save_patch` wrote; whether it fits a model, `folding.check_patch_for_model` tells.
 
     Raises:
         SvlError: if it is no such file.

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from svl.core.errors import SvlError, explained
 from svl.core.plan import Plan
+from svl.models.anatomy import DEPTH_FIELDS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-DEPTH = ("num_hidden_layers", "n_layer", "num_layers", "layers")  # config fields that count layers
 PER_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types", "intermediate_size", "activation_sparsity_pattern")
 INDEX_SETS = ("cross_attention_layers", "moe_layers", "mlp_only_layers", "full_attn_idxs", "rope_scaling_layers")
 PREFIX = ("max_window_layers", "first_k_dense_replace")  # count layers from the first
@@ -26,8 +26,8 @@ def pruned_config(config: PreTrainedConfig, plan: Plan) -> PreTrainedConfig:
     """A copy of a model config whose text part has the layers of `plan`.
 
     Raises:
-        SvlError: if a field may have one value per layer and is not known to be such, or transformers would read the
-            new config otherwise than it is meant.
+        SvlError: if a field may have one value per layer and is not known to be such, no known field counts the layers,
+            or transformers would read the new config otherwise than it is meant.
     """
     config = copy.deepcopy(config)
     if not plan.removed:
@@ -39,12 +39,18 @@ def pruned_config(config: PreTrainedConfig, plan: Plan) -> PreTrainedConfig:
         new = type(text).from_dict(copy.deepcopy(after))
         getattr(new, "kv_sharing_modes", None)  # computed, and checked, only when it is asked for
     new.dtype = text.dtype
+    known = (*DEPTH_FIELDS, *PER_LAYER, *INDEX_SETS, *PREFIX, *SUFFIX)
     for name, value in new.to_dict().items():
-        if name in (*DEPTH, *PER_LAYER, *INDEX_SETS, *PREFIX, *SUFFIX) and as_json(value) != as_json(after.get(name)):
+        if name in known and as_json(value) != as_json(after.get(name)):
             raise SvlError(
                 f"{text.model_type} cannot do without layers {list(plan.removed)}: with '{name}' {after.get(name)}, "
                 f"it would be made with {value}"
             )
+    if new.num_hidden_layers != len(plan.kept):
+        raise SvlError(
+            f"{text.model_type} cannot do without layers {list(plan.removed)}: its config counts layers in none of the "
+            f"known fields ({', '.join(DEPTH_FIELDS)})"
+        )
     if text is config:
         return new
     setattr(config, next(name for name in config.sub_configs if getattr(config, name, None) is text), new)
@@ -76,7 +82,7 @@ def pruned_fields(text: dict[str, Any], plan: Plan) -> dict[str, Any]:
                     f"config field '{name}' of {text.get('model_type')} may be per-layer, and pruning it is unknown"
                 )
             fields[name] = [value[i] for i in kept]
-        elif name in DEPTH and value == plan.n_layers:
+        elif name in DEPTH_FIELDS and value == plan.n_layers:
             fields[name] = len(kept)
     if (step := text.get("decoder_sparse_step") or 1) > 1:  # every step-th layer has experts: said layer by layer
         dense = text.get("mlp_only_layers") or ()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from svl.core.errors import SvlError, explained
 from svl.core.plan import Plan
+from svl.models.layer_calls import first_argument, first_output, hooked, with_first_output
 from svl.models.lvlm import Lvlm
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def example_inputs(lvlm: Lvlm) -> dict[str, Tensor]:
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     images = [Image.fromarray(pixels).resize((224, 224))] if with_image else []
     with explained(f"the processor of '{lvlm.name}' fails on an example"):
-        return lvlm.encode([lvlm.prompt("What is in the picture, and where?", image=with_image)], [images])
+        return lvlm.encode([lvlm.prompt("What is in the picture, and where?", images=len(images))], [images])
 
 
 def check_surgery(lvlm: Lvlm, pruned: Lvlm, plan: Plan, inputs: dict[str, Tensor]) -> float:
@@ -96,11 +97,8 @@ def check_surgery(lvlm: Lvlm, pruned: Lvlm, plan: Plan, inputs: dict[str, Tensor
     for i, role in plan.sublayers:
         writer = lvlm.layers[i].get_submodule(lvlm.anatomy.writers[role][i].module)
         handles.append(writer.register_forward_hook(_write_nothing))
-    try:
+    with hooked(handles):
         expected, again = _logits(lvlm.model, inputs), _logits(lvlm.model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
     difference = _distance(_logits(pruned.model, inputs), expected)
     allowed = max(2 * torch.finfo(lvlm.model.dtype).eps, 10 * _distance(again, expected))
     if waived := sorted(set(plan.removed) & set(lvlm.anatomy.waived)):
@@ -125,10 +123,9 @@ def _distance(logits: Tensor, expected: Tensor) -> float:
 
 def _write_nothing(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     """Zeros in place of what a projection, or a block of several, gives."""
-    return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
+    return with_first_output(output, torch.zeros_like(first_output(output)))
 
 
 def _pass_on_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """A layer's input in place of its output."""
-    state = args[0] if args else kwargs["hidden_states"]
-    return (state, *output[1:]) if isinstance(output, tuple) else state
+    return with_first_output(output, first_argument(args, kwargs))

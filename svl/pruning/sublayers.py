@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from svl.core.errors import SvlError
 from svl.core.patch import Patch, Update
 from svl.core.plan import Plan
+from svl.models.layer_calls import first_argument
 from svl.models.lvlm import Lvlm
 from svl.models.placement import stored_tensor
 from svl.pruning.folding import tensors_of_update
@@ -28,7 +29,7 @@ class NoAttention(nn.Module):
     """Writes nothing."""
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        return torch.zeros_like(args[0] if args else kwargs["hidden_states"]), None
+        return torch.zeros_like(first_argument(args, kwargs)), None
 
 
 class NoMlp(nn.Module):

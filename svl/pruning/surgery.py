@@ -27,7 +27,7 @@ from svl.models.transformers_internals import keep_stored_layout, model_on_meta
 from svl.pruning import cut_maps, sublayers
 from svl.pruning.folding import (
     blend_tensors,
-    check_patch,
+    check_patch_for_model,
     fold_update,
     parameter_shapes,
     projections,
@@ -57,7 +57,7 @@ def apply(lvlm: Lvlm, plan: Plan, patch: Patch | None = None) -> Lvlm:
     anatomy.check_plan(plan, lvlm.name)
     left_out = sublayers.blocks_left_out(lvlm, plan)
     patch = sublayers.with_zeros(patch or Patch(), plan, left_out)
-    check_patch(patch, plan, anatomy, lvlm.layers)
+    check_patch_for_model(patch, plan, anatomy, lvlm.layers)
     check_trained(patch.trained, plan, anatomy, dense)
     cut_maps.check_no_maps(lvlm, plan)
     pruned = model_on_meta(dense, pruned_config(dense.config, plan))

@@ -11,7 +11,7 @@ from svl.core.errors import SvlError
 from svl.core.patch import TensorChange
 from svl.core.plan import Plan
 from svl.models.anatomy import Anatomy
-from svl.pruning.folding import COLUMNS, check_part
+from svl.pruning.folding import BLOCK_COLUMNS, check_part
 
 
 def check_trained(trained: Mapping[str, TensorChange], plan: Plan, anatomy: Anatomy, model: nn.Module) -> None:
@@ -46,7 +46,7 @@ def change_tensor(tensor: Tensor, change: TensorChange) -> Tensor:
         raise ValueError("a change has a value, or two factors")
     left, right = (part.to(tensor.device, torch.float32) for part in (change.left, change.right))
     result = torch.empty_like(tensor, memory_format=torch.contiguous_format)
-    for start in range(0, tensor.shape[1], COLUMNS):
-        block = (slice(None), slice(start, start + COLUMNS))
+    for start in range(0, tensor.shape[1], BLOCK_COLUMNS):
+        block = (slice(None), slice(start, start + BLOCK_COLUMNS))
         result[block] = tensor.detach()[block].float() + left @ right[block]
     return result

@@ -149,5 +149,4 @@ def check_answers(samples: Samples) -> None:
     """Raise SvlError unless there are samples, all with an answer."""
     if not len(samples):
         raise SvlError("recovery.data has no samples to train on")
-    if missing := [s for s in samples if not s.plain and not s.answer]:
-        raise SvlError(f"recovery needs answers, but {len(missing)} samples have none, {missing[0].label} for one")
+    samples.check_answered("recovery")

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from svl.calibration.encoding import encode_answer, encode_texts, explained_samples, sample_text
 from svl.core import SvlError
 from svl.data.samples import Sample, Samples
 from svl.models.lvlm import Lvlm
+from svl.models.sample_inputs import encode_answer, encode_texts, explained_samples, sample_text
 
 ANSWER = "answer"  # beside a model's inputs: which tokens [B, T] are an answer
 

@@ -70,7 +70,7 @@ def check_patch_fits(setup: RunSetup, plan: Plan, patch: Patch) -> None:
     """Raise SvlError unless a compensation's patch fits the model, before anything is evaluated or exported."""
     from svl.pruning import folding
 
-    folding.check_patch(patch, plan, setup.dense.anatomy, setup.dense.layers)
+    folding.check_patch_for_model(patch, plan, setup.dense.anatomy, setup.dense.layers)
 
 
 def check_plan(setup: RunSetup, plan: Plan) -> None:

@@ -18,7 +18,7 @@ SPECTRUM = 128  # singular values of a compensation that are kept
 
 def write_example_picture(lvlm: Lvlm, samples: Samples, folder: Path) -> None:
     """Write the first picture of the samples (example.png), if its visual tokens form one grid, and example.json."""
-    from svl.calibration.encoding import encode_samples
+    from svl.models.sample_inputs import encode_samples
 
     sample = next((s for s in samples if s.images and not s.frames), None)
     if sample is None or not lvlm.takes_images:

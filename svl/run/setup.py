@@ -17,8 +17,9 @@ from svl.checkpoints import export
 from svl.checkpoints.fingerprint import checkpoint_fingerprint
 from svl.config import load_options, plain_values, round_ratio, training_data, validate_config
 from svl.config_schema import TrainingData
-from svl.core import SvlError, TokenSelector, one_of
+from svl.core import SvlError, one_of
 from svl.core.errors import out_of_memory
+from svl.core.methods import STATISTICS
 from svl.data.sample_files import read_samples
 from svl.data.samples import Samples, write_samples
 from svl.demo import bundled
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from svl.models.lvlm import Lvlm
 
 COMBINED = ("quantization", "visual_tokens")  # groups of what a pruned model is combined with
-STATISTICS = TokenSelector.known_needs  # what the calibration pass can measure
 SAMPLES_FILE = "samples.parquet"
 NAMED_SETTINGS = tuple(
     f"{group}." for group in ("strategy", "selector", "compensation", "recovery", "calibration", *COMBINED)
@@ -147,11 +147,11 @@ class RunSetup:
 
     def _find_needs(self) -> None:
         needs = self.strategy.needs | self.compensation.needs
-        self.selects = bool(self.strategy.needs & STATISTICS)
+        self.selects = bool(self.strategy.needs.intersection(STATISTICS))
         self.probes = self.strategy.needs & {"probe", "weights"}
         self.rescores = "rescoring" in self.strategy.needs
-        self.calibrates = bool(needs & (STATISTICS | {"hidden"}))
-        statistics = self.strategy.needs & STATISTICS
+        self.calibrates = bool(needs.intersection((*STATISTICS, "hidden")))
+        statistics = self.strategy.needs.intersection(STATISTICS)
         if self.calibrates:
             statistics |= self.selector.needs
         if not self.cfg.model.offload:  # which has all batches under way at once

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from svl.core import SvlError, TokenSelector, TokenTrace
+from svl.core import TokenSelector, TokenTrace, check_count, check_number
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class Random(TokenSelector):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.p <= 1:
-            raise SvlError(f"selector.p is {self.p}, but must lie in (0, 1]")
+        check_number("selector.p", self.p, above=0, most=1)
+        check_count("selector.seed", self.seed)
 
     def weights(self, trace: TokenTrace) -> Tensor:
         """1 for ceil(p T) random tokens [T]."""

@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from svl.core import SvlError, TokenSelector, TokenTrace, one_of
+from svl.core import SvlError, TokenSelector, TokenTrace, check_count, check_number, one_of
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,8 @@ class Tis(TokenSelector):
         one_of("selector.text_self", self.text_self, ("received", "emitted"))
         if not str(self.layers).isdigit():
             one_of("selector.layers", self.layers, ("mean", "each", "<layer number>"))
-        if not 0 < self.p <= 1:
-            raise SvlError(f"selector.p is {self.p}, but must lie in (0, 1]")
-        if self.skip < 0:
-            raise SvlError(f"selector.skip is {self.skip}, but must be at least 0")
+        check_number("selector.p", self.p, above=0, most=1)
+        check_count("selector.skip", self.skip)
 
     def scores(self, trace: TokenTrace) -> Tensor:
         """Importance of every token: fp64 [T], or [L, T] with `layers=each`.

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from svl.core import Plan, Stats, Strategy, SvlError, check_count, one_of
+from svl.core import ROLES, Plan, Stats, Strategy, SvlError, check_count, check_targets
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,7 @@ class BlockPruner(Strategy):
     needs: ClassVar[frozenset[str]] = frozenset({"probe"})
 
     def __post_init__(self) -> None:
-        for target in self.targets:
-            one_of("strategy.targets", target, ("attn", "mlp"))
-        if not self.targets:
-            raise SvlError("strategy.targets is empty, but must name attn, mlp or both")
-        if len(set(self.targets)) < len(self.targets):
-            raise SvlError(f"strategy.targets is {list(self.targets)}, but must name attn and mlp at most once each")
+        check_targets("strategy.targets", self.targets)
         check_count("strategy.samples", self.samples, least=1, unless="all")
 
     def check(self, stats: Stats, n_remove: int) -> None:
@@ -55,11 +50,11 @@ class BlockPruner(Strategy):
         self.check(stats, n_remove)
         probe = stats.required_probe().with_samples(self.samples)
         blocks: list[tuple[int, str]] = [
-            (i, role) for role in ("attn", "mlp") if role in self.targets for i in stats.candidates(n_remove)
+            (i, role) for role in ROLES if role in self.targets for i in stats.candidates(n_remove)
         ]
         removed: list[tuple[int, str]] = []
         for _ in range(2 * n_remove):
             _, losses = probe.sublayer_losses(removed, [block for block in blocks if block not in removed])
             removed.append(min(losses, key=lambda block: (losses[block], blocks.index(block))))
-        attn, mlp = (tuple(i for i, found in removed if found == role) for role in ("attn", "mlp"))
+        attn, mlp = (tuple(i for i, found in removed if found == role) for role in ROLES)
         return Plan(stats.n_layers, (), removed_attn=attn, removed_mlp=mlp)

@@ -33,7 +33,7 @@ class DepthShapley(Strategy):
         check_count("strategy.samples", self.samples, least=1, unless="all")
 
     def plan(self, stats: Stats, n_remove: int) -> Plan:
-        """Importance: the effect."""
+        """Importance: the effect; layers that may not go count as the one of largest effect."""
         layers, probe = stats.candidates(n_remove), stats.required_probe().with_samples(self.samples)
         if self.effect == "loss":
             base, losses = probe.losses((), layers)

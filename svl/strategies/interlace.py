@@ -38,8 +38,9 @@ class Interlace(Strategy):
         partners: list[int] = []
         taken: set[int] = set()
         for size in (3, 2, 1):
-            starts = range(stats.n_layers - size + (size == 1))  # windows that end on h_L are not looked at
-            for start in sorted(starts, key=lambda i: -float(cosine[i, i + size])):
+            # Of several layers, windows that end on h_L are not looked at.
+            starts = stats.n_layers if size == 1 else stats.n_layers - size
+            for start in sorted(range(starts), key=lambda i: -float(cosine[i, i + size])):
                 window = range(start, start + size)
                 if len(removed) == n_remove or taken.intersection(window):
                     continue

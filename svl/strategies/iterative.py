@@ -21,7 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from svl.core import Plan, Stats, Strategy, SvlError
+from svl.core import Plan, Stats, Strategy, check_stepwise
 from svl.strategies.cosine import Cosine
 
 
@@ -37,9 +37,7 @@ class Iterative(Strategy):
     needs: ClassVar[frozenset[str]] = frozenset({"rescoring"})
 
     def __post_init__(self) -> None:
-        if not self.of.stepwise:
-            name = type(self.of).__name__
-            raise SvlError(f"strategy.of is {name}, which cannot be asked for one layer after another (see `stepwise`)")
+        check_stepwise("strategy.of", self.of)
         object.__setattr__(self, "needs", self.of.needs | {"rescoring"})
 
     def check(self, stats: Stats, n_remove: int) -> None:

@@ -7,7 +7,7 @@ outcome of the threshold. Without one, the highest threshold that removes what t
 bisection; the walk then ends as soon as that many are gone, the last merge being smaller where that is needed. The plan
 says which threshold it was.
 
-Two merges of weights exist (see `svl.compensation.merge`): the paper's formula, and that of the released code, which
+Two merges of weights exist (see `svl.core.merging`): the paper's formula, and that of the released code, which
 keeps the last layer's weights alone (its issues 4 and 5). The plan only says what is merged; `compensation=merge` does
 it.
 
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from svl.core import Plan, Stats, Strategy, SvlError, check_count, one_of
+from svl.core.merging import FORMULAS
 from svl.strategies.merging import (
     Merges,
     Similarity,
@@ -27,10 +28,7 @@ from svl.strategies.merging import (
     check_reach,
     check_threshold,
     like_all,
-    merge_similarity,
-    plan_by_threshold,
-    search_threshold,
-    tell_kinds,
+    plan_merges,
 )
 
 
@@ -58,7 +56,7 @@ class Laco(Strategy):
     needs: ClassVar[frozenset[str]] = frozenset({"probe"})
 
     def __post_init__(self) -> None:
-        one_of("strategy.merge", self.merge, ("paper", "released"))
+        one_of("strategy.merge", self.merge, FORMULAS)
         check_threshold(self.threshold)
         check_count("strategy.size", self.size, least=2)
         check_count("strategy.interval", self.interval, least=1)
@@ -85,12 +83,14 @@ class Laco(Strategy):
             SvlError: if there is no layer `highest`, or merging cannot remove so many layers.
         """
         self.check(stats, n_remove)
-        tell_kinds(stats)
-        probe, n_layers = stats.required_probe().with_samples(self.samples), stats.n_layers
-        walk = self._walk(stats, n_remove, merge_similarity(probe, n_layers, self.merge))
-        if self.threshold is not None:
-            return plan_by_threshold(n_layers, walk, self.threshold)
-        return search_threshold(walk, n_layers, n_remove)
+        return plan_merges(
+            stats,
+            n_remove,
+            lambda similarity: self._walk(stats, n_remove, similarity),
+            formula=self.merge,
+            threshold=self.threshold,
+            samples=self.samples,
+        )
 
     def _walk(self, stats: Stats, n_remove: int, similarity: Similarity) -> Walk:
         """The walk, as a function of its threshold and of the number of layers after which it ends."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
-from svl.compensation.merge import merge_coefficients
 from svl.core import Patch, Plan, RemovalProbe, Stats, SvlError, check_number
+from svl.core.merging import merge_coefficients
 
 log = logging.getLogger(__name__)
 
@@ -45,19 +46,40 @@ def tell_kinds(stats: Stats) -> None:
         log.info("  layers whose projections differ in names or shapes are not merged into one another")
 
 
-def plan_by_threshold(n_layers: int, walk: Walk, threshold: float) -> Plan:
-    """The plan of what a threshold lets pass; where that is nothing, the log says so."""
-    merges = walk(threshold, n_layers - 1)
-    if not merges:
-        log.warning("  no merge stays above a similarity of %g, so nothing is removed; lower it", threshold)
-    return merge_plan(n_layers, merges, threshold)
+def plan_merges(
+    stats: Stats,
+    n_remove: int,
+    walk_by: Callable[[Similarity], Walk],
+    *,
+    formula: str,
+    threshold: float | None,
+    samples: int | None,
+) -> Plan:
+    """The merges of a walk; its provenance names the threshold, and the formula of merging that they were chosen with.
+
+    Args:
+        stats: with a probe.
+        n_remove: how many layers go, if there is no threshold.
+        walk_by: the walk by a similarity.
+        formula: of merging, paper | released.
+        threshold: of similarity; None: the highest that removes `n_remove` layers, as some does.
+        samples: how many similarity is measured on; None: all.
+    """
+    tell_kinds(stats)
+    probe, n_layers = stats.required_probe().with_samples(samples), stats.n_layers
+    walk = walk_by(merge_similarity(probe, n_layers, formula))
+    if threshold is None:
+        threshold, merges = search_threshold(walk, n_layers, n_remove)
+    else:
+        merges = walk(threshold, n_layers - 1)
+        if not merges:
+            log.warning("  no merge stays above a similarity of %g, so nothing is removed; lower it", threshold)
+    return replace(merge_plan(n_layers, merges), provenance={"threshold": threshold, "formula": formula})
 
 
-def merge_plan(n_layers: int, merges: Merges, threshold: float | None = None) -> Plan:
-    """The plan of a sequence of merges; `threshold` is told to the reader only."""
-    removed = tuple(i for _, gone in merges for i in gone)
-    made = {} if threshold is None else {"threshold": threshold}
-    return Plan(n_layers, removed, merges=merges, provenance=made)
+def merge_plan(n_layers: int, merges: Merges) -> Plan:
+    """The plan of a sequence of merges."""
+    return Plan(n_layers, tuple(i for _, gone in merges for i in gone), merges=merges)
 
 
 def merge_similarity(probe: RemovalProbe, n_layers: int, formula: str) -> Similarity:
@@ -73,8 +95,8 @@ def merge_similarity(probe: RemovalProbe, n_layers: int, formula: str) -> Simila
     return similarity
 
 
-def search_threshold(walk: Walk, n_layers: int, n_remove: int) -> Plan:
-    """The plan of the highest threshold, found by bisection, whose walk removes `n_remove` layers, as some does."""
+def search_threshold(walk: Walk, n_layers: int, n_remove: int) -> tuple[float, Merges]:
+    """The highest threshold, found by bisection, whose walk removes `n_remove` layers, as some does; and its merges."""
     low, high, best = -1.0, 1.0, walk(-1.0, n_remove)
     for _ in range(STEPS):
         middle = (low + high) / 2
@@ -83,4 +105,4 @@ def search_threshold(walk: Walk, n_layers: int, n_remove: int) -> Plan:
             low, best = middle, merges
         else:
             high = middle
-    return merge_plan(n_layers, best, low)
+    return low, best

@@ -10,29 +10,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from svl.core import Plan, Stats, Strategy, check_count
+from svl.core import Plan, Stats, check_count
+from svl.strategies.shortened import Shortened
 
 
 @dataclass(frozen=True)
-class ShortenedMagnitude(Strategy):
+class ShortenedMagnitude(Shortened):
     """Remove the blocks of smallest weights.
 
     Attributes:
-        protected: layers never removed; negative numbers count from the end, -1 being the last ("+").
         power: 1 (as in the paper) or 2.
     """
 
-    protected: tuple[int, ...] = (0, 1, 2, 3, -2, -1)
     power: int = 1
     needs: ClassVar[frozenset[str]] = frozenset({"weights"})
-    stepwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_count("strategy.power", self.power, least=1)
-
-    def check(self, stats: Stats, n_remove: int) -> None:
-        """Raise SvlError if layers that do not exist are protected, or too few are left."""
-        stats.without(self.protected).candidates(n_remove)
 
     def plan(self, stats: Stats, n_remove: int) -> Plan:
         """Importance: the size."""

@@ -11,32 +11,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from svl.core import Plan, Stats, Strategy, check_count
+from svl.core import Plan, Stats, check_count
+from svl.strategies.shortened import Shortened
 
 
 @dataclass(frozen=True)
-class ShortenedPpl(Strategy):
+class ShortenedPpl(Shortened):
     """Remove the blocks without which the loss is lowest.
 
     Attributes:
-        protected: layers never removed; negative numbers count from the end, -1 being the last ("+").
         samples: calibration samples that losses are measured on (null: all).
     """
 
-    protected: tuple[int, ...] = (0, 1, 2, 3, -2, -1)
     samples: int | None = 16
     needs: ClassVar[frozenset[str]] = frozenset({"probe"})
-    stepwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_count("strategy.samples", self.samples, least=1, unless="all")
 
-    def check(self, stats: Stats, n_remove: int) -> None:
-        """Raise SvlError if layers that do not exist are protected, or too few are left."""
-        stats.without(self.protected).candidates(n_remove)
-
     def plan(self, stats: Stats, n_remove: int) -> Plan:
-        """Importance: the loss without the layer."""
+        """Importance: the loss without the layer; layers that may not go count as the one missed most."""
         stats = stats.without(self.protected)
         layers = stats.candidates(n_remove)
         _, losses = stats.required_probe().with_samples(self.samples).losses((), layers)

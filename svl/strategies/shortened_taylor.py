@@ -12,29 +12,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from svl.core import Plan, Stats, Strategy, check_count
+from svl.core import Plan, Stats, check_count
+from svl.strategies.shortened import Shortened
 
 
 @dataclass(frozen=True)
-class ShortenedTaylor(Strategy):
+class ShortenedTaylor(Shortened):
     """Remove the blocks of least salience.
 
     Attributes:
-        protected: layers never removed; negative numbers count from the end, -1 being the last ("+").
         samples: calibration samples for the gradient (null: all).
     """
 
-    protected: tuple[int, ...] = (0, 1, 2, 3, -2, -1)
     samples: int | None = 16
     needs: ClassVar[frozenset[str]] = frozenset({"probe", "gradients"})
-    stepwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_count("strategy.samples", self.samples, least=1, unless="all")
-
-    def check(self, stats: Stats, n_remove: int) -> None:
-        """Raise SvlError if layers that do not exist are protected, or too few are left."""
-        stats.without(self.protected).candidates(n_remove)
 
     def plan(self, stats: Stats, n_remove: int) -> Plan:
         """Importance: the salience."""

@@ -10,7 +10,6 @@ longer search continues a shorter one.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -37,17 +36,19 @@ class Sleb(Strategy):
         stats.without((0, -1)).candidates(n_remove)
 
     def plan(self, stats: Stats, n_remove: int) -> Plan:
-        """Importance: the loss added by the layer's own removal, at its step or, of kept ones, after the last."""
+        """Importance: the loss added by the layer's own removal, at its step or, of kept ones, when last tried.
+
+        Layers that were never tried count as the most important one that was.
+        """
         allowed, probe = stats.candidates(n_remove), stats.required_probe().with_samples(self.samples)
-        importance = [float("inf")] * stats.n_layers
+        importance: dict[int, float] = {}
         removed: list[int] = []
         for _ in range(n_remove):
             alive = [i for i in range(stats.n_layers) if i not in removed]
             base, losses = probe.losses(removed, [i for i in alive[1:-1] if i in allowed])
             if not losses:
                 raise SvlError(f"all but the first and the last layer are gone after {len(removed)} of {n_remove}")
-            importance = [losses[i] - base if i in losses else importance[i] for i in range(stats.n_layers)]
+            importance |= {i: loss - base for i, loss in losses.items()}
             removed.append(min(losses, key=lambda i: (losses[i], -i)))
-        finite = [x for x in importance if math.isfinite(x)]
-        ceiling = max(finite, default=0.0)
-        return Plan(stats.n_layers, tuple(removed), tuple(x if math.isfinite(x) else ceiling for x in importance))
+        ceiling = max(importance.values(), default=0.0)
+        return Plan(stats.n_layers, tuple(removed), tuple(importance.get(i, ceiling) for i in range(stats.n_layers)))

@@ -13,9 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from svl.core import Plan, Stats, Strategy, SvlError, one_of
-
-ROLES = ("attn", "mlp")
+from svl.core import ROLES, Plan, Stats, Strategy, check_targets
 
 
 @dataclass(frozen=True)
@@ -31,12 +29,7 @@ class SublayerCosine(Strategy):
     sublayers_for_one: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        for target in self.targets:
-            one_of("strategy.targets", target, ROLES)
-        if not self.targets:
-            raise SvlError("strategy.targets is empty, but must name attn, mlp or both")
-        if len(set(self.targets)) < len(self.targets):
-            raise SvlError(f"strategy.targets is {list(self.targets)}, but must name attn and mlp at most once each")
+        check_targets("strategy.targets", self.targets)
 
     def plan(self, stats: Stats, n_remove: int) -> Plan:
         """Remove `n_remove` sub-layers of removable layers; of equals the deeper goes first. There is no importance."""

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from svl.core import Plan, Stats, Strategy, SvlError, check_count, one_of
+from svl.core.merging import FORMULAS
 from svl.strategies.merging import (
     Merges,
     Similarity,
@@ -26,10 +27,7 @@ from svl.strategies.merging import (
     check_reach,
     check_threshold,
     like_all,
-    merge_similarity,
-    plan_by_threshold,
-    search_threshold,
-    tell_kinds,
+    plan_merges,
 )
 
 
@@ -51,7 +49,7 @@ class Swm(Strategy):
     needs: ClassVar[frozenset[str]] = frozenset({"probe"})
 
     def __post_init__(self) -> None:
-        one_of("strategy.merge", self.merge, ("paper", "released"))
+        one_of("strategy.merge", self.merge, FORMULAS)
         check_threshold(self.threshold)
         check_count("strategy.highest", self.highest, unless="the one below the last")
         check_count("strategy.samples", self.samples, least=1, unless="all")
@@ -70,12 +68,14 @@ class Swm(Strategy):
             SvlError: if there is no layer `highest`, or merging cannot remove so many layers.
         """
         self.check(stats, n_remove)
-        tell_kinds(stats)
-        probe, n_layers = stats.required_probe().with_samples(self.samples), stats.n_layers
-        walk = self._walk(stats, n_remove, merge_similarity(probe, n_layers, self.merge))
-        if self.threshold is not None:
-            return plan_by_threshold(n_layers, walk, self.threshold)
-        return search_threshold(walk, n_layers, n_remove)
+        return plan_merges(
+            stats,
+            n_remove,
+            lambda similarity: self._walk(stats, n_remove, similarity),
+            formula=self.merge,
+            threshold=self.threshold,
+            samples=self.samples,
+        )
 
     def _walk(self, stats: Stats, n_remove: int, similarity: Similarity) -> Walk:
         """The walk, as a function of its threshold and of the number of layers after which it ends."""

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from svl.core import Plan, SvlError
+from svl.core import Plan, SvlError, check_count, check_number
+from svl.models.layer_calls import first_argument, first_output, with_first_argument, with_first_output
 from svl.models.lvlm import Lvlm
 from svl.models.transformers_internals import swap_decoder_attention
 from svl.pruning import surgery
@@ -41,10 +42,8 @@ class Fastv(VisualTokens):
     keep: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.layer < 1:
-            raise SvlError(f"visual_tokens.layer is {self.layer}, but at least one layer must see all tokens")
-        if not 0 <= self.keep <= 1:
-            raise SvlError(f"visual_tokens.keep is {self.keep:g}, but must lie in [0, 1]: it is a share")
+        check_count("visual_tokens.layer", self.layer, least=1)
+        check_number("visual_tokens.keep", self.keep, least=0, most=1)
 
     def check_plan(self, plan: Plan) -> None:
         """Raise SvlError if a plan leaves no more than `layer` layers, or removes the attention that chooses tokens."""
@@ -131,9 +130,8 @@ class _Dropper:
         stays = self.present & (~self.visual | (rank < numbers))
         self.kept = stays.byte().sort(dim=1, stable=True).indices[:, -int(stays.sum(1).max()) :]
         self.real = stays.gather(1, self.kept)
-        self.whole = args[0] if args else kwargs["hidden_states"]
-        state = _gather(self.whole, self.kept, 1)
-        return ((state, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": state})
+        self.whole = first_argument(args, kwargs)
+        return with_first_argument(args, kwargs, _gather(self.whole, self.kept, 1))
 
     def _fit(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A later layer is called: with what fits the tokens that it sees, or its shorter past."""
@@ -178,10 +176,10 @@ class _Dropper:
         """The last layer's output at the prompt's places; dropped tokens have the state in which they were dropped."""
         if not self.prompt:
             return None
-        state = output[0] if isinstance(output, tuple) else output
+        state = first_output(output)
         places = self.kept[..., None].expand(-1, -1, state.shape[-1]).to(state.device)
         whole = self.whole.to(state.device).scatter(1, places, state)
-        return (whole, *output[1:]) if isinstance(output, tuple) else whole
+        return with_first_output(output, whole)
 
 
 def _gather(x: Tensor, places: Tensor, dim: int) -> Tensor:

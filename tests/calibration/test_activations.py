@@ -7,9 +7,9 @@ import torch
 
 from svl.calibration.activations import Activations
 from svl.calibration.calibrate import calibrate, select
-from svl.calibration.encoding import encode_answer
 from svl.calibration.layer_replay import record_replay
 from svl.core import Patch, Plan, SvlError, Update
+from svl.models.sample_inputs import encode_answer
 from svl.pruning.surgery import apply
 from svl.selectors.all_tokens import All
 

@@ -15,8 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from svl.calibration import attention
 from svl.calibration.activations import Activations
-from svl.calibration.calibrate import FIELDS, STATISTICS, calibrate, measure_batch, select
+from svl.calibration.calibrate import FIELDS, calibrate, measure_batch, select
 from svl.core import Plan, Stats, SvlError
+from svl.core.methods import STATISTICS
 from svl.data.samples import Samples
 from svl.models.anatomy import find_anatomy
 from svl.models.lvlm import Lvlm

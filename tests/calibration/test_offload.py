@@ -17,12 +17,13 @@ from safetensors.torch import load_file
 import svl
 from svl.calibration import offload
 from svl.calibration.activations import Activations
-from svl.calibration.calibrate import STATISTICS, calibrate, no_progress, select
+from svl.calibration.calibrate import calibrate, select
 from svl.checkpoints import skeleton
 from svl.checkpoints.skeleton import Skeleton
 from svl.compensation.subspace import Subspace
 from svl.core import Plan, SvlError
-from svl.models.lvlm import Lvlm
+from svl.core.methods import STATISTICS
+from svl.models.lvlm import Lvlm, no_progress
 from svl.selectors.tis import Tis
 from svl.strategies.cosine import Cosine
 

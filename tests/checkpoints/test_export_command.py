@@ -67,7 +67,7 @@ def reloaded(request, checkpoint, samples, tmp_path_factory):
         pruned[kind] = surgery.apply(lvlm, plan, patch)
         cases[kind] = {
             "path": str(folder / kind),
-            "texts": [lvlm.prompt(e.prompt, image=lvlm.takes_images) for e in samples.samples[:3]],
+            "texts": [lvlm.prompt(e.prompt, images=lvlm.takes_images) for e in samples.samples[:3]],
             "images": [e.images[0] for e in samples.samples[:3]] if lvlm.takes_images else [],
         }
     torch.save(cases, folder / "cases.pt")

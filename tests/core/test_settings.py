@@ -16,8 +16,9 @@ from svl.core import SvlError, check_count, check_number
 from svl.strategies.laco import Laco
 from svl.strategies.lorp import Lorp
 from svl.strategies.swm import Swm
+from svl.visual_tokens.fastv import Fastv
 
-CLASSES = {type(method(group, name)) for group in ("strategy", "compensation") for name in CHOICES[group]}
+CLASSES = {type(method(group, name)) for group in CHOICES for name in CHOICES[group]} | {Fastv}
 
 
 def numbers(cls: type) -> list[str]:
@@ -33,7 +34,7 @@ SETTINGS = [(cls, name) for cls in sorted(CLASSES, key=lambda cls: cls.__name__)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, "1", True], ids=str)
 @pytest.mark.parametrize(("cls", "name"), SETTINGS, ids=lambda x: getattr(x, "__name__", x))
 def test_a_setting_is_a_finite_number(cls, name, value):
-    with pytest.raises(SvlError, match=rf"(strategy|compensation)\.{name} is .*must be"):
+    with pytest.raises(SvlError, match=rf"(strategy|selector|compensation|visual_tokens)\.{name} is .*must be"):
         cls(**{name: value})
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 import torch
 
@@ -81,3 +83,11 @@ def test_a_selector_that_leaves_no_token_is_named(llama, make_samples):
         Stats(2, (0, 1), [], All()).cosine()
     with pytest.raises(SvlError, match="needs a token selector"):
         text.cosine()
+
+
+def test_another_selector_is_all_that_select_changes():
+    stats = Stats(3, (0, 2), (), probe=object(), rescoring=object(), gone=(1,), kinds=(0, None, 0))
+    seen = select(stats, Visual())
+    assert {f.name: getattr(seen, f.name) for f in fields(Stats)} == {
+        **{f.name: getattr(stats, f.name) for f in fields(Stats)}, "selector": Visual()
+    }  # fmt: skip

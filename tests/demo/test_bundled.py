@@ -112,7 +112,7 @@ def test_an_unused_token_stands_for_the_image(tmp_path, language, source):
     assert find_anatomy(lvlm.model).n_layers == 2
     from PIL import Image
 
-    inputs = lvlm.encode([lvlm.prompt("red circle", image=True)], [[Image.new("RGB", (8, 8))]])
+    inputs = lvlm.encode([lvlm.prompt("red circle", images=1)], [[Image.new("RGB", (8, 8))]])
     assert inputs["input_ids"].tolist() == [[4, 4, 4, 4, 5, 6]]
     assert lvlm.model(**inputs).logits.shape == (1, 6, 9)
     assert AutoProcessor.from_pretrained(folder).chat_template == (source / "chat_template.jinja").read_text()
@@ -193,7 +193,7 @@ def test_smol_lvlm_answers(tmp_path, monkeypatch):
     rng = random.Random(0)
     drawn = [smol.draw(rng, "validation") for _ in range(8)]
     asked = [smol.plain_question(scene, rng, "cell") for scene in drawn]
-    prompts = [lvlm.prompt(question.prompt, image=True) for question in asked]
+    prompts = [lvlm.prompt(question.prompt, images=1) for question in asked]
     inputs = lvlm.encode(prompts, [[Image.fromarray(scenes.render(scene))] for scene in drawn])
     out = lvlm.model.generate(**inputs, max_new_tokens=8, do_sample=False)
     said = lvlm.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -49,7 +49,7 @@ def test_likelihoods(llava, tmp_path, monkeypatch):
 
     for document, prediction in zip(documents, found[1][1], strict=True):
         image = Image.new("RGB", (16, 16), (200, 30, 9 * len(document["q"])))
-        prompt, losses = llava.prompt(document["q"], image=True), []
+        prompt, losses = llava.prompt(document["q"], images=1), []
         for option in document["options"]:
             inputs, n = llava.encode([f"{prompt} {option}"], [[image]]), len(option.split())
             with torch.inference_mode():
@@ -83,7 +83,7 @@ def test_one_likelihood_each(llava, tmp_path, monkeypatch):
     losses, greedy = [], []
     for document in documents:
         image = Image.new("RGB", (16, 16), (200, 30, 9 * len(document["q"])))
-        prompt, n = llava.prompt(document["q"], image=True), len(document["a"].split())
+        prompt, n = llava.prompt(document["q"], images=1), len(document["a"].split())
         inputs = llava.encode([f"{prompt} {document['a']}"], [[image]])
         with torch.inference_mode():
             predicted = llava.model(**inputs).logits[0, -n - 1 : -1].log_softmax(-1)
@@ -129,7 +129,7 @@ def test_likelihoods_of_a_model_that_reads_prompts_both_ways(mimic, tmp_path, mo
     losses = []
     for document in documents:
         image = Image.new("RGB", (28, 28), (200, 30, 9 * len(document["q"])))
-        prompt = lvlm.prompt(document["q"], image=True)
+        prompt = lvlm.prompt(document["q"], images=1)
         asked, whole = (lvlm.encode([text], [[image]]) for text in (prompt, f"{prompt} {document['a']}"))
         target = whole["input_ids"][0, asked["input_ids"].shape[1] :]
         assert lvlm.tokenizer.decode(target).strip() == document["a"]
@@ -181,7 +181,7 @@ def closed(tmp_path, monkeypatch):
 def likeliest(lvlm, document):
     """The option that one plain forward pass each finds likeliest."""
     image = Image.new("RGB", (16, 16), (200, 30, 9 * len(document["prompt"])))
-    prompt, losses = lvlm.prompt(document["prompt"], image=True), []
+    prompt, losses = lvlm.prompt(document["prompt"], images=1), []
     for option in ["red", "green", "blue", "round"][: document["n"]]:
         inputs = lvlm.encode([f"{prompt} {option}"], [[image]])
         with torch.inference_mode():

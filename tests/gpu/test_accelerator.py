@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 
 import svl
-from svl.calibration.encoding import encode_samples
 from svl.calibration.hooks import fused_kernels
 from svl.calibration.removal_probe import ModelProbe
 from svl.compensation.linear_cosine import LinearCosine
@@ -26,6 +25,7 @@ from svl.core import Patch
 from svl.data.samples import Sample, Samples
 from svl.evaluation.efficiency import measure_efficiency
 from svl.evaluation.settings import EfficiencySettings
+from svl.models.sample_inputs import encode_samples
 from svl.selectors.tis import Tis
 from svl.strategies.angular import Angular
 from svl.strategies.cosine import Cosine

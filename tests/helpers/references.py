@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from svl.calibration.encoding import encode_answer, encode_samples
 from svl.core import Patch, Plan, Update
 from svl.data.samples import Samples
 from svl.evaluation.shared_prefill import SharedPrefill
 from svl.models.lvlm import Lvlm
+from svl.models.sample_inputs import encode_answer, encode_samples
 from svl.pruning.surgery import apply
 from svl.recovery.batches import ANSWER, Batches
 

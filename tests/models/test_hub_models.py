@@ -29,7 +29,6 @@ import svl
 from svl import config
 from svl.calibration.activations import Activations
 from svl.calibration.calibrate import calibrate
-from svl.calibration.encoding import encode_samples
 from svl.checkpoints.conversion import convert
 from svl.checkpoints.export import save
 from svl.config import build_method
@@ -38,6 +37,7 @@ from svl.data.sample_files import read_samples
 from svl.data.samples import Samples
 from svl.models.lvlm import Lvlm
 from svl.models.prompts import with_prompt_style
+from svl.models.sample_inputs import encode_samples
 from svl.pruning import folding
 from svl.pruning.surgery import apply
 

@@ -254,28 +254,28 @@ def test_a_processor_may_know_the_image_token(llava):
 
 
 def test_prompts_follow_the_chat_template(llava, qwen, llama):
-    assert llava.prompt("red", image=True) == "<s>user <image>red assistant"
-    assert llava.prompt("red", image=False) == "<s>user red assistant"
-    assert qwen.prompt("red", image=True) == "user <|vision_start|><|image_pad|><|vision_end|>red assistant"
-    assert llama.prompt("red", image=False) == "<s>user red assistant"
+    assert llava.prompt("red", images=1) == "<s>user <image>red assistant"
+    assert llava.prompt("red", images=0) == "<s>user red assistant"
+    assert qwen.prompt("red", images=1) == "user <|vision_start|><|image_pad|><|vision_end|>red assistant"
+    assert llama.prompt("red", images=0) == "<s>user red assistant"
 
 
 def test_image_marks_within_a_prompt_are_refused(llava, qwen, llama):
     """Training data often has them; with the template's own there would be more marks than images."""
     for lvlm, mark in ((llava, "<image>"), (qwen, "<|image_pad|>")):
         with pytest.raises(SvlError, match=f"contains {re.escape(mark)}; leave it out"):
-            lvlm.prompt(f"{mark}\nwhat is red", image=True)
-    assert "<image>" in llama.prompt("what is <image>", image=False)
+            lvlm.prompt(f"{mark}\nwhat is red", images=1)
+    assert "<image>" in llama.prompt("what is <image>", images=0)
 
 
 def test_without_a_template_text_stays_plain_and_images_have_no_place(checkpoint):
     lvlm = svl.load(checkpoint("llava"), device="cpu", name="plain")
     lvlm.processor.chat_template = None
-    assert lvlm.prompt("red", image=False) == "red"
+    assert lvlm.prompt("red", images=0) == "red"
     words = lvlm.tokenizer.convert_ids_to_tokens(lvlm.encode(["red", "round red"])["input_ids"].flatten().tolist())
     assert words == ["<pad>", "<s>", "red", "<s>", "round", "red"]
     with pytest.raises(SvlError, match="'plain' has no chat template"):
-        lvlm.prompt("red", image=True)
+        lvlm.prompt("red", images=1)
 
 
 def test_batches_are_padded_on_the_left_with_one_bos(lm, samples, encode):

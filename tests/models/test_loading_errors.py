@@ -144,7 +144,7 @@ def test_templates_that_fail_are_one_line(template, llava):
 
     processor = SimpleNamespace(chat_template=template, tokenizer=llava.tokenizer, apply_chat_template=fails)
     with pytest.raises(SvlError, match=r"^the chat template of 'llava' fails: [^\n]+$"):
-        replace(llava, processor=processor).prompt("red", image=True)
+        replace(llava, processor=processor).prompt("red", images=1)
 
 
 @pytest.mark.parametrize("part", ["text_config", "vision_config"])
@@ -261,6 +261,7 @@ def test_any_value_in_any_setting_loads_or_is_one_line(kind, data, checkpoint, t
         ("llama", "num_hidden_layers"),
         ("llava", "text_config__num_hidden_layers"),
         ("llava", "vision_config__num_hidden_layers"),
+        ("llama", "layers"),  # Kosmos-2's
     ],
 )
 def test_impossible_depths_are_refused_at_once(kind, field, copy_of):
@@ -268,9 +269,7 @@ def test_impossible_depths_are_refused_at_once(kind, field, copy_of):
     folder = copy_of(kind)
     edit(folder / "config.json", **{field: 10**9})
     began = time.monotonic()
-    with pytest.raises(
-        SvlError, match=r"its config says num_hidden_layers=1000000000, but the checkpoint has \d+ tensors"
-    ):
+    with pytest.raises(SvlError, match=r"its config says \w*layers=1000000000, but the checkpoint has \d+ tensors"):
         svl.load(folder, device="cpu")
     assert time.monotonic() - began < 60
 

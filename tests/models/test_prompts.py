@@ -35,7 +35,7 @@ def test_prompt_styles(llava, qwen):
 
     small = with_prompt_style(qwen, "chat", {"size": {"shortest_edge": 64, "longest_edge": 256}})
     image = Image.new("RGB", (64, 64))
-    counts = [len(m.encode([m.prompt("is", image=True)], [[image]])["pixel_values"]) for m in (qwen, small)]
+    counts = [len(m.encode([m.prompt("is", images=1)], [[image]])["pixel_values"]) for m in (qwen, small)]
     assert counts[1] < counts[0]
     with pytest.raises(SvlError, match=r"has no setting 'sizes'.*did you mean 'size'"):
         with_prompt_style(qwen, "chat", {"sizes": {}})

@@ -38,7 +38,7 @@ PLAN = Plan(4, (1,))
 @pytest.mark.parametrize("experts", [False, True])
 def test_folding_is_the_formula_in_double_precision(dtype, flipped, experts):
     """W + left right W + delta, however the matrix is stored; more columns than are changed at a time."""
-    d, n_in = 32, folding.COLUMNS + 7
+    d, n_in = 32, folding.BLOCK_COLUMNS + 7
     shape = (3, n_in, d) if experts else (n_in, d)
     weight = chance(*shape).to(dtype) if flipped else chance(*shape).to(dtype).mT.contiguous()
     update = UPDATE if experts else replace(UPDATE, delta=chance(d, n_in))
@@ -144,7 +144,7 @@ def test_updates_of_any_shape_fit_exactly_or_are_refused(data, llama):
             parts[part] = torch.full(data.draw(shapes), fill, dtype=dtype)
     update, anatomy = Update(**parts), llama.anatomy
     try:
-        folding.check_patch(Patch({(0, "mlp"): update}), PLAN, anatomy, llama.layers)
+        folding.check_patch_for_model(Patch({(0, "mlp"): update}), PLAN, anatomy, llama.layers)
     except SvlError:
         return
     weight = llama.layers[0].mlp.down_proj.weight

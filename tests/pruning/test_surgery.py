@@ -6,12 +6,16 @@ import copy
 import json
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import svl
 from svl.core import Patch, Plan, SvlError, Update
+from svl.models.anatomy import find_anatomy
+from svl.models.lvlm import Lvlm
 from svl.pruning import selfcheck
 from svl.pruning.pruned_config import pruned_config, pruned_fields
 from svl.pruning.surgery import apply
@@ -313,6 +317,46 @@ def test_a_config_that_would_be_read_otherwise_is_refused(llama):
     assert pruned_config(config, Plan(4, (0, 1))).num_hidden_layers == 2
     with pytest.raises(SvlError, match=r"llama cannot do without layers \[0, 1, 2\]: with 'num_hidden_layers' 1, it"):
         pruned_config(config, Plan(4, (0, 1, 2)))
+
+
+def tiny_causal_lm(kind, **fields):
+    """A model of a family, of 4 layers of width 32; `fields` count them."""
+    sizes = {"vocab_size": 24, "max_position_embeddings": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    sizes |= {"decoder_attention_heads": 4, "decoder_ffn_dim": 48, "hidden_size": 32, "d_model": 32, "n_heads": 4}
+    sizes |= {"num_decoder_attention_heads": 4, "decoder_start_token_id": 1}
+    config = AutoConfig.for_model(kind, **sizes, **fields)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("mpt", {"n_layers": 4, "max_seq_len": 16}),
+        ("trocr", {"decoder_layers": 4}),
+        ("bart", {"encoder_layers": 4, "decoder_layers": 4, "is_encoder_decoder": False}),
+        ("prophetnet", {"num_encoder_layers": 4, "num_decoder_layers": 4, "is_encoder_decoder": False}),
+    ],
+)
+def test_layers_are_counted_by_fields_of_many_names(kind, fields):
+    model = tiny_causal_lm(kind, **fields)
+    lvlm = Lvlm(model, None, find_anatomy(model), kind)
+    pruned = apply(lvlm, Plan(4, (1,)))
+    assert len(pruned.layers) == pruned.model.config.num_hidden_layers == 3
+    assert model.config.num_hidden_layers == 4
+
+
+def test_a_config_of_which_no_known_field_counts_the_layers_is_refused(llama):
+    class Storeys(type(llama.model.config)):
+        """Calls its depth otherwise."""
+
+        attribute_map: ClassVar = {"num_hidden_layers": "storeys"}
+
+    config = Storeys(**{k: v for k, v in llama.model.config.to_dict().items() if k != "model_type"})
+    assert "num_hidden_layers" not in config.to_dict()
+    with pytest.raises(
+        SvlError, match=r"llama cannot do without layers \[1\]: its config counts layers in none of the"
+    ):
+        pruned_config(config, Plan(4, (1,)))
 
 
 def test_unknown_fields_that_may_be_per_layer_are_refused(llama):

@@ -9,10 +9,11 @@ import torch
 from torch.nn import functional as F
 
 from svl.calibration.calibrate import calibrate
-from svl.calibration.encoding import encode_answer
 from svl.calibration.removal_probe import ModelProbe
-from svl.compensation.merge import Merge, merge_coefficients
+from svl.compensation.merge import Merge
 from svl.core import Patch, Plan, Stats, SvlError
+from svl.core.merging import merge_coefficients
+from svl.models.sample_inputs import encode_answer
 from svl.pruning.surgery import apply
 from svl.strategies.laco import Laco
 

@@ -10,11 +10,12 @@ from helpers.families import lvlm_of
 from torch.nn import functional as F
 
 import svl
-from svl.calibration.encoding import encode_answer
 from svl.calibration.removal_probe import ModelProbe
-from svl.compensation.merge import merge_coefficients
-from svl.core import Patch, Stats, SvlError
-from svl.pruning.folding import check_patch, merge_kinds
+from svl.compensation.merge import Merge
+from svl.core import Patch, Plan, Stats, SvlError
+from svl.core.merging import merge_coefficients
+from svl.models.sample_inputs import encode_answer
+from svl.pruning.folding import check_patch_for_model, merge_kinds
 from svl.pruning.surgery import apply
 from svl.strategies.laco import Laco
 from svl.strategies.merging import merge_plan
@@ -51,6 +52,20 @@ def whole_similarity(lvlm, samples, merges) -> float:
 
 def merged_by(lvlm, merges):
     return merge_plan(lvlm.anatomy.n_layers, merges), Patch(blends=merge_coefficients(merges, "paper"))
+
+
+@pytest.mark.parametrize("strategy", [Laco, Swm])
+def test_merges_are_done_by_the_formula_that_they_were_chosen_with(strategy):
+    for chosen, other in (("paper", "released"), ("released", "paper")):
+        plan = strategy(chosen, threshold=0.5).plan(Stats(6, (2, 3, 4), probe=Counting()), 0)
+        plan = Plan.from_json(plan.to_json())
+        assert plan.merges
+        Merge(chosen).check_plan(plan)
+        with pytest.raises(SvlError, match=f"formula is {other}, but the plan's merges .* strategy.merge={chosen}"):
+            Merge(other).check_plan(plan)
+    told = Plan(6, (2,), merges=((1, (2,)),))  # of an older run, or written by hand
+    assert Merge("paper").fit(None, told).blends
+    assert Merge("released").fit(None, told).blends
 
 
 @pytest.mark.parametrize("protect", ["auto", [0], [0, 1]])
@@ -101,19 +116,19 @@ def test_only_layers_of_one_kind_are_merged(family):
             continue
         plan, patch = merged_by(lvlm, ((gone - 1, (gone,)),))
         if stats.can_merge(gone - 1, (gone,)):
-            check_patch(patch, plan, anatomy, lvlm.layers)
+            check_patch_for_model(patch, plan, anatomy, lvlm.layers)
             apply(lvlm, plan, patch)
         else:
             refused += 1
             with pytest.raises(SvlError, match=r"cannot be merged: projections of layer \d+ differ"):
-                check_patch(patch, plan, anatomy, lvlm.layers)
+                check_patch_for_model(patch, plan, anatomy, lvlm.layers)
     assert refused
     for strategy in (Laco(threshold=-1.0, size=2), Swm(threshold=-1.0), Laco(threshold=-1.0, size=3)):
         probe = Counting()
         strategy.plan(Stats(anatomy.n_layers, anatomy.removable, probe=probe, kinds=kinds), 0)
         for merges in probe.asked:
             plan, patch = merged_by(lvlm, merges)
-            check_patch(patch, plan, anatomy, lvlm.layers)
+            check_patch_for_model(patch, plan, anatomy, lvlm.layers)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from helpers.references import rebuilt_loss, rebuilt_losses
 from torch.nn import functional as F
 
 from svl.calibration.calibrate import calibrate
-from svl.calibration.encoding import encode_answer
 from svl.calibration.removal_probe import ModelProbe
 from svl.core import Plan, Stats, SvlError
+from svl.models.sample_inputs import encode_answer
 from svl.pruning.surgery import apply
 from svl.strategies.depth_shapley import DepthShapley
 from svl.strategies.shortened_magnitude import ShortenedMagnitude
@@ -43,6 +43,19 @@ def test_sleb_evaluates_as_often_as_its_paper(n, evaluations):
     plan = Sleb().plan(Stats(32, tuple(range(32)), probe=probe), n)
     assert probe.asked == evaluations
     assert plan.removed == tuple(sorted(sorted(range(1, 31), key=costs.__getitem__)[:n]))
+
+
+def test_layers_that_sleb_never_tries_count_as_the_most_important_one_tried():
+    stats = Stats(6, (0, 1, 2, 4, 5), probe=Counting([0.0, 4.0, 1.0, 0.0, 3.0, 0.0]))
+    assert Sleb().plan(stats, 2).importance == (4.0, 4.0, 1.0, 4.0, 3.0, 4.0)
+    assert Sleb().plan(stats, 0).importance == (0.0,) * 6
+
+
+@pytest.mark.parametrize("loss", [float("inf"), float("nan")])
+def test_a_loss_that_is_no_number_is_not_taken_for_a_layer_that_was_never_tried(loss):
+    stats = Stats(5, tuple(range(5)), probe=Counting([0.0, 2.0, 1.0, loss, 0.0]))
+    with pytest.raises(SvlError, match=r"importance of a layer is (inf|nan)"):
+        Sleb().plan(stats, 1)
 
 
 def test_sleb_decides_like_a_search_over_rebuilt_models(lm, samples):

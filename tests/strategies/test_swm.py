@@ -9,8 +9,9 @@ import pytest
 
 from svl.calibration.calibrate import calibrate
 from svl.calibration.removal_probe import ModelProbe
-from svl.compensation.merge import Merge, merge_coefficients
+from svl.compensation.merge import Merge
 from svl.core import Patch, Plan, Stats, SvlError
+from svl.core.merging import merge_coefficients
 from svl.strategies.swm import Swm
 
 
@@ -54,7 +55,7 @@ def test_windows_grow_as_the_loop_says(seed, merge):
     plan = Swm(merge, threshold).plan(stats_of(depth), 3)
     assert plan.merges == merges  # whatever the ratio
     assert plan.removed == tuple(sorted(i for _, gone in merges for i in gone))
-    assert plan.provenance == {"threshold": threshold}
+    assert plan.provenance == {"threshold": threshold, "formula": merge}
 
 
 def test_the_last_layer_and_protected_ones_are_not_merged_away():

@@ -126,7 +126,18 @@ def test_spaced_layers_are_the_cheapest_that_keep_their_distance(seed):
         sets = [s for s in itertools.combinations(range(9), n) if all(b - a > gap for a, b in itertools.pairwise(s))]
         assert Spaced(gap).plan(stats, n).removed == min(sets, key=lambda s: sum(importance[i] for i in s))
     assert Spaced(0).plan(stats, 4).removed == Cosine().plan(stats, 4).removed
-    assert len(Spaced(3).plan(stats, 6).removed) == 6  # does not fit, so the gap shrinks
+
+
+def test_a_gap_that_shrinks_is_told(caplog):
+    stats = replace(windowed(states(9, 5)), removable=(0, 1, 2, 4, 5, 8))
+    plan = Spaced(3).plan(stats, 3)
+    assert (plan.removed, plan.provenance["gap"], caplog.messages) == ((0, 4, 8), 3, [])
+    for n, gap in {4: 1, 5: 0}.items():
+        caplog.clear()
+        plan = Spaced(3).plan(stats, n)
+        assert (len(plan.removed), plan.provenance["gap"]) == (n, gap)
+        assert all(b - a > gap for a, b in itertools.pairwise(plan.removed))
+        assert caplog.messages == [f"  strategy.gap is 3, but {n} layers do not fit that far apart: it is {gap}"]
 
 
 @pytest.mark.parametrize("seed", range(4))

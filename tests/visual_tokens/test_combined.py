@@ -128,7 +128,11 @@ def test_layers_count_those_that_are_left(llava, samples, encode):
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"), [({"layer": 0}, "at least one layer"), ({"keep": 1.5}, r"must lie in \[0, 1\]")]
+    ("settings", "message"),
+    [
+        ({"layer": 0}, "layer is 0, but must be at least 1"),
+        ({"keep": 1.5}, "keep is 1.5, but must be at least 0 and at most 1"),
+    ],
 )
 def test_impossible_settings(settings, message):
     with pytest.raises(SvlError, match=message):

@@ -127,7 +127,7 @@ def lvlm(source) -> Lvlm:
 
 @pytest.fixture(scope="module")
 def inputs(lvlm) -> dict[str, torch.Tensor]:
-    return lvlm.encode([lvlm.prompt("What is in the picture?", image=True)], [[golden.picture(0)]])
+    return lvlm.encode([lvlm.prompt("What is in the picture?", images=1)], [[golden.picture(0)]])
 
 
 # ------------------------------------------------------------------------------------------------- the original
@@ -285,7 +285,7 @@ def test_a_processor_saved_and_read_back_is_the_same(mode, tmp_path):
 
 
 def test_images_and_placeholders_must_be_as_many(lvlm, inputs):
-    text = lvlm.prompt("Well?", image=True)
+    text = lvlm.prompt("Well?", images=1)
     with pytest.raises(ValueError, match=r"1 <\|image\|> tokens and 2 images"):
         lvlm.encode([text], [[golden.picture(0)] * 2])
     with pytest.raises(ValueError, match=r"2 images need 14 tokens <\|image\|> \(id 700\).*which have 7"):
@@ -293,7 +293,7 @@ def test_images_and_placeholders_must_be_as_many(lvlm, inputs):
     with pytest.raises(ValueError, match=r"0 images need 0 tokens <\|image\|>.*which have 7"):
         lvlm.model(inputs["input_ids"])
     with pytest.raises(SvlError, match=r"contains <\|image\|>"):
-        lvlm.prompt("What is <|image|>?", image=True)
+        lvlm.prompt("What is <|image|>?", images=1)
 
 
 def test_embeddings_may_be_given_with_their_modality(lvlm, inputs):
@@ -416,7 +416,7 @@ def test_visual_parts_keep_their_attention(source, inputs, attn):
 
 
 def test_answers_do_not_depend_on_padding(lvlm):
-    prompts = [lvlm.prompt(text, image=True) for text in ("Hm?", "What is in this rather noisy picture, and where?")]
+    prompts = [lvlm.prompt(text, images=1) for text in ("Hm?", "What is in this rather noisy picture, and where?")]
     pictures = [[golden.picture(i)] for i in range(2)]
     together = generate(lvlm.model, lvlm.encode(prompts, pictures))[1]
     for i, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):

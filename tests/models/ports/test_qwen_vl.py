@@ -128,7 +128,7 @@ def lvlm(source) -> Lvlm:
 
 @pytest.fixture(scope="module")
 def inputs(lvlm) -> dict[str, torch.Tensor]:
-    return lvlm.encode([lvlm.prompt("What is in the picture?", image=True)], [[golden.picture(0)]])
+    return lvlm.encode([lvlm.prompt("What is in the picture?", images=1)], [[golden.picture(0)]])
 
 
 # ------------------------------------------------------------------------------------------------- the original
@@ -273,14 +273,14 @@ def test_other_files_are_no_vocabulary(content, tmp_path):
 
 
 def test_images_and_placeholders_must_be_as_many(lvlm):
-    text = lvlm.prompt("Well?", image=True)
+    text = lvlm.prompt("Well?", images=1)
     with pytest.raises(ValueError, match="1 <imgpad> tokens and 2 images"):
         lvlm.encode([text], [[golden.picture(0)] * 2])
     inputs = lvlm.encode([text], [[golden.picture(0)]])
     with pytest.raises(ValueError, match=r"2 images need 32 tokens <imgpad>.*which have 16"):
         lvlm.model(**{**inputs, "pixel_values": inputs["pixel_values"].repeat(2, 1, 1, 1)})
     with pytest.raises(SvlError, match="contains <imgpad>"):
-        lvlm.prompt("What is <imgpad>?", image=True)
+        lvlm.prompt("What is <imgpad>?", images=1)
 
 
 def test_bare_placeholders_get_their_marks(lvlm):
@@ -396,7 +396,7 @@ def test_the_pruned_model_generates_like_the_full_one_that_skips(lvlm, inputs):
 
 
 def test_answers_do_not_depend_on_padding(lvlm):
-    prompts = [lvlm.prompt(text, image=True) for text in ("Hm?", "What is in this rather noisy picture, and where?")]
+    prompts = [lvlm.prompt(text, images=1) for text in ("Hm?", "What is in this rather noisy picture, and where?")]
     pictures = [[golden.picture(i)] for i in range(2)]
     together = generate(lvlm.model, lvlm.encode(prompts, pictures))[1]
     for i, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):

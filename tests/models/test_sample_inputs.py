@@ -14,11 +14,11 @@ from PIL import Image
 import svl
 from svl.calibration.activations import Activations
 from svl.calibration.calibrate import calibrate, check_selector
-from svl.calibration.encoding import encode_answer, encode_samples
 from svl.calibration.removal_probe import ModelProbe
 from svl.core import Plan, SvlError
 from svl.data.sample_files import read_samples
 from svl.data.samples import Sample, Samples
+from svl.models.sample_inputs import encode_answer, encode_samples
 from svl.selectors.visual import Visual
 
 PLAN = Plan(4, (1,))
