@@ -137,7 +137,7 @@ def _check_stepwise(inner: Mapping[str, Any], where: str) -> None:
 
 
 def choices_with(group: str, flag: str) -> str:
-    """The choices of a method group but none, svl's and plugins', whose classes say that `flag` is true; for messages."""
+    """The choices of a method group but none, plugins' too, whose classes say that `flag` is true; for messages."""
     found = set()
     for file in (file for folder in plugins.conf_folders() for file in (folder / group).glob("*.yaml")):
         with contextlib.suppress(SvlError, OmegaConfBaseException, yaml.YAMLError):  # another one's mistake
