@@ -93,10 +93,11 @@ def _pair_notes(section: Section) -> list[str]:
             for score in run.result["scores"].values():
                 if note := (score.get("change") or {}).get("note"):
                     notes[note].add(row.label)
+    ordered = {note: [label for label in section.labels if label in labels] for note, labels in notes.items()}
     return [
-        f"Caution: for {', '.join(sorted(labels))}, the pruned and the dense model {note}; rounding alone may change "
+        f"Caution: for {', '.join(ordered[note])}, the pruned and the dense model {note}; rounding alone may change "
         "answers."
-        for note, labels in sorted(notes.items())
+        for note in sorted(notes)
     ]
 
 
@@ -123,7 +124,7 @@ def _speed_notes(section: Section) -> list[str]:
 def _seed_notes(section: Section) -> list[str]:
     """Which runs count once, or not at all."""
     notes = []
-    same = sorted({row.label for row in section.rows if row.seeds > len(row.runs)})
+    same = list(dict.fromkeys(row.label for row in section.rows if row.seeds > len(row.runs)))
     if same:
         notes.append(f"The seed changes nothing for {', '.join(same)}: one run, with the error of its samples.")
     if section.replaced:

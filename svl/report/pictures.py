@@ -68,11 +68,6 @@ def _drawings(section: Section, store: Store) -> Iterator[Drawing]:
     yield from _compensation_drawings(section, store)
 
 
-def _labels(section: Section) -> list[str]:
-    """All methods, in the one order that gives each the same look in every figure."""
-    return sorted({row.label for row in section.rows})
-
-
 def _seed_note(rows: Sequence[Row]) -> str:
     """What a figure shows of methods with several seeds, as the end of its caption."""
     counts = {len(row.runs) for row in rows} - {1}
@@ -86,7 +81,7 @@ def _score_drawings(section: Section) -> Iterator[Drawing]:
     """Scores against ratio and against speed."""
     from svl.report.figures import curves
 
-    points: dict[str, list[Point]] = {label: [] for label in _labels(section)}
+    points: dict[str, list[Point]] = {label: [] for label in section.labels}
     for row in section.rows:
         if (point := _point(section, row)) is not None:
             points[row.label].append(point)
@@ -156,7 +151,7 @@ Plans = dict[str, dict[float, list[Plan]]]  # by label and ratio, one for each s
 
 
 def _plans(section: Section) -> Plans:
-    plans: Plans = {label: {} for label in _labels(section)}
+    plans: Plans = {label: {} for label in section.labels}
     for row in section.rows:
         plans[row.label][row.ratio] = row.plans
     return plans
@@ -280,7 +275,8 @@ def _spectra(section: Section, store: Store) -> dict[str, dict[str, Spectrum]]:
     """By plan and changed layer, the spectra of the patches of each method's highest ratio, of its first seed."""
     highest = {row.label: row for row in section.rows}
     panels = {}
-    for label, row in sorted(highest.items()):
+    for label in section.labels:
+        row = highest[label]
         seed = f", seed {row.first.result['seed']}" if len(row.runs) > 1 else ""
         if spectra := _run_spectra(row.first, store):
             panels[f"{label}, {100 * row.ratio:g} %{seed}"] = spectra

@@ -18,6 +18,7 @@ from svl.evaluation.averages import metric_error
 from svl.evaluation.score_statistics import NORMAL_95
 from svl.report.results import Run
 
+PARTS = ("selector", "compensation", "recovery")  # of a method, beside its strategy
 BESIDE = ("likelihood", "above_chance", "off_format")  # averages besides that of the main metrics, as tables show them
 
 
@@ -151,19 +152,29 @@ class Variant(NamedTuple):
     def of(cls, run: Run) -> Variant:
         """That of a run."""
         settings = tuple((name, value) for name, value in run.settings() if not name.endswith(".seed"))
-        result = run.result
-        selector, compensation, recovery = (
-            str(result.get(name) or "none") for name in ("selector", "compensation", "recovery")
-        )
-        return cls(result["strategy"], selector, compensation, recovery, settings)
+        selector, compensation, recovery = (str(run.result.get(name) or "none") for name in PARTS)
+        return cls(run.result["strategy"], selector, compensation, recovery, settings)
 
     def label(self, variants: Iterable[Variant]) -> str:
         """The strategy's name; where `variants` use it in several ways, what tells them apart in brackets."""
         same = [other for other in variants if other.strategy == self.strategy]
-        differences = [self[i] for i in (1, 2, 3) if len({other[i] for other in same}) > 1]
+        parts = [(name, getattr(self, name)) for name in PARTS if len({getattr(other, name) for other in same}) > 1]
+        differences = [f"{name}={choice}" if choice == "none" else choice for name, choice in parts]
         alike = [dict(other.settings) for other in same if other[:4] == self[:4]]
         differences += [f"{k}={v}" for k, v in self.settings if any(other.get(k) != v for other in alike)]
-        return self.strategy + (f" ({', '.join(map(str, differences))})" if differences else "")
+        return self.strategy + (f" ({', '.join(differences)})" if differences else "")
+
+    @property
+    def order(self) -> tuple[Any, ...]:
+        """What tables sort by: a model without a part before those with one, numbers as numbers."""
+        parts = [(getattr(self, name) != "none", getattr(self, name)) for name in PARTS]
+        return self.strategy, parts, [(name, _with_numbers(value)) for name, value in self.settings]
+
+
+def _with_numbers(text: str) -> list[str | float]:
+    """Text and numbers in turn, so that 5 comes before 10."""
+    words = re.split(r"((?:(?<!\w)-)?\d+(?:\.\d+)?(?:e[+-]?\d+)?)", text)
+    return [float(word) if place % 2 else word for place, word in enumerate(words)]
 
 
 def _what_was_run(run: Run) -> tuple[float, int, Variant, str]:
@@ -280,14 +291,19 @@ class Section:
 
     @cached_property
     def rows(self) -> list[Row]:
-        """Ascending by ratio, then by label; of runs with equal seeds, the newest."""
+        """Ascending by ratio, then by what was done; of runs with equal seeds, the newest."""
         groups: dict[tuple[Any, ...], dict[str, Run]] = {}
         for run in self.runs:
             *group, seeds = _what_was_run(run)
             groups.setdefault(tuple(group), {})[seeds] = run
         variants = {variant for _, _, variant in groups}
         rows = [Row.of(variant.label(variants), runs.values()) for (_, _, variant), runs in groups.items()]
-        return sorted(rows, key=lambda row: (row.ratio, row.first.result["n_remove"], row.label))
+        return sorted(rows, key=lambda row: (row.ratio, row.first.result["n_remove"], Variant.of(row.first).order))
+
+    @cached_property
+    def labels(self) -> list[str]:
+        """Those of the rows, once each, in one order whatever their ratios."""
+        return list(dict.fromkeys(row.label for row in sorted(self.rows, key=lambda row: Variant.of(row.first).order)))
 
     @property
     def replaced(self) -> list[tuple[Run, Run]]:

@@ -86,11 +86,12 @@ def training_panels(section: Section) -> TrainingPanels:
     in_seconds = all(dict(row.first.settings()).get(SECONDS, "null") != "null" for row in every)
     measure = "seconds" if in_seconds else "steps"
     unit = f"seconds of training ({_devices(every)})" if in_seconds else "steps of the optimiser"
-    places = sorted(sorted({way[:2] for way in curves}), key=lambda place: -sum(way[:2] == place for way in curves))
-    places = places[:PANELS]
+    every_place = list(dict.fromkeys(way[:2] for way in curves))  # in the order of the rows, as the curves are
+    places = sorted(every_place, key=lambda place: -sum(way[:2] == place for way in curves))[:PANELS]
     headings = {
         (ratio, layers): f"{100 * ratio:g} % of the layers removed by {layers.label([p[1] for p in places])}"
-        for ratio, layers in sorted(places)
+        for ratio, layers in every_place
+        if (ratio, layers) in places
     }
     panels = {
         heading: _panel(section, {way: curves[way] for way in curves if way[:2] == place}, untrained, measure)
@@ -108,7 +109,7 @@ def _panel(
 
     starts, trainings = {way.start for way in curves}, {way.training for way in curves}
     found, levels = [], {}
-    for way, rows in sorted(curves.items()):
+    for way, rows in curves.items():
         begin, after = untrained.get(way[:3]), way.start.label(starts)
         start = _cost(section, begin, measure) if begin else None
         points = [start, *(_cost(section, row, measure) for row in rows)]

@@ -46,6 +46,27 @@ def test_settings_tell_methods_apart(store):
     ]
 
 
+def test_rows_begin_with_what_was_left_alone_and_count_numbers(store):
+    """ "none" says of what; steps=10 comes after steps=5, and 2e-5 before 1e-4."""
+    base = result()["settings"]
+    trained = [{"steps": 10, "lr": 1e-4}, {"steps": 5, "lr": 1e-4}, {"steps": 5, "lr": 2e-5}]
+    for compensation in ("linear", "none"):
+        store.add(result("tail", compensation=compensation, recovery="none"))
+        settings = [base | {"recovery": options} for options in trained]
+        store.add(*(result("tail", compensation=compensation, recovery="lora", settings=each) for each in settings))
+    store.add(result("tail", compensation="linear", recovery="none", ratio=0.125))
+    (section,) = Report.read(store, "demo").sections
+    ways = [
+        "recovery=none",
+        "lora, recovery.lr=2e-05, recovery.steps=5",
+        "lora, recovery.lr=0.0001, recovery.steps=5",
+        "lora, recovery.lr=0.0001, recovery.steps=10",
+    ]
+    labels = [f"tail ({compensation}, {way})" for compensation in ("compensation=none", "linear") for way in ways]
+    assert [row.label for row in section.rows] == [labels[4], *labels]
+    assert section.labels == labels
+
+
 def test_seeds_of_the_parts_count(store):
     base = result()["settings"]
     store.add(*(result("random", level=i / 10, settings=base | {"strategy": {"seed": i}}) for i in (3, 4, 5)))

@@ -46,7 +46,18 @@ def test_table(store):
             "×1.25",
         ],
         ["short\\_lvlm", "1", "12.5 %", "1 / 8", "**80.0**", "**60.0**", "**70.0 ± 3.0**", "**87.5**", "6 M", "×1.25"],
-        ["last\\_n (none)", "1", "25 %", "2 / 8", "**60.0**", "**40.0**", "50.0 ± 3.0", "62.5", "6 M", "×1.25"],
+        [
+            "last\\_n (selector=none)",
+            "1",
+            "25 %",
+            "2 / 8",
+            "**60.0**",
+            "**40.0**",
+            "50.0 ± 3.0",
+            "62.5",
+            "6 M",
+            "×1.25",
+        ],
         ["random", "3", "25 %", "2 / 8", "50.0", "30.0", "40.0 ± 6.5", "50.0", "6 M", "×1.25"],
         ["short\\_lvlm", "1", "25 %", "2 / 8", "**70.0**", "**50.0**", "**60.0 ± 3.0**", "**75.0**", "6 M", "×1.25"],
     ]
@@ -152,7 +163,7 @@ def test_paper_columns_are_apart(store):
     lines = {line.cells[0].text: [cell.text for cell in line.cells[-7:]] for line in table.lines}
     assert lines["dense"] == ["77.9", "65.6", "1246.4", "84.8", "64.3", "65.4", "70.1"]
     assert lines["short_lvlm (subspace)"] == ["77.8", "64.7", "1202.9", "84.6", "64.3", "64.6", "69.4"]
-    assert set(lines["short_lvlm (none)"] + lines["tail"]) == {"–"}  # the paper has no such rows
+    assert set(lines["short_lvlm (compensation=none)"] + lines["tail"]) == {"–"}  # the paper has no such rows
     assert any("not measured here" in note for note in table.notes)
     assert "paper: pope %" in table_writers.as_csv(table)
 
