@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,9 +19,31 @@ class SvlError(Exception):
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:
-    """ " (did you mean 'x'?)" for the closest of `options`, or an empty string."""
-    close = difflib.get_close_matches(str(word), [str(o) for o in options], n=1, cutoff=0.5)
-    return f" (did you mean '{close[0]}'?)" if close else ""
+    """ " (did you mean 'x'?)" for the first of `similar` options, or an empty string."""
+    found = similar(word, options)
+    return f" (did you mean '{found[0]}'?)" if found else ""
+
+
+def similar(word: str, options: Iterable[str], cutoff: float = 0.65) -> list[str]:
+    """What `word` was probably meant for, the likeliest first.
+
+    Options that begin with it, have it as initials ("lr" of "learning_rate") or contain it; then those that are spelt
+    like it, if difflib's ratio is at least `cutoff`. What all have in common up to a dot ("model.") says nothing.
+    """
+    names = [str(option) for option in options]
+    shared = os.path.commonprefix([str(word), *names])  # noqa: RUF071 (of names, not of paths)
+    common = len(shared.rpartition(".")[0])
+    asked, *ends = (name[common:].lstrip(".").lower() for name in (str(word), *names))
+    likeness = {end: difflib.SequenceMatcher(None, end, asked).ratio() for end in ends}
+    initials = {end: "".join(part[:1] for part in end.split("_")) for end in ends}
+    signs = (
+        {end for end in ends if end.startswith(asked) and len(asked) > 1},
+        {end for end in ends if initials[end] == asked and len(asked) > 1},
+        {end for end in ends if asked in end and len(asked) > 2},
+        {end for end in ends if likeness[end] >= cutoff},
+    )
+    likeliest = sorted(zip(names, ends, strict=True), key=lambda option: -likeness[option[1]])
+    return list(dict.fromkeys(name for sign in signs for name, end in likeliest if end in sign))
 
 
 def one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:

@@ -13,6 +13,18 @@ def test_suggestions_come_from_what_is_allowed():
     assert did_you_mean("shortgtp", ["short_lvlm", "shortgpt", "tail"]) == " (did you mean 'shortgpt'?)"
     assert did_you_mean("zzz", ["tail"]) == ""
     one_of("rule", "nucleus", ("fraction", "nucleus"))
+    recovery = ["recovery.layers", "recovery.learning_rate", "recovery.steps", "recovery.max_grad_norm"]
+    sets = ["aokvqa", "finevision", "llava_instruct", "local"]
+    for word, options, meant in (
+        ("llava", sets, "llava_instruct"),  # begins with it; "aokvqa" has as many letters of it
+        ("instruct", sets, "llava_instruct"),
+        ("mine.json", sets, None),
+        ("recovery.lr", recovery, "recovery.learning_rate"),
+        ("recovery.grad_norm", recovery, "recovery.max_grad_norm"),
+        ("recovery.xyz", recovery, None),  # all that is alike is what settings of a group have in common
+        ("ShortGTP", ["short_lvlm", "shortgpt"], "shortgpt"),
+    ):
+        assert did_you_mean(word, options) == (f" (did you mean '{meant}'?)" if meant else "")
     with pytest.raises(SvlError, match=r"rule is 'nucles'.*fraction, nucleus \(did you mean 'nucleus'\?\)"):
         one_of("rule", "nucles", ("fraction", "nucleus"))
 

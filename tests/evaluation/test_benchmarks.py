@@ -46,8 +46,8 @@ def test_shipped_benchmarks_are_found():
 
 def test_metric_is_checked_from_the_yaml_alone():
     benchmarks.check_metric("svl_demo_existence", "f1", str(TASKS))
-    with pytest.raises(SvlError, match=r"svl_demo_existence\.metric is 'f2'.*did you mean 'f1'"):
-        benchmarks.check_metric("svl_demo_existence", "f2", str(TASKS))
+    with pytest.raises(SvlError, match=r"svl_demo_existence\.metric is 'fi1'.*did you mean 'f1'"):
+        benchmarks.check_metric("svl_demo_existence", "fi1", str(TASKS))
 
 
 def test_keys_follow_the_copy(tmp_path):
@@ -65,7 +65,7 @@ def test_metrics_and_styles_are_checked_before_anything_is_loaded():
     benchmarks.check_metric("svl_scienceqa", "exact_match", None)
     benchmarks.check_style("svl_scienceqa", "qwen_vl", None)
     with pytest.raises(SvlError, match="did you mean 'f1'"):
-        benchmarks.check_metric("svl_pope", "f2", None)
+        benchmarks.check_metric("svl_pope", "fi1", None)
     with pytest.raises(SvlError, match="did you mean 'qwen_vl'"):
         benchmarks.check_style("svl_scienceqa", "qwen-vl", None)
 
