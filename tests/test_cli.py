@@ -79,6 +79,14 @@ def inputs(tmp_path_factory):
 # What is given -> what the one line must say. None of these may get as far as reading the weights.
 MISTAKES = {
     "strategy=short_lvm": ["no strategy 'short_lvm'", "did you mean 'short_lvlm'?", "shortgpt"],
+    "strategy=wrong/name": ["no strategy 'wrong/name'", "svl list strategy", "--config-dir DIR"],
+    "model=empty": ["no model 'empty'", "write model=local model.path=empty"],
+    "model=some-owner/name-1.5": ["no model 'some-owner/name-1.5'", "write model=local model.path=some-owner/name-1.5"],
+    "calibration=nowhere.json": ["write calibration=local calibration.path=nowhere.json"],
+    "calibration=no_image.jsonl": ["write calibration=local calibration.path=no_image.jsonl"],
+    "+calibration@recovery.data=./x.json": ["write +calibration@recovery.data=local recovery.data.path=./x.json"],
+    "calibration@recovery.data=demo": ["write +calibration@recovery.data=NAME"],
+    "+calibration@recovery.data=llava": ["no calibration 'llava' (did you mean 'llava_instruct'?)"],
     "hydra/launcher=ry": ["no hydra/launcher 'ry'", "gpus", "joblib", "slurm"],
     "strategy=": ["no strategy ''", "short_lvlm"],
     "model=demo_lvm": ["no model 'demo_lvm'", "did you mean 'demo_lvlm'?"],
@@ -134,6 +142,28 @@ def test_mistake_is_one_line_before_the_model_is_loaded(given, inputs, tmp_path)
     assert [part for part in MISTAKES[given] if part not in line] == [], line
     assert "loaded" not in done.stdout
     assert not manifests(tmp_path / "store")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["seed=1", "recovery", "=", "lora"], "'recovery' is no setting: settings are NAME=VALUE, without spaces"),
+        *(
+            ([word], f"cannot read '{word}': what opens a bracket or a quote closes it")
+            for word in (
+                "strategy=[a",
+                "strategy=shortgpt,",
+                "ratio=0.2)",
+                "model.path='a",
+                "model.path=it's",
+                "name=a=b",
+            )
+        ),
+    ],
+)
+def test_a_word_that_cannot_be_read_is_one_line(words, says, tmp_path):
+    (line,) = run_svl(*words, cwd=tmp_path, code=1).stderr.splitlines()
+    assert line.startswith(f"error: {says}")
 
 
 @pytest.mark.parametrize(("word", "says"), [("nosuch", "no command 'nosuch'; commands: "), ("lst", "mean 'list'?")])

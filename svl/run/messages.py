@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import re
 import sys
@@ -16,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError
 
 from svl import config, plugins
-from svl.core.errors import SvlError, did_you_mean, is_out_of_memory, reason_of
+from svl.core.errors import SvlError, did_you_mean, is_out_of_memory, reason_of, similar
 from svl.run import hydra_internals
 from svl.store.files import cannot_write
 from svl.text.escaping import for_terminal
@@ -38,9 +37,9 @@ def safe_line(text: str) -> str:
 
 
 def one_line(error: BaseException) -> str | None:
-    """The line to show for an error that a person can mend (what Hydra explains itself: some lines); None for a bug."""
-    if isinstance(error, OverrideParseException):  # shows the place, and where the grammar is explained
-        return str(error).strip()
+    """The line to show for an error that a person can mend; None for a bug."""
+    if isinstance(error, OverrideParseException):
+        return explain_grammar(error)
     if isinstance(error, HydraException | OmegaConfBaseException):
         cause = error.__cause__ or error.__context__
         if isinstance(cause, SvlError):
@@ -59,10 +58,19 @@ def one_line(error: BaseException) -> str | None:
     return cannot_write(error)
 
 
+def explain_grammar(error: OverrideParseException) -> str:
+    """One line for a word of the command line that Hydra cannot read."""
+    if "missing EQUAL" in error.message:
+        return f"'{error.override}' is no setting: settings are NAME=VALUE, without spaces around the sign"
+    quoted = """a value with any of =,()[]{}'" in it stands in quotes of its own: 'NAME="VALUE"' in a shell"""
+    closed = "what opens a bracket or a quote closes it, nothing ends in a comma"
+    return f"cannot read '{error.override}': {closed}, and {quoted}"
+
+
 def explain_composition(error: BaseException, outer: BaseException) -> str:
     """One line for a composition error, with what was probably meant."""
     text = f"{outer}\n{error}"
-    if found := re.search(r"Could not find '(\w+(?:/\w+)*)/([^/']*)'", text):
+    if found := re.search(r"Could not find '((?:hydra/)?[^/']+)/(.*)'$", text, re.MULTILINE):
         _, _, listed = text.partition("Available options in '")  # those of Hydra's plugins are in no folder
         return explain_choice(found[1], found[2], re.findall(r"^\t(\S+)$", listed, re.MULTILINE))
     if found := re.search(r"Ambiguous value for argument '([^']+)'", text):
@@ -74,6 +82,9 @@ def explain_composition(error: BaseException, outer: BaseException) -> str:
         key = path.group(1) if path else found.group(1) or found.group(2)
         if key == "experiment":
             return "a file of conf/experiment must begin with the line '# @package _global_', and hold settings"
+        group, at, place = key.partition("@")
+        if at and group in config_groups():  # a choice that no defaults list puts there
+            return f"there is no '{place}' yet that a {group} could replace: write +{key}=NAME"
         known = neighbouring_settings(key)
         listing = f"; known here: {', '.join(known)}" if known else ""
         return f"there is no setting '{key}'{did_you_mean(key, known)}{listing}"
@@ -85,12 +96,29 @@ def explain_choice(group: str, choice: str, listed: Sequence[str] = ()) -> str:
     """The line for a choice that a group does not have: those of a similar name, else all. `listed` exist, too."""
     files = {file.stem for folder in config_folders() for file in (folder / group).glob("*.yaml")}
     choices = sorted(files.union(listed))
-    near = difflib.get_close_matches(choice, choices, n=NEAR, cutoff=0.4)
+    missing = f"there is no {group} '{choice}'"
+    if "/" in choice or Path(choice).suffix[1:].isalpha() or (choice and Path(choice).exists()):
+        return f"{missing}: {explain_path(group, choice, has_own='local' in choices)}"
+    near = similar(choice, choices, cutoff=0.5)[:NEAR]
     if not near or len(choices) <= NEAR or "/" in group:  # svl list has no groups of Hydra's
         listing = f"choices: {', '.join(choices)}"
     else:
         listing = f"similar: {', '.join(near)}; svl list {group} shows all {len(choices)}"
-    return f"there is no {group} '{choice}'{did_you_mean(choice, choices)}; {listing}"
+    return f"{missing}{did_you_mean(choice, choices)}; {listing}"
+
+
+def explain_path(group: str, path: str, has_own: bool) -> str:
+    """What to write for a path that was given as the choice of a group, which `has_own` files by their path or not."""
+    if not has_own:
+        return f"choices are names, which svl list {group} shows; --config-dir DIR adds those of DIR/{group}/NAME.yaml"
+    words = [word.partition("=")[0] for word in sys.argv[1:] if path in word.partition("=")[2]]
+    name = next((word for word in words if re.fullmatch(rf"\+?{group}(@.+)?", word)), group)
+    return f"choices are names; for a path, write {name}=local {name.lstrip('+').rpartition('@')[2]}.path={path}"
+
+
+def config_groups() -> set[str]:
+    """Names of what settings are chosen for."""
+    return {file.parent.name for folder in config_folders() for file in folder.glob("*/*.yaml")}
 
 
 def config_folders() -> list[Path]:
