@@ -124,8 +124,16 @@ def _own_fields(module: str, node: ast.ClassDef) -> Iterator[Field]:
         if kind.startswith("ClassVar"):
             continue
         end = statement.end_lineno or statement.lineno
-        comment = told.get(name) or comments.get((end, False)) or comments.get((statement.lineno - 1, True), "")
+        comment = told.get(name) or comments.get((end, False)) or _comment_above(statement.lineno, comments)
         yield Field(name, kind, _default(statement.value), comment.removesuffix("."))
+
+
+def _comment_above(line: int, comments: dict[tuple[int, bool], str]) -> str:
+    """The comment, of one line or more, that ends above a line."""
+    above: list[str] = []
+    while (line := line - 1, True) in comments:
+        above.insert(0, comments[line, True])
+    return " ".join(above)
 
 
 def _default(value: ast.expr | None) -> str | None:

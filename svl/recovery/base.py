@@ -73,7 +73,8 @@ class Recovery(Method, ABC):
         schedule: after that: cosine (down to 0) | constant.
         batch_size: samples in a pass.
         accumulate: passes for one step, which the processes that torchrun started share.
-        weight_decay, max_grad_norm: as in AdamW, and of gradient clipping (0: none).
+        weight_decay: as in AdamW.
+        max_grad_norm: of the gradient, which is scaled down to it; 0: no limit.
         gradient_checkpointing: compute activations again in the backward pass, to keep fewer of them.
         precision: of products: auto (float32, or bfloat16 where the weights are) | bfloat16. What is trained is kept
             in float32 either way.

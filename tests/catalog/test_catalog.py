@@ -38,6 +38,7 @@ def test_every_choice_says_what_it_is(choice: Choice):
     assert choice.summary
     assert "\n" not in choice.summary
     assert len(choice.summary) < 160
+    assert not re.match("see |svl ", choice.summary)  # but for those who know already
     assert pages.choice_page(choice)
 
 
@@ -50,7 +51,7 @@ def test_settings_are_those_of_the_class(choice: Choice):
     given = OmegaConf.to_container(OmegaConf.load(choice.file), resolve=False)
     for f in fields:
         setting = told[f.name]
-        assert setting.comment, f.name
+        assert re.match(r"\w|\(|\[", setting.comment), f.name  # no bracket over several lines
         expected = given.get(f.name, f.default)
         if f.name in choice.inner or expected is dataclasses.MISSING:
             continue
@@ -151,6 +152,14 @@ def test_plugins_are_read_without_being_imported(tmp_path):
 def test_comments_are_read_but_not_what_is_in_quotes():
     text = "a: 1  # one\nb: 'x # y'\nc: {d: 2}  # two # three\ne:\n  f: 1  # inner\n# above\ng: 3\n"
     assert choices.yaml_comments(text) == {"a": "one", "c": "two # three", "e": "inner"}
+
+
+def test_comments_above_a_setting_are_read_from_their_first_line():
+    (generated,) = (field for field in choices.group_settings("calibration") if field.name == "generated")
+    assert generated.comment == (
+        "texts that the dense model writes itself, which compensations are fitted to beside the samples; "
+        "null: as many as the compensation asks for"
+    )
 
 
 def test_costs_are_found_wherever_they_stand():
