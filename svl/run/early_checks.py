@@ -54,7 +54,8 @@ def check_recovery(setup: RunSetup, plan: Plan | None = None) -> None:
     recovery = setup.recovery
     if not setup.recovers or "recovery" in setup.tried:
         return
-    from svl.recovery import student, training
+    from svl.pruning import surgery
+    from svl.recovery import contract, student, training
 
     anatomy = setup.dense.anatomy
     if plan is None:
@@ -62,7 +63,8 @@ def check_recovery(setup: RunSetup, plan: Plan | None = None) -> None:
     if plan.is_empty:
         return
     student.check_trainable(setup.dense, recovery)
-    training.check_pictures(setup.dense, recovery.parts(setup.dense, plan), setup.training_samples)
+    pruned = surgery.apply(setup.dense, plan)
+    training.check_pictures(pruned, contract.checked_parts(recovery, pruned, plan), setup.training_samples)
     setup.tried.add("recovery")
 
 

@@ -277,6 +277,7 @@ class Run:
 
             hidden: Any = None
             early_checks.check_single_writers(setup, plan)
+            early_checks.check_recovery(setup, plan)  # what was stored may have been for another recovery
             if streams:
                 early_checks.check_compensation(setup)  # of a calibration that was for another compensation
                 seen, batch_size = read_statistics(setup, stats), setup.cfg.calibration.batch_size
