@@ -30,6 +30,15 @@ from svl.models.options import LoadOptions
 
 PACKAGE, CONF = plugins.PACKAGE, plugins.CONF  # svl's folder, and that of its configuration
 
+# Settings of the group `calibration` that training does not read, and what to do instead.
+NOT_OF_TRAINING = {
+    "batch_size": "training takes recovery.batch_size samples at once",
+    "statistics": "nothing is measured on what recovery trains on",
+    **dict.fromkeys(
+        ("generated", "generated_tokens"),
+        "recovery writes no texts; scripts/make_generated_texts.py makes a file of them for recovery.data.path",
+    ),
+}
 RATIO_DIGITS = 6  # of a ratio: 0.1 + 0.2 is 0.3 in every key, name and table
 
 
@@ -183,12 +192,13 @@ def training_data(recovery: DictConfig) -> DictConfig:
     """`recovery.data` with the types and defaults of the group `calibration`.
 
     Raises:
-        SvlError: if it has an unknown setting, or a value of wrong type.
+        SvlError: if it has an unknown setting, one without effect, or a value of wrong type.
     """
     given = OmegaConf.to_container(recovery, resolve=True).get("data") or {}  # type: ignore[union-attr]
-    if not isinstance(given, dict):
-        raise SvlError(f"recovery.data is '{given}', but must be a mapping such as {{path: FILE}}")
     check_known(DictConfig(given), TrainingData, "recovery.data.")
+    for name in given:
+        if name in NOT_OF_TRAINING:
+            raise SvlError(f"recovery.data.{name} has no effect: {NOT_OF_TRAINING[name]}")
     try:
         found = typing.cast(DictConfig, OmegaConf.merge(OmegaConf.structured(TrainingData), given))
     except OmegaConfBaseException as error:
@@ -198,6 +208,7 @@ def training_data(recovery: DictConfig) -> DictConfig:
         raise SvlError(
             f"recovery.data.{idle[0]} has no effect: without recovery.data.path, recovery trains on the calibration set"
         )
+    _check_columns(found, "recovery.data")
     check_least(found, {"samples": 1, "frames": 1, "seed": 0}, "recovery.data.")
     return found
 
@@ -215,11 +226,24 @@ def _check_nothing_exports(cfg: DictConfig) -> None:
 
 def _check_mappings(cfg: DictConfig) -> None:
     """Raise SvlError if what must be a mapping is none, or has a name that nothing reads."""
-    for name in ("model.image_processor", "calibration.image_table", "calibration.columns", "evaluator.options"):
-        if not OmegaConf.is_dict(value := OmegaConf.select(cfg, name)):
-            raise SvlError(f"{name} is '{value}', but must be a mapping such as {{name: value}}")
-    for name in cfg.calibration.image_table:
-        one_of("a name in calibration.image_table", name, ("name", "column"))
+    for name in ("model.image_processor", "evaluator.options"):
+        _check_mapping(name, OmegaConf.select(cfg, name))
+    _check_columns(cfg.calibration, "calibration")
+    if OmegaConf.is_dict(cfg.recovery) and isinstance(file := OmegaConf.select(cfg, "recovery.data"), str):
+        raise SvlError(f"recovery.data is '{file}', but must be a mapping: set recovery.data.path={file}")
+
+
+def _check_columns(samples: DictConfig, group: str) -> None:
+    """Raise SvlError if what settings of samples say of columns cannot be."""
+    for name in ("image_table", "columns"):
+        _check_mapping(f"{group}.{name}", samples[name])
+    for name in samples.image_table:
+        one_of(f"a name in {group}.image_table", name, ("name", "column"))
+
+
+def _check_mapping(name: str, value: Any) -> None:
+    if not OmegaConf.is_dict(value):
+        raise SvlError(f"{name} is '{value}', but must be a mapping such as {{name: value}}")
 
 
 def resolved_setting(cfg: DictConfig, name: Any) -> Any:

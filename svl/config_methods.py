@@ -57,6 +57,9 @@ def build_method(node: DictConfig, group: str, where: str | None = None) -> Any:
         if key not in known:
             listing = ", ".join(known) or "none"
             raise SvlError(f"{where} has no setting '{key}'{did_you_mean(key, known)}; it has: {listing}")
+    for name, hint in type_hints(cls).items():
+        if typing.get_origin(hint) is dict and not isinstance(values.get(name, {}), dict):
+            raise SvlError(f"{where}.{name} is {values[name]!r}, but must be a mapping: set {where}.{name}.NAME=VALUE")
     kinds = _method_fields(cls).items()
     inner = {name: _build_inner(node[name], *kind, f"{where}.{name}") for name, kind in kinds if name in values}
     values = {name: value for name, value in values.items() if name not in inner}

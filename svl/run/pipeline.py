@@ -68,6 +68,8 @@ def run_configuration(cfg: DictConfig, folder: Path, sweep: Path | None = None, 
     if sweep:
         parallel.claim_model_name(sweep, run.setup.name, run.setup.fingerprint)
     try:
+        if sweep is None:  # of jobs that sweep over methods, some have no use for a setting
+            early_checks.tell_idle_settings(run.setup.recovery)
         with exporting.export_reserved(run.setup):
             return run.execute()
     except Exception as error:

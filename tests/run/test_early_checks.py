@@ -279,6 +279,25 @@ def test_recovery_is_asked_about_the_pruned_model(tmp_path):
     assert "recovery" in run.setup.tried
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["recovery=none", "recovery.steps=10"], "recovery.steps has no effect: recovery=none trains nothing"),
+        (["recovery=none", "recovery.data.path=nowhere.json"], "recovery.data has no effect"),
+        (["recovery=none"], None),
+        (["recovery=projector", "recovery.steps=0"], None),
+    ],
+    ids=str,
+)
+def test_settings_of_a_forgotten_recovery_are_told(words, told, tmp_path, caplog):
+    """In a run of its own; a sweep over recovery=none,lora needs them."""
+    for sweep in (None, tmp_path):
+        caplog.clear()
+        pipeline.run_configuration(composed(tmp_path, "strategy=tail", *words), tmp_path, sweep)
+        assert ("has no effect" in caplog.text) == (told is not None and sweep is None)
+        assert sweep is not None or (told or "") in caplog.text
+
+
 def test_nothing_is_removed_so_nothing_that_is_trained_is_checked(tmp_path):
     words = ("recovery=projector", "recovery.modules=[model.nothing]")
     pipeline.run_configuration(composed(tmp_path, "strategy=shortgpt", "ratio=0", *words), tmp_path)
