@@ -57,9 +57,7 @@ def build_method(node: DictConfig, group: str, where: str | None = None) -> Any:
         if key not in known:
             listing = ", ".join(known) or "none"
             raise SvlError(f"{where} has no setting '{key}'{did_you_mean(key, known)}; it has: {listing}")
-    for name, hint in type_hints(cls).items():
-        if typing.get_origin(hint) is dict and not isinstance(values.get(name, {}), dict):
-            raise SvlError(f"{where}.{name} is {values[name]!r}, but must be a mapping: set {where}.{name}.NAME=VALUE")
+    _check_mappings(cls, values, where)
     kinds = _method_fields(cls).items()
     inner = {name: _build_inner(node[name], *kind, f"{where}.{name}") for name, kind in kinds if name in values}
     values = {name: value for name, value in values.items() if name not in inner}
@@ -71,6 +69,13 @@ def build_method(node: DictConfig, group: str, where: str | None = None) -> Any:
     except OmegaConfBaseException as error:
         raise SvlError(f"{where}: {str(error).splitlines()[0]} (setting '{error.full_key}')") from error
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in typing.cast(dict, plain).items()}, **inner)
+
+
+def _check_mappings(cls: type, values: Mapping[Any, Any], where: str) -> None:
+    """Raise SvlError if a value is no mapping where its field is one."""
+    for name, hint in type_hints(cls).items():
+        if typing.get_origin(hint) is dict and not isinstance(values.get(name, {}), Mapping):
+            raise SvlError(f"{where}.{name} is {values[name]!r}, but must be a mapping: set {where}.{name}.NAME=VALUE")
 
 
 def _check_stepwise(inner: Mapping[str, Any], where: str) -> None:
