@@ -450,9 +450,7 @@ def test_a_method_may_hold_others_by_name():
     assert built.of["wandb"].mode == "online"
     with pytest.raises(SvlError, match=r"tracker.of is 3, but must be a mapping of names to settings of a tracker"):
         config_methods.build_method(compose("tracker=several", "tracker.of=3").tracker, "tracker")
-    with pytest.raises(
-        SvlError, match=r"quantization\.options is 8, but must be a mapping: set "
-    ):
+    with pytest.raises(SvlError, match=r"quantization\.options is 8, but must be a mapping: set "):
         config_methods.build_method(compose("quantization=int8", "quantization.options=8").quantization, "quantization")
     with pytest.raises(SvlError, match=r"tracker.of.wandb has no setting 'mood'"):
         config_methods.build_method(compose("tracker=several", "+tracker.of.wandb.mood=bad").tracker, "tracker")
