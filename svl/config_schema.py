@@ -1,6 +1,6 @@
 """The schema of the configuration: the groups that are plain values, with their defaults, and the root.
 
-Groups of methods have none here: their dataclasses are their schemas (see svl.config).
+Groups of methods have none here: their dataclasses are their schemas (see svl.config_methods).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import pytest
 from helpers.paths import ROOT
 from omegaconf import DictConfig, OmegaConf
 
-from svl import config
+from svl import config, config_methods
 from svl.checkpoints import export
 from svl.compensation.magnitude import Magnitude
 from svl.compensation.none import NoCompensation
@@ -74,9 +74,9 @@ def rows_of_choices() -> Iterator[dict[str, str]]:
 @pytest.mark.parametrize("row", rows_of_choices(), ids=lambda row: "-".join(row.values()))
 def test_every_choice_composes_and_binds(row):
     cfg = compose(*(f"{group}={choice}" for group, choice in row.items()))
-    for method in config.METHODS:  # a strategy brings others
+    for method in config_methods.METHODS:  # a strategy brings others
         assert cfg[method]["_target_"].startswith("svl.")
-        built = config.build_method(cfg[method], method)
+        built = config_methods.build_method(cfg[method], method)
         assert built.does_nothing == (row.get(method) == "none") or method not in row
     to_be_given = {f"{group}.path" for group, choice in row.items() if choice == "local"}
     assert OmegaConf.missing_keys(cfg) == to_be_given
@@ -146,7 +146,7 @@ def test_experiments_on_the_hubs_models_have_twins_on_bundled_ones():
 def test_defaults_are_valid():
     cfg = compose()
     parts = config.validate_config(cfg)
-    assert set(parts) == set(config.METHODS)
+    assert set(parts) == set(config_methods.METHODS)
     assert cfg.ratio == 0.25
 
 
@@ -345,20 +345,20 @@ def test_targets_outside_svl_need_permission(monkeypatch):
     for plugins in ("", "other", __name__[:-1]):
         monkeypatch.setenv("SVL_PLUGINS", plugins)
         with pytest.raises(SvlError, match=rf"'{METHOD}' is outside svl.*SVL_PLUGINS"):
-            config.build_method(node(METHOD, number=1, layers=[]), "strategy")
+            config_methods.build_method(node(METHOD, number=1, layers=[]), "strategy")
     monkeypatch.setenv("SVL_PLUGINS", f"other,{__name__}")
-    assert config.build_method(node(METHOD, number=1, layers=[2]), "strategy") == Method(1, (2,))
+    assert config_methods.build_method(node(METHOD, number=1, layers=[2]), "strategy") == Method(1, (2,))
 
 
 def test_values_are_checked_against_the_dataclass(monkeypatch):
     monkeypatch.setenv("SVL_PLUGINS", __name__)
     given = {"number": 1, "layers": [3, 4], "rate": 2, "names": [], "weights": {"y": 2}, "limit": 1}
-    assert config.build_method(node(METHOD, **given), "strategy") == Method(
+    assert config_methods.build_method(node(METHOD, **given), "strategy") == Method(
         1, (3, 4), 2.0, (), {"x": 1.0, "y": 2.0}, 1.0
     )
     for wrong, key in (({}, "number"), ({"number": 1}, "layers"), ({"number": 1, "layers": ["x"]}, "layers[0]")):
         with pytest.raises(SvlError, match=r"^strategy: ") as caught:
-            config.build_method(node(METHOD, **wrong), "strategy")
+            config_methods.build_method(node(METHOD, **wrong), "strategy")
         assert f"setting '{key}'" in str(caught.value)
 
 
@@ -394,13 +394,13 @@ class Greedy(Method):
 def test_what_is_no_method_is_refused_when_it_is_built(cls, reason, monkeypatch):
     monkeypatch.setenv("SVL_PLUGINS", __name__)
     with pytest.raises(SvlError) as caught:
-        config.build_method(node(f"{__name__}.{cls}"), "strategy")
+        config_methods.build_method(node(f"{__name__}.{cls}"), "strategy")
     assert str(caught.value) == f"strategy._target_ '{__name__}.{cls}' {reason}"
 
 
 def test_fields_that_the_yaml_does_not_list_need_no_plus():
     assert "timeout" not in compose("tracker=none").tracker
-    assert config.build_method(compose("tracker=none", "tracker.timeout=5").tracker, "tracker").timeout == 5.0
+    assert config_methods.build_method(compose("tracker=none", "tracker.timeout=5").tracker, "tracker").timeout == 5.0
 
 
 def test_ratios_are_rounded_where_they_are_read():
@@ -441,7 +441,7 @@ def test_mappings_that_are_none_are_named(override, said):
 
 def test_a_method_may_hold_others_by_name():
     words = ("tracker=several", "tracker.of.wandb.mode=online", "+tracker@tracker.of.mlflow=mlflow")
-    built = config.build_method(compose(*words).tracker, "tracker")
+    built = config_methods.build_method(compose(*words).tracker, "tracker")
     assert {name: type(tracker).__name__ for name, tracker in built.of.items()} == {
         "wandb": "Wandb",
         "tensorboard": "TensorBoard",
@@ -449,6 +449,8 @@ def test_a_method_may_hold_others_by_name():
     }
     assert built.of["wandb"].mode == "online"
     with pytest.raises(SvlError, match=r"tracker.of is 3, but must be a mapping of names to settings of a tracker"):
-        config.build_method(compose("tracker=several", "tracker.of=3").tracker, "tracker")
+        config_methods.build_method(compose("tracker=several", "tracker.of=3").tracker, "tracker")
+    with pytest.raises(SvlError, match=r"quantization\.options is 8, but must be a mapping: set "):
+        config_methods.build_method(compose("quantization=int8", "quantization.options=8").quantization, "quantization")
     with pytest.raises(SvlError, match=r"tracker.of.wandb has no setting 'mood'"):
-        config.build_method(compose("tracker=several", "+tracker.of.wandb.mood=bad").tracker, "tracker")
+        config_methods.build_method(compose("tracker=several", "+tracker.of.wandb.mood=bad").tracker, "tracker")

@@ -12,7 +12,7 @@ import pytest
 from helpers.commands import QUIET, run_svl
 from helpers.methods import CHOICES, method
 
-from svl import config, plugins
+from svl import config, config_methods, plugins
 from svl.core import SvlError
 
 FIRST = """
@@ -85,7 +85,7 @@ def test_choices_in_messages_are_svls_and_those_of_plugins(folder, monkeypatch):
     (package / "conf" / "compensation" / "broken.yaml").write_text("_target_: my_methods.bent.Missing\n")
     monkeypatch.setenv("SVL_PLUGINS", str(package))
     folding = {name for name in CHOICES["compensation"] if method("compensation", name).foldable} - {"none"}
-    assert config.choices_with("compensation", "foldable") == ", ".join(sorted({*folding, "bent"}))
+    assert config_methods.choices_with("compensation", "foldable") == ", ".join(sorted({*folding, "bent"}))
     tried_out = ["strategy=iterative", "strategy@strategy.of=sleb", "compensation=ghosted"]
     for words in (tried_out, ["compensation=linearpatch", "export.path=new"]):
         config.register_with_hydra()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +59,9 @@ def encoded_frames(field: Any, folder: Path, label: str, frames: int) -> tuple[b
         field = field.get("bytes") or field.get("path")
     if isinstance(field, str):
         name = f"the video {_quoted(field)} of {label}"
-        field = folder / field
-    elif isinstance(field, bytes):
+        with _placed(field, folder):
+            return tuple(_encoded(frame) for frame in read_frames(folder / field, frames, name))
+    if isinstance(field, bytes):
         field = io.BytesIO(field)
     else:
         raise SvlError(f"cannot read {name}: it is neither the path of a file nor a list of frames")
@@ -98,9 +101,21 @@ def _read_text(text: str, folder: Path, name: str, label: str) -> tuple[bytes, s
         name = f"the picture {_quoted(text)} of {label}"
         if re.match(r"https?://", text):
             raise SvlError(f"cannot read {name}: it is an address; download the pictures and give their paths")
-        return pictures.read_picture_file(folder / text, name), name
+        with _placed(text, folder):
+            return pictures.read_picture_file(folder / text, name), name
     with explained(f"cannot read {name}: it is no base64"):
         return base64.b64decode("".join(text.split()), validate=True), name
+
+
+@contextmanager
+def _placed(path: str, folder: Path) -> Iterator[None]:
+    """Within the block, an error of reading a file that is not in `folder` names the setting that moves it."""
+    try:
+        yield
+    except SvlError as error:
+        if os.path.isabs(path) or os.path.exists(folder / path):
+            raise
+        raise SvlError(f"{error} (calibration.images names the folder that paths start from)") from error
 
 
 def _quoted(path: str) -> str:

@@ -9,14 +9,14 @@ from svl.data.samples import Sample, Samples
 from svl.doctor.findings import Section
 from svl.evaluation import benchmarks
 from svl.evaluation.settings import TaskOptions
-from svl.run.inputs import calibration_source, task_options
+from svl.run.inputs import calibration_source, task_options, told_of
 
 
 def examine_samples(cfg: DictConfig, settings: DictConfig, group: str, section: Section) -> Samples | None:
     """The samples that the settings of a group describe, if they are files here; of a data set of the hub, whether it
     can be had."""
     found: Samples | None = None
-    with section.examined(f"{group}.path={settings.path}"):
+    with section.examined(f"{group}.path={settings.path}"), told_of(group):
         benchmarks.check_not_evaluated_on(
             settings.path,
             settings.split if settings.format else None,

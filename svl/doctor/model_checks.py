@@ -13,7 +13,8 @@ from omegaconf import DictConfig
 
 from svl.checkpoints.safetensors_files import StoredTensor, read_tensors
 from svl.checkpoints.skeleton import loaded_dtype
-from svl.config import asked_removals, build_method, load_options, plain_values
+from svl.config import asked_removals, load_options, plain_values
+from svl.config_methods import build_method
 from svl.core import Compensation, Stats, SvlError, checked_plan, fitted_patch
 from svl.data.card_metadata import read_metadata
 from svl.demo import bundled

@@ -12,7 +12,9 @@ from svl.doctor.findings import Section
 from svl.doctor.memory import GUESSED_ANSWER, GUESSED_TOKENS, Training
 from svl.models.lvlm import Lvlm
 from svl.models.sample_inputs import encode_samples, encode_texts, sample_text
+from svl.pruning import surgery
 from svl.recovery.base import Recovery, check_answers
+from svl.recovery.contract import checked_parts
 from svl.recovery.losses import compared_states
 from svl.recovery.student import check_trainable_kind
 
@@ -60,10 +62,11 @@ def asked_training(lvlm: Lvlm, recovery: Recovery, n_remove: int, samples: Sampl
         SvlError: if the model has no such parts.
     """
     plan = Plan(lvlm.anatomy.n_layers, tuple(lvlm.anatomy.removable[:n_remove]))
-    parts = recovery.parts(lvlm, plan)
-    trained = sum(lvlm.model.get_parameter(name).numel() for name in parts.tensors)
+    pruned = surgery.skeleton(lvlm, plan)
+    parts = checked_parts(recovery, pruned, plan)
+    trained = sum(pruned.model.get_parameter(name).numel() for name in parts.tensors)
     for path in parts.adapted:
-        trained += recovery.adapter.rank * sum(lvlm.model.get_parameter(f"{path}.weight").shape)
+        trained += recovery.adapter.rank * sum(pruned.model.get_parameter(f"{path}.weight").shape)
     tokens, answer = _lengths(lvlm, samples) if samples else (GUESSED_TOKENS, GUESSED_ANSWER)
     return Training(
         parameters=trained,

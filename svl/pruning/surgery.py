@@ -88,6 +88,20 @@ def apply(lvlm: Lvlm, plan: Plan, patch: Patch | None = None) -> Lvlm:
     return replace(lvlm, model=pruned.requires_grad_(False).eval(), anatomy=pruned_anatomy(anatomy, plan))
 
 
+def skeleton(lvlm: Lvlm, plan: Plan) -> Lvlm:
+    """The model that is left after a plan, without weights: modules, names and shapes, on the meta device.
+
+    Those of `lvlm` need not be there. Sub-layers that the plan takes are still there.
+
+    Raises:
+        SvlError: if the plan is for another depth or removes protected layers.
+    """
+    lvlm.anatomy.check_plan(plan, lvlm.name)
+    pruned = model_on_meta(lvlm.model, pruned_config(lvlm.model.config, plan))
+    copy_ties(lvlm.model, pruned, lvlm.anatomy, plan)
+    return replace(lvlm, model=pruned, anatomy=pruned_anatomy(lvlm.anatomy, plan))
+
+
 def kept_tensors(tensors: dict[str, Tensor], anatomy: Anatomy, plan: Plan) -> dict[str, Tensor]:
     """`tensors` without what belongs to removed layers, the others under their new layer number."""
     result = {}

@@ -38,12 +38,22 @@ class Losses:
         states: of the state that enters each kept layer behind the first removal, and of the one that leaves the last:
             |h' - h|^2 / |h|^2, h being the dense model's; mean over layers and tokens.
         temperature: divides logits in the KL divergence.
+
+    Raises:
+        SvlError: if a weight is negative or not finite, or all are 0, or the temperature is not above 0.
     """
 
     answers: float = 1.0
     logits: float = 0.0
     states: float = 0.0
     temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("answers", "logits", "states"):
+            check_number(f"the weight of the loss '{name}'", getattr(self, name), least=0)
+        if not self.answers + self.logits + self.states:
+            raise SvlError("all losses (answers, logits, states) have the weight 0, so there is nothing to train for")
+        check_number("the temperature of the loss 'logits'", self.temperature, above=0)
 
     @property
     def need_teacher(self) -> bool:
@@ -53,11 +63,20 @@ class Losses:
 
 @dataclass(frozen=True)
 class Adapter:
-    """Settings of LoRA: W + (alpha / rank) B A."""
+    """Settings of LoRA: W + (alpha / rank) B A.
+
+    Raises:
+        SvlError: on a number out of range.
+    """
 
     rank: int = 16
     alpha: int = 32
     dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_count("the rank of adapters", self.rank, least=1)
+        check_count("alpha of adapters", self.alpha, least=1)
+        check_number("the dropout of adapters", self.dropout, least=0, below=1)
 
 
 @dataclass(frozen=True)

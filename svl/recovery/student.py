@@ -21,6 +21,7 @@ from svl.recovery import losses as terms
 from svl.recovery.adapters import add_adapters, added_products
 from svl.recovery.base import Recovery
 from svl.recovery.batches import ANSWER
+from svl.recovery.contract import checked_parts
 
 
 class Student(nn.Module):
@@ -44,7 +45,7 @@ class Student(nn.Module):
         self._half = recovery.precision == "bfloat16" or torch.bfloat16 in weight_dtypes(dense)
         self.lvlm = surgery.apply(dense, plan, patch)
         self.plan, self.recovery = plan, recovery
-        self.parts = recovery.parts(self.lvlm, plan)
+        self.parts = checked_parts(recovery, self.lvlm, plan)
         self._teacher = dense if recovery.losses.need_teacher else None
         self._points = terms.compared_states(plan) if recovery.losses.states else {}
         self.trained = self._make_trainable()
@@ -71,8 +72,6 @@ class Student(nn.Module):
             parameter.requires_grad_(False)
         for parameter in found.values():
             parameter.requires_grad_(True)
-        if not found:
-            raise SvlError(f"recovery has nothing to train in '{self.lvlm.name}'")
         return found
 
     # ------------------------------------------------------------------------------------------- training

@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import gc
 import json
-import logging
 import math
 import os
 import random
 import shutil
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -28,12 +26,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from svl.core import Patch, Plan, SvlError, TensorChange
-from svl.core.errors import reason_of
 from svl.data.samples import Samples
 from svl.models.lvlm import Lvlm
 from svl.models.transformers_internals import without_report
@@ -49,15 +45,10 @@ from svl.processes import (
 from svl.pruning.trained import check_trained
 from svl.recovery.base import Parts, Recovery, check_answers
 from svl.recovery.batches import Batches, TrainingOrder
+from svl.recovery.checkpoints import PROGRESS, SAVED, check_same_training, remove_damaged, training_record
 from svl.recovery.modules import projector_tensors
 from svl.recovery.student import Student
 
-log = logging.getLogger(__name__)
-SAVED, PROGRESS = "step-", "progress.json"  # a whole checkpoint, and what of it the Trainer does not keep
-CHECKPOINT_FILES = (
-    *("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"),
-    PROGRESS,
-)
 NO_LIMIT = 10**7  # steps, where only seconds are limited
 CURVE = 400  # points of a curve that are kept, at most
 
@@ -118,12 +109,12 @@ def recover(
         patch: what compensation has changed.
         samples: to train on, with their answers.
         recovery: what is trained, on what, for how long.
-        folder: for checkpoints; training goes on from the last one in it.
+        folder: for checkpoints; training goes on from the last one in it, which must be its own.
         report: is told after each step, in the first process.
 
     Raises:
-        SvlError: if this model cannot be trained, a sample has no answer, the loss is not finite, or the processes that
-            torchrun started cannot share a step.
+        SvlError: if this model cannot be trained, a sample has no answer, the folder has checkpoints of another
+            training, the loss is not finite, or the processes that torchrun started cannot share a step.
     """
     recovery.passes_of_each(process_count())
     check_answers(samples)
@@ -134,7 +125,8 @@ def recover(
         if steps == 0:
             return Recovered({}, Spent(), student.trained_parameters)
         check_pictures(student.lvlm, student.parts, samples)
-        spent = _train(student, samples, steps or NO_LIMIT, Path(folder), report)
+        record = training_record(dense, student, samples)
+        spent = _train(student, samples, steps or NO_LIMIT, Path(folder), record, report)
     trained = student.changes()
     check_trained(trained, plan, dense.anatomy, dense.model)  # before it is stored for good
     return Recovered(trained, spent, student.trained_parameters)
@@ -162,7 +154,9 @@ def _random_state_kept(seed: int, device: torch.device) -> Iterator[None]:
             np.random.set_state(kept[1])
 
 
-def _train(student: Student, samples: Samples, steps: int, folder: Path, report: Report) -> Spent:
+def _train(
+    student: Student, samples: Samples, steps: int, folder: Path, record: dict[str, str], report: Report
+) -> Spent:
     first = process_rank() == 0
     folder.mkdir(parents=True, exist_ok=True)
     for remains in folder.glob("checkpoint-*") if first else ():  # of a run that was killed while it wrote
@@ -171,7 +165,9 @@ def _train(student: Student, samples: Samples, steps: int, folder: Path, report:
     last = max(folder.glob(f"{SAVED}*"), key=lambda path: int(path.name.removeprefix(SAVED)), default=None)
     if len(seen := set(gather_values(last and last.name))) > 1:
         raise SvlError(f"processes see different checkpoints in {folder} ({seen}): all of them need the same store")
-    ledger = _Ledger(student, steps, folder, report, last)
+    if last is not None:
+        check_same_training(last, record)
+    ledger = _Ledger(student, steps, folder, record, report, last)
     batches, order = Batches(student.lvlm, samples), _order(student.recovery, len(samples), ledger)
     all_or_none(lambda: batches.check(_numbers_ahead(order, ledger)))
     with seeming_alone(), without_report():
@@ -197,33 +193,6 @@ def _numbers_ahead(order: TrainingOrder, ledger: _Ledger) -> list[int]:
     step = recovery.passes_of_each(ledger.count) * recovery.batch_size
     begin, end = ledger.spent.steps * step, len(order) if ledger.steps < NO_LIMIT else step
     return list(dict.fromkeys(order[k] for k in range(begin, end)))
-
-
-def remove_damaged(folder: Path) -> None:
-    """Remove checkpoints that cannot be read, with a warning: training then begins anew."""
-    for checkpoint in folder.glob(f"{SAVED}*"):
-        if damage := _damage(checkpoint):
-            log.warning("  recover: the checkpoint %s is damaged (%s), and is removed", checkpoint.name, damage)
-            shutil.rmtree(checkpoint)
-
-
-def _damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint; None if all its files are there, and whole."""
-    for name in CHECKPOINT_FILES:
-        path = checkpoint / name
-        try:
-            if path.suffix == ".json":
-                json.loads(path.read_text())
-            elif path.suffix == ".safetensors":
-                with safe_open(path, "pt"):  # its header says how long it must be
-                    pass
-            else:
-                with zipfile.ZipFile(path) as archive:  # as torch writes
-                    if damaged := archive.testzip():
-                        return f"{name}: {damaged}"
-        except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
-            return f"{name}: {reason_of(error)}"
-    return None
 
 
 def _make_trainer(batches: Batches, order: TrainingOrder, ledger: _Ledger) -> _Trainer:
@@ -336,11 +305,13 @@ class _Trainer(Trainer):
 class _Ledger(TrainerCallback):
     """Keeps the account of a training: what is spent, when it is over, when and how checkpoints are written."""
 
-    def __init__(self, student: Student, steps: int, folder: Path, report: Report, last: Path | None):
-        self.student, self.steps, self.folder, self.report = student, steps, folder, report
+    def __init__(
+        self, student: Student, steps: int, folder: Path, record: dict[str, str], report: Report, last: Path | None
+    ):
+        self.student, self.steps, self.folder, self.record, self.report = student, steps, folder, record, report
         self.budget_s, self.save_every = student.recovery.budget_s, student.recovery.save_every
         self.rank, self.count = process_rank(), process_count()
-        self.spent = Spent(**json.loads((last / PROGRESS).read_text())) if last else Spent()
+        self.spent = Spent(**json.loads((last / PROGRESS).read_text())["spent"]) if last else Spent()
         self._before, self._began = replace(self.spent), time.perf_counter()
 
     def share_after(self, step: int) -> float:
@@ -383,7 +354,7 @@ class _Ledger(TrainerCallback):
     def keep(self, step: int) -> None:
         """Make the Trainer's checkpoint one that is whole, in the place of the one before."""
         written = self.folder / f"checkpoint-{step}"
-        (written / PROGRESS).write_text(json.dumps(asdict(self.spent)))
+        (written / PROGRESS).write_text(json.dumps({"training": self.record, "spent": asdict(self.spent)}))
         older = list(self.folder.glob(f"{SAVED}*"))
         os.replace(written, self.folder / f"{SAVED}{step}")
         for folder in older:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from svl.core import Patch, Plan, SvlError
 from svl.core.contract import answering
 
 if TYPE_CHECKING:
+    from svl.recovery.base import Recovery
     from svl.run.setup import RunSetup
 
 log = logging.getLogger(__name__)
@@ -54,7 +56,8 @@ def check_recovery(setup: RunSetup, plan: Plan | None = None) -> None:
     recovery = setup.recovery
     if not setup.recovers or "recovery" in setup.tried:
         return
-    from svl.recovery import student, training
+    from svl.pruning import surgery
+    from svl.recovery import contract, student, training
 
     anatomy = setup.dense.anatomy
     if plan is None:
@@ -62,8 +65,19 @@ def check_recovery(setup: RunSetup, plan: Plan | None = None) -> None:
     if plan.is_empty:
         return
     student.check_trainable(setup.dense, recovery)
-    training.check_pictures(setup.dense, recovery.parts(setup.dense, plan), setup.training_samples)
+    pruned = surgery.apply(setup.dense, plan)
+    training.check_pictures(pruned, contract.checked_parts(recovery, pruned, plan), setup.training_samples)
     setup.tried.add("recovery")
+
+
+def tell_idle_settings(recovery: Recovery) -> None:
+    """Warn of settings of a recovery that trains nothing: the method was probably forgotten."""
+    if not recovery.does_nothing:
+        return
+    given, default = dataclasses.asdict(recovery), dataclasses.asdict(type(recovery)())
+    if idle := [name for name in given if given[name] != default[name]]:
+        choose = "choose a method (svl list recovery)"
+        log.warning("recovery.%s has no effect: recovery=none trains nothing; %s", idle[0], choose)
 
 
 def check_patch_fits(setup: RunSetup, plan: Plan, patch: Patch) -> None:

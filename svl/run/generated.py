@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svl.data.samples import Sample, Samples
+from svl.run.early_checks import check_recovery
 from svl.run.keys import stage_code
 from svl.run.stages import make_stage
 from svl.text.progress import show_progress
@@ -27,6 +28,7 @@ def make_texts(setup: RunSetup) -> Entry | None:
     def build(folder: Path) -> dict[str, Any]:
         from svl.calibration.generated_texts import generate_texts
 
+        check_recovery(setup)
         texts = generate_texts(setup.dense, n, calibration.generated_tokens, calibration.seed, show_progress)
         (folder / FILE).write_text(json.dumps(texts, indent=0) + "\n")
         return {"texts": len(texts)}

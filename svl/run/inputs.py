@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +13,8 @@ from typing import Any
 from omegaconf import DictConfig
 
 from svl.config import plain_values
+from svl.config_schema import TrainingData
+from svl.core import SvlError
 from svl.data.hub_data import HubSource, draw_samples
 from svl.data.row_formats import DESCRIBE, RowOptions
 from svl.data.sample_files import read_samples
@@ -70,6 +76,17 @@ def calibration_source(calibration: DictConfig) -> CalibrationSource:
             options=options,
         )
     return CalibrationSource(c.path, c.samples, c.seed, options, hub)
+
+
+@contextmanager
+def told_of(group: str) -> Iterator[None]:
+    """Within the block, errors about samples name the settings of `group` instead of calibration's."""
+    try:
+        yield
+    except SvlError as error:
+        settings = "|".join(field.name for field in dataclasses.fields(TrainingData))
+        told = re.sub(rf"\bcalibration\.(?=(?:{settings})\b)", f"{group}.", str(error))
+        raise SvlError(told.replace("calibration file", f"{group} file")) from error
 
 
 def task_options(benchmark: DictConfig) -> dict[str, TaskOptions]:

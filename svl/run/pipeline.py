@@ -68,6 +68,8 @@ def run_configuration(cfg: DictConfig, folder: Path, sweep: Path | None = None, 
     if sweep:
         parallel.claim_model_name(sweep, run.setup.name, run.setup.fingerprint)
     try:
+        if sweep is None:  # of jobs that sweep over methods, some have no use for a setting
+            early_checks.tell_idle_settings(run.setup.recovery)
         with exporting.export_reserved(run.setup):
             return run.execute()
     except Exception as error:
@@ -277,6 +279,7 @@ class Run:
 
             hidden: Any = None
             early_checks.check_single_writers(setup, plan)
+            early_checks.check_recovery(setup, plan)  # what was stored may have been for another recovery
             if streams:
                 early_checks.check_compensation(setup)  # of a calibration that was for another compensation
                 seen, batch_size = read_statistics(setup, stats), setup.cfg.calibration.batch_size

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from svl.core import Plan
 from svl.processes import process_count, process_rank
+from svl.run.early_checks import check_recovery
 from svl.run.keys import identity_without, stage_code
 from svl.run.parallel import in_scratch
 from svl.run.stages import make_stage
@@ -84,6 +85,7 @@ def compare_pictures(setup: RunSetup, plan: Plan) -> Entry | None:
     def build(folder: Path) -> dict[str, Any]:
         from svl.evaluation.picture_overlap import picture_overlap
 
+        check_recovery(setup, plan)
         return picture_overlap(setup.training_samples, setup.tasks)
 
     inputs = {

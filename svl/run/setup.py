@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +12,6 @@ from omegaconf import DictConfig
 from svl.checkpoints import export
 from svl.checkpoints.fingerprint import checkpoint_fingerprint
 from svl.config import load_options, plain_values, round_ratio, training_data, validate_config
-from svl.config_schema import TrainingData
 from svl.core import SvlError, one_of
 from svl.core.errors import out_of_memory
 from svl.core.methods import STATISTICS
@@ -28,7 +23,7 @@ from svl.evaluation.settings import EfficiencySettings, TaskOptions
 from svl.plugins import import_plugins
 from svl.processes import process_count, process_rank
 from svl.recovery.base import check_answers
-from svl.run.inputs import calibration_source, task_options
+from svl.run.inputs import calibration_source, task_options, told_of
 from svl.run.keys import method_identity, method_settings, read_code, stage_code, versions
 from svl.run.stages import StageLog
 from svl.store.artifacts import Store
@@ -223,13 +218,14 @@ class RunSetup:
         """The samples that a group of settings describes, none of which a benchmark may be scored on."""
         split = c.split if c.format else None
         benchmarks.check_not_evaluated_on(c.path, split, self.tasks, self.cfg.benchmark.include_path, group)
-        source = calibration_source(c)
+        with told_of(group):
+            source = calibration_source(c)
         if not source.on_hub:
-            with _told_of(group):
+            with told_of(group):
                 return source.read()
 
         def draw(folder: Path) -> dict[str, Any]:
-            with _told_of(group):
+            with told_of(group):
                 write_samples(source.read(), folder / SAMPLES_FILE)
             return {}
 
@@ -345,14 +341,3 @@ class RunSetup:
         if self.uses_vllm:
             found["evaluator"] = redact_values(plain_values(self.cfg.evaluator))
         return found
-
-
-@contextmanager
-def _told_of(group: str) -> Iterator[None]:
-    """Within the block, errors of reading samples name the settings of `group` instead of calibration's."""
-    try:
-        yield
-    except SvlError as error:
-        settings = "|".join(field.name for field in dataclasses.fields(TrainingData))
-        told = re.sub(rf"\bcalibration\.(?=(?:{settings})\b)", f"{group}.", str(error))
-        raise SvlError(told.replace("calibration file", f"{group} file")) from error

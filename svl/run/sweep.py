@@ -21,7 +21,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from svl.config import METHODS, build_method
+from svl.config_methods import METHODS, build_method
 from svl.config_ranges import check_known
 from svl.core import SvlError
 from svl.evaluation import benchmarks

@@ -12,12 +12,12 @@ from helpers.commands import run_command
 from omegaconf import OmegaConf
 
 import svl.cli
-from svl import config
+from svl import config, config_methods
 from svl.catalog import choices, pages, sources
 from svl.catalog.choices import Choice
 
 ALL = [choice for group in pages.ordered_groups() for choice in choices.choices(group.name)]
-METHODS = [choice for choice in ALL if choice.group in config.METHODS]
+METHODS = [choice for choice in ALL if choice.group in config_methods.METHODS]
 
 
 def shown(*words: str, cwd: Path, code: int = 0, **environment: str) -> str:

@@ -67,6 +67,8 @@ def test_several_pictures_and_none(folder):
         ("data:image/png;base64,@@@@", "it is no base64"),
         (base64.b64encode(b"no picture at all" * 99).decode(), "it is none of PNG, JPEG"),
         (BASE64[0][:-40] * 30, "cannot read the picture of row 3"),
+        ("000.png", r"No such file .*\(calibration.images names the folder that paths start from\)"),
+        ("/nowhere/000.png", r"No such file or directory$"),
         ("folder/" * 40 + "x.png", "No such file|File name too long"),
     ],
 )

@@ -34,14 +34,14 @@ def folder(tmp_path_factory) -> Path:
 
 
 def test_every_kind_has_its_files_and_commands():
-    named = {"strategy", "selector", "compensation", "benchmark", "tracker"}
+    named = {"strategy", "selector", "compensation", "recovery", "benchmark", "tracker"}
     assert {name.split("/")[2] for name in FILES if name.startswith("my_methods/conf/")} == named
-    assert len(COMMANDS) == 8
+    assert len(COMMANDS) == 9
 
 
-@pytest.mark.parametrize("kind", ["first", "question", "gain"])
+@pytest.mark.parametrize("kind", ["first", "question", "gain", "norms"])
 def test_a_method_is_short(kind):
-    """Imports, docstrings and code of the first three kinds: at most 25 lines besides blank ones; YAML: 1 or 2."""
+    """Imports, docstrings and code of the first four kinds: at most 25 lines besides blank ones; YAML: 1 or 2."""
     lines = [line for line in FILES[f"my_methods/{kind}.py"].splitlines() if line.strip()]
     assert len(lines) - 1 <= 25  # the first names the file
 

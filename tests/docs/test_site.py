@@ -15,7 +15,7 @@ from helpers.paths import ROOT
 from omegaconf import OmegaConf
 
 import svl
-from svl import config
+from svl import config, config_methods
 from svl.config_schema import Svl, Task
 
 pytest.importorskip("material")
@@ -45,7 +45,7 @@ def test_the_configuration_reference_has_every_setting_with_its_default(hook):
     for group in dataclasses.fields(Svl):
         schema = Svl.__dataclass_fields__[group.name].default_factory
         if not (isinstance(schema, type) and dataclasses.is_dataclass(schema)):
-            assert group.name in found or group.name in config.METHODS, group.name
+            assert group.name in found or group.name in config_methods.METHODS, group.name
             continue
         defaults = OmegaConf.structured(schema)
         for field in dataclasses.fields(schema):
@@ -57,7 +57,7 @@ def test_the_configuration_reference_has_every_setting_with_its_default(hook):
     assert {field.name for field in dataclasses.fields(Task)} <= found.keys()
 
 
-@pytest.mark.parametrize("group", config.METHODS)
+@pytest.mark.parametrize("group", config_methods.METHODS)
 def test_the_configuration_reference_has_every_choice_and_its_settings(hook, group):
     found = rows(hook.configuration_page())
     for file in (config.CONF / group).glob("*.yaml"):

@@ -185,6 +185,7 @@ def test_recovery_is_among_the_stages_only_where_something_is_trained(doctor, ch
     [
         ("llava", ["recovery.data.path=none.jsonl"], "there is no file 'none.jsonl'"),
         ("llava", ["recovery.data.path=asked.jsonl"], "recovery needs answers, but 1 samples have none"),
+        ("llava", ["recovery.data.path=told.jsonl", "recovery.data.images=none"], "recovery.data.images: there is no"),
         ("llava", ["recovery.data.path=told.jsonl", "n_remove=4"], "plan removes all 4 decoder layers"),
         ("llama", ["recovery.data.path=told.jsonl"], "projector"),
     ],

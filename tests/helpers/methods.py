@@ -7,7 +7,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from svl.config import CONF, build_method
+from svl.config import CONF
+from svl.config_methods import build_method
 
 GROUPS = ("strategy", "selector", "compensation")
 CHOICES = {group: [file.stem for file in sorted(Path(CONF, group).glob("*.yaml"))] for group in GROUPS}

@@ -31,7 +31,7 @@ from svl.calibration.activations import Activations
 from svl.calibration.calibrate import calibrate
 from svl.checkpoints.conversion import convert
 from svl.checkpoints.export import save
-from svl.config import build_method
+from svl.config_methods import build_method
 from svl.core import Plan, Stats, SvlError
 from svl.data.sample_files import read_samples
 from svl.data.samples import Samples

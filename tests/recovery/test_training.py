@@ -22,12 +22,13 @@ from svl.models.weight_files import WEIGHTS
 from svl.pruning import surgery
 from svl.recovery.base import Recovery
 from svl.recovery.batches import ANSWER, Batches, TrainingOrder
+from svl.recovery.checkpoints import CHECKPOINT_FILES
 from svl.recovery.distill import Distill
 from svl.recovery.interlace import Interlace
 from svl.recovery.lora import Lora
 from svl.recovery.projector import Projector
 from svl.recovery.student import Student, check_trainable
-from svl.recovery.training import CHECKPOINT_FILES, recover
+from svl.recovery.training import recover
 from svl.run.messages import one_line
 
 pytest.importorskip("peft")
@@ -463,8 +464,8 @@ def test_interrupted_at_random_moments_it_ends_in_the_same_weights(llava, sample
     assert (found.spent.samples, found.spent.tokens) == (alone.spent.samples, alone.spent.tokens)
     saved = [path.name for path in folder.iterdir() if path.name.startswith("step-")]
     assert saved == ["step-8"]  # one checkpoint is kept, and holds nothing but what is trained
-    tensors = json.loads((folder / "step-8" / "progress.json").read_text())
-    assert tensors["steps"] == 8
+    progress = json.loads((folder / "step-8" / "progress.json").read_text())
+    assert progress["spent"]["steps"] == 8
 
 
 @pytest.mark.parametrize("name", [*CHECKPOINT_FILES, None])
@@ -490,6 +491,30 @@ def test_a_damaged_checkpoint_is_not_gone_on_from(name, llava, samples, tmp_path
     assert steps == [1, 2, 3, 4]
     assert f"is damaged ({name or 'optimizer.pt'}" in caplog.text
     assert all(torch.equal(found.trained[key].left, alone.trained[key].left) for key in alone.trained)
+
+
+def test_checkpoints_of_another_training_are_refused(llava, make_samples, tmp_path):
+    """Whatever differs is named; what a result does not depend on may differ."""
+    samples, given = make_samples([3, 4, 5]), {"steps": 4, "save_every": 2, "rank": 2, **FAST}
+
+    def train(plan=PLAN, patch=None, data=samples, recovery=None, lvlm=llava):
+        return recover(lvlm, plan, patch, data, recovery or Lora(**given), tmp_path)
+
+    train()
+    other = replace(llava, model=copy.deepcopy(llava.model))
+    with torch.no_grad():
+        other.model.get_input_embeddings().weight[0, 0] += 1
+    for change, named in (
+        ({"plan": Plan(4, (2,))}, "layers"),
+        ({"patch": Patch({(2, "mlp"): UPDATE})}, "weights"),
+        ({"lvlm": other}, "weights"),
+        ({"data": make_samples([3, 4, 6])}, "samples"),
+        ({"recovery": Lora(**{**given, "learning_rate": 0.01})}, "settings"),
+        ({"recovery": Distill(**given)}, "settings"),
+    ):
+        with pytest.raises(SvlError, match=rf"the checkpoint step-2 of a training with other {named}: give"):
+            train(**change)
+    assert train(recovery=Lora(**{**given, "save_every": 3})).spent.steps == 4
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_nothing(llava, samples, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import dataclass
 
 import pytest
 from helpers.families import lvlm_of
@@ -18,7 +19,8 @@ from svl.compensation.refit import Refit
 from svl.config import CONF
 from svl.core import Plan, Stats, SvlError
 from svl.pruning import folding
-from svl.run import pipeline
+from svl.recovery.base import Parts, Recovery
+from svl.run import early_checks, pipeline
 from svl.strategies.laco import Laco
 from svl.strategies.shortened_magnitude import ShortenedMagnitude
 from svl.strategies.swm import Swm
@@ -246,6 +248,54 @@ def test_what_cannot_be_trained_costs_no_stage(strategy, words, message, tmp_pat
     with pytest.raises(SvlError, match=message):
         pipeline.run_configuration(composed(store, *strategy, *words), store)
     assert not list(store.glob("patch/*"))
+
+
+@pytest.mark.parametrize("stage", ["patch", "texts", "overlap"])
+def test_what_cannot_be_trained_costs_no_stage_behind_those_that_are_stored(stage, tmp_path, monkeypatch):
+    """Statistics, plan and check may be those of a run without recovery."""
+    prune = ("strategy=shortgpt", "n_remove=2")
+    pipeline.run_configuration(composed(tmp_path, *prune), tmp_path)
+    stored = set(tmp_path.glob(f"{stage}/*"))
+    compensation = {"patch": "linear", "texts": "refit_generated", "overlap": "none"}[stage]
+    words = (f"compensation={compensation}", "recovery=projector", "recovery.modules=[model.nothing]")
+    with pytest.raises(SvlError, match="has no such module"):
+        pipeline.run_configuration(composed(tmp_path, *prune, *words), tmp_path)
+    assert set(tmp_path.glob(f"{stage}/*")) == stored
+
+
+def test_recovery_is_asked_about_the_pruned_model(tmp_path):
+    @dataclass(frozen=True)
+    class Norms(Recovery):
+        """Numbers of layers are those of the model that is given."""
+
+        def parts(self, pruned, plan):
+            pairs = zip(plan.kept, pruned.layers, strict=True)
+            layers = pruned.anatomy.layers
+            return Parts(tuple(f"{layers}.{new}.input_layernorm.weight" for new, _ in enumerate(pairs)))
+
+    run = pipeline.Run(composed(tmp_path, "strategy=shortgpt", "recovery=projector"), tmp_path)
+    run.setup.recovery = Norms()
+    early_checks.check_recovery(run.setup)
+    assert "recovery" in run.setup.tried
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["recovery=none", "recovery.steps=10"], "recovery.steps has no effect: recovery=none trains nothing"),
+        (["recovery=none", "recovery.data.path=nowhere.json"], "recovery.data has no effect"),
+        (["recovery=none"], None),
+        (["recovery=projector", "recovery.steps=0"], None),
+    ],
+    ids=str,
+)
+def test_settings_of_a_forgotten_recovery_are_told(words, told, tmp_path, caplog):
+    """In a run of its own; a sweep over recovery=none,lora needs them."""
+    for sweep in (None, tmp_path):
+        caplog.clear()
+        pipeline.run_configuration(composed(tmp_path, "strategy=tail", *words), tmp_path, sweep)
+        assert ("has no effect" in caplog.text) == (told is not None and sweep is None)
+        assert sweep is not None or (told or "") in caplog.text
 
 
 def test_nothing_is_removed_so_nothing_that_is_trained_is_checked(tmp_path):

@@ -25,6 +25,7 @@ pytest.importorskip("lmms_eval")
 pytest.importorskip("peft")
 
 PRUNE = ("strategy=manual", "strategy.layers=[5,6,9,12]", "selector=all", "compensation=none", *QUIET, *SMALL)
+TEXTS = "${svl:demo}/text/calibration.jsonl"
 TRAIN = ("recovery.batch_size=2", "recovery.learning_rate=1e-3", "recovery.layers=gaps")
 STOCK = """
 import sys
@@ -133,10 +134,29 @@ def test_a_run_that_is_killed_ends_in_the_same_weights(fork_server, tmp_path):
             "recovery.data.samples is 0, but must be",
         ),
         (
-            ["recovery.data.path=${svl:demo}/text/calibration.jsonl", "recovery.data.columns={text: body}"],
+            [f"recovery.data.path={TEXTS}", "recovery.data.columns={text: body}"],
             "recovery.data.columns names 'body', but there is no such column",
         ),
         (["recovery.data.path=calibration.jsonl"], "'calibration.jsonl'"),
+        (
+            ["recovery.data=x.jsonl"],
+            "recovery.data is 'x.jsonl', but must be a mapping: set recovery.data.path=x.jsonl",
+        ),
+        *(
+            ([f"recovery.data.path={TEXTS}", f"recovery.data.{setting}"], message)
+            for setting, message in (
+                ("batch_size=4", "recovery.data.batch_size has no effect: training takes recovery.batch_size"),
+                ("statistics=[cosine]", "recovery.data.statistics has no effect: nothing is measured"),
+                ("generated=3", "recovery.data.generated has no effect: recovery writes no texts"),
+                ("columns=question", "recovery.data.columns is 'question', but must be a mapping"),
+                ("image_table=name", "recovery.data.image_table is 'name', but must be a mapping"),
+                ("image_table={nme: x}", "a name in recovery.data.image_table"),
+                ("images=WRONG", "recovery.data.images: there is no folder 'WRONG'"),
+                ("columns={promt: question}", "a key of recovery.data.columns is 'promt'"),
+                ("format=qa", "recovery.data.format is 'qa'"),
+                ("turns=last", "recovery.data.turns is 'last'"),
+            )
+        ),
         (["seed=-1"], "seed is -1, but must be at least 0"),
         (["recovery.learning_rate=inf"], "recovery.learning_rate is inf, but must be a finite number"),
         (["model.offload=true", "benchmark=none"], "model.offload leaves layers on disk: set recovery=none"),
