@@ -147,7 +147,11 @@ def test_a_run_that_is_killed_ends_in_the_same_weights(fork_server, tmp_path):
             "is what benchmark task 'svl_demo_open' is scored on",
         ),
         (
-            ["recovery.data.path=lmms-lab/POPE", "recovery.data.format=vqa", "recovery.data.split=test"],
+            ["benchmark=demo", "recovery.data.path=${svl:demo}/data/open.parquet", "recovery.data.format=prompt"],
+            "is what benchmark task 'svl_demo_open' is scored on",
+        ),
+        (
+            [f"recovery.data.{word}" for word in ("path=lmms-lab/POPE", "format=question", "samples=4", "split=test")],
             "recovery.data.split: 'test' of POPE is what benchmark task",
         ),
     ],
