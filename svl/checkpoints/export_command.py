@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -12,17 +13,21 @@ from typing import Any
 
 from svl.checkpoints import export, hub
 from svl.checkpoints.export import ExportRecord
-from svl.core.errors import explained
+from svl.core.errors import SvlError, explained
 from svl.core.patch import Patch
 from svl.core.plan import Plan
 from svl.models.options import LoadOptions
 from svl.text.command_line import CommandLineParser, run_command
 
+PATCH, TRAINED = "patch/{}/patch.safetensors", "recover/{}/trained.safetensors"  # in the store of a run, by key
 DESCRIPTION = """A pruned checkpoint from a plan and a checkpoint on disk.
 
 No model is loaded: tensors that stay are copied as bytes under their new names. The source is only read.
 
   svl-export plan=plan.json source=llava-hf/llava-1.5-7b-hf out=pruned
+
+The layers of a run are in its folder's plan.json, the weights that it changed in its store (outputs/store, or
+SVL_STORE) under the keys that its result.json lists. `export.path=DIR` in the run finds all of them itself.
 
 A checkpoint whose weights are pickles (pytorch_model.bin) has to be converted first:
 
@@ -40,8 +45,8 @@ def command_parser() -> CommandLineParser:
     parser.add_argument("--plan", metavar="FILE", required=True, help="which layers go, as JSON (plan.json of a run)")
     parser.add_argument("--source", metavar="DIR|ID", required=True, help="dense checkpoint: a folder or a hub id")
     parser.add_argument("--out", metavar="DIR", required=True, help="the folder to make")
-    parser.add_argument("--patch", metavar="FILE", help="changes of kept weights (patch.safetensors of a run)")
-    parser.add_argument("--trained", metavar="FILE", help="what recovery has trained (trained.safetensors of a run)")
+    parser.add_argument("--patch", metavar="FILE", help=f"what compensation has changed (STORE/{PATCH.format('KEY')})")
+    parser.add_argument("--trained", metavar="FILE", help=f"what recovery has trained (STORE/{TRAINED.format('KEY')})")
     parser.add_argument(
         "--protect",
         metavar="auto|none",
@@ -88,6 +93,8 @@ def export_checkpoint(args: Namespace) -> None:
     file = Path(args.plan).expanduser()
     with explained(f"plan: cannot read '{file}'"):
         plan = Plan.from_json(file.read_text(encoding="utf-8"))
+    result = result_beside_plan(file, plan)
+    check_changes_given(result, args.patch, args.trained)
     patch = patch_file.load_patch(Path(args.patch).expanduser()) if args.patch else None
     if args.trained:
         trained = patch_file.load_trained(Path(args.trained).expanduser())
@@ -101,7 +108,6 @@ def export_checkpoint(args: Namespace) -> None:
         name=args.name,
         trust_remote_code=args.trust_remote_code,
     )
-    result = result_beside_plan(file, plan)
     record = ExportRecord(result, image_processor=image_settings(result))
     path = export.save(args.source, plan, args.out, patch, options, shard_size=args.shard_size, record=record)
     print(f"exported to {path}")
@@ -116,6 +122,30 @@ def result_beside_plan(file: Path, plan: Plan) -> dict[str, Any] | None:
         return result if file.name == "plan.json" and result["plan"]["removed"] == list(plan.removed) else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def check_changes_given(result: dict[str, Any] | None, patch: str | None, trained: str | None) -> None:
+    """The checkpoint of a run's plan is to have the weights that the run changed: its scores are theirs.
+
+    Raises:
+        SvlError: if the run with this result compensated or trained, and the files of that are not given.
+    """
+    result = result or {}
+    parts = (
+        ("patch", patch, PATCH, "compensate", result.get("compensated")),
+        ("trained", trained, TRAINED, "recover", (result.get("training") or {}).get("steps")),
+    )
+    store = Path(os.environ.get("SVL_STORE", "outputs/store"))
+    missing = [
+        f"{name}={store / file.format(*(result.get('keys') or {}).get(stage) or ['KEY'])}"
+        for name, given, file, stage, has_changed in parts
+        if has_changed and not given
+    ]
+    if missing:
+        raise SvlError(
+            f"the run of this plan changed weights that stay, too: add {' '.join(missing)} (from the run's store), or "
+            "export from a copy of plan.json in another folder, without the run's results, to remove layers only"
+        )
 
 
 def image_settings(result: dict[str, Any] | None) -> dict[str, Any]:

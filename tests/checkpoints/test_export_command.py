@@ -229,6 +229,35 @@ def test_results_beside_a_plan_are_those_of_its_run(tmp_path):
     assert export_command.result_beside_plan(tmp_path / "other.json", Plan(4, (1,))) is None
 
 
+@pytest.mark.parametrize(
+    ("found", "given", "asked"),
+    [
+        ({"compensated": ["1.mlp"], "training": None}, {}, ["patch"]),
+        ({"compensated": [], "training": {"steps": 5}}, {}, ["trained"]),
+        ({"compensated": ["1.mlp"], "training": {"steps": 5}}, {}, ["patch", "trained"]),
+        ({"compensated": ["1.mlp"], "training": {"steps": 5}}, {"patch": "p"}, ["trained"]),
+    ],
+)
+def test_what_a_run_changed_is_not_left_behind(found, given, asked, checkpoint, tmp_path):
+    """Its scores, which the card tells, are those of the changed weights."""
+    (tmp_path / "runs" / "1").mkdir(parents=True)
+    write_plan(tmp_path / "runs" / "1")
+    keys = {"compensate": ["abc"], "recover": ["def"]}
+    result = {"plan": {"removed": [0, 2]}, "settings": {}, "keys": keys, "seed": 0, **found}
+    (tmp_path / "runs" / "1" / "result.json").write_text(json.dumps(result))
+    words = [f"source={checkpoint('llama')}", "out=out", *(f"{name}={value}" for name, value in given.items())]
+    (line,) = svl_export("plan=runs/1/plan.json", *words, cwd=tmp_path, code=1, SVL_STORE="kept").splitlines()
+    files = {
+        "patch": "patch=kept/patch/abc/patch.safetensors",
+        "trained": "trained=kept/recover/def/trained.safetensors",
+    }
+    assert f"add {' '.join(files[name] for name in asked)} (" in line
+    assert not (tmp_path / "out").exists()
+    shutil.copy(tmp_path / "runs" / "1" / "plan.json", tmp_path)
+    if not given:
+        svl_export("plan=plan.json", *words, cwd=tmp_path)
+
+
 @pytest.mark.parametrize("place", ["preprocessor_config.json", "processor_config.json"])
 def test_the_exported_processor_has_the_settings_of_the_run(mimic, tmp_path, place):
     """As the run's result beside the plan says; from either file that transformers keeps an image processor in."""
