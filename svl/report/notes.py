@@ -72,10 +72,16 @@ def _training_notes(section: Section) -> list[str]:
     spent = [run.result["training"] for run in section.runs if run.result.get("training")]
     if not spent:
         return []
-    devices = sorted({" ".join(str(t["device"].get(part) or "") for part in ("type", "name")).strip() for t in spent})
+    rows: dict[str, set[str]] = defaultdict(set)
+    for row in section.rows:
+        for run in row.runs:
+            if run.trained_on:
+                rows[run.trained_on].add(row.label)
+    devices = [f"{', '.join(sorted(labels))} on {device}" for device, labels in sorted(rows.items())]
+    where = devices if len(rows) > 1 else [f"on {device}" for device in rows]
     notes = [
         "Training: what recovery cost after pruning: steps of the optimiser, samples and tokens that went through the "
-        f"model (repeated ones counted again), seconds of training alone (on {', '.join(devices)}); 0: training-free."
+        f"model (repeated ones counted again), seconds of training alone ({'; '.join(where)}); 0: training-free."
     ]
     known = [t["shared_pictures"] for t in spent]
     if shared := max((n for n in known if n is not None), default=0):

@@ -312,6 +312,18 @@ def test_what_recovery_took_has_columns_only_where_there_was_any(store):
     assert "training tokens" in table_writers.as_latex([table])
 
 
+def test_where_each_row_was_trained_is_told(store):
+    """By how many processes, too: seconds on two are not those on one."""
+    budget = {"samples": 12, "tokens": 340, "steps": 7, "seconds": 5.0, "shared_pictures": None}
+    device = {"type": "cuda", "name": "H100", "batch_size": 8}
+    store.add(result("tail", recovery="lora", training={**budget, "device": {**device, "processes": 2}}))
+    (table,) = Report.read(store, "demo").tables
+    assert any("(on cuda H100, 2 processes)" in note for note in table.notes)
+    store.add(result("sleb", recovery="lora", training={**budget, "device": device}), result("random", training=None))
+    (table,) = Report.read(store, "demo").tables
+    assert any("(sleb on cuda H100; tail on cuda H100, 2 processes)" in note for note in table.notes)
+
+
 # --------------------------------------------------------------------------------------------------- LaTeX
 
 
