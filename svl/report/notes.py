@@ -26,8 +26,8 @@ def table_notes(section: Section) -> list[str]:
         notes.insert(0, f"Caution: limit={section.limit:g}, so only a part of every benchmark was used.")
     if len({run.main_metric(None).get("dense") for run in section.runs}) > 1:
         notes.append("Caution: the dense average differs between runs (versions? device?); the newest is shown.")
-    if (versions := len({run.versions for run in section.runs})) > 1:
-        notes.append(f"Caution: the runs were made with {versions} different sets of versions.")
+    if several := _several_versions(section):
+        notes.append(f"Caution: the runs were made with different versions of {', '.join(several)}.")
     return [*notes, *_pair_notes(section), *_seed_notes(section), *published_notes(section)]
 
 
@@ -36,6 +36,15 @@ def _average_notes(section: Section) -> list[str]:
     if problem := section.last.average_problem:
         return [f"No average over these benchmarks, as it would mean nothing: {problem}."]
     return ["Retained: average relative to the dense average."]
+
+
+def _several_versions(section: Section) -> list[str]:
+    """What runs were made with several versions of; one that did not need it tells none."""
+    known: dict[str, set[str]] = defaultdict(set)
+    for run in section.runs:
+        for name, version in run.result["versions"].items():
+            known[name].add(version)
+    return sorted(name for name, versions in known.items() if len(versions) > 1)
 
 
 def table_caption(section: Section) -> list[str]:

@@ -87,7 +87,7 @@ class RunSetup:
             raise SvlError(f"{' and '.join(self.combined)}: only evaluator=transformers can combine these with pruning")
         if process_rank() == 0:
             methods["tracker"].check()
-        self.store = Store(cfg.paths.store, versions())
+        self.store = Store(cfg.paths.store, versions(self.recovers))
         self._find_model()
         if cfg.export.path:
             export.check_export_path(cfg.export.path)

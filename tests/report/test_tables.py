@@ -324,6 +324,19 @@ def test_where_each_row_was_trained_is_told(store):
     assert any("(sleb on cuda H100; tail on cuda H100, 2 processes)" in note for note in table.notes)
 
 
+def test_versions_that_differ_are_named(store):
+    """What only runs with recovery record is no difference."""
+
+    def cautions():
+        (table,) = Report.read(store, "demo").tables
+        return [note for note in table.notes if "versions" in note]
+
+    store.add(result("tail", versions={"torch": "1"}), result("sleb", versions={"torch": "1", "peft": "1"}))
+    assert cautions() == []
+    store.add(result("random", versions={"torch": "2", "peft": "2"}))
+    assert cautions() == ["Caution: the runs were made with different versions of peft, torch."]
+
+
 # --------------------------------------------------------------------------------------------------- LaTeX
 
 
