@@ -96,7 +96,8 @@ def _training_notes(section: Section) -> list[str]:
     if shared := max((n for n in known if n is not None), default=0):
         notes.append(f"Caution: up to {shared} of the samples trained on show a picture of a benchmark.")
     elif None not in known:
-        notes.append("No picture of the benchmarks is among those trained on (compared pixel by pixel).")
+        videos = "; videos were not compared" if any(t.get("videos_not_compared") for t in spent) else ""
+        notes.append(f"No picture of the benchmarks is among those trained on (compared pixel by pixel{videos}).")
     return notes
 
 

@@ -324,6 +324,17 @@ def test_where_each_row_was_trained_is_told(store):
     assert any("(sleb on cuda H100; tail on cuda H100, 2 processes)" in note for note in table.notes)
 
 
+@pytest.mark.parametrize(
+    ("unseen", "told"), [({}, "pixel by pixel)."), ({"videos_not_compared": 7}, "by pixel; videos were not compared).")]
+)
+def test_nothing_is_said_of_videos_that_were_not_compared(store, unseen, told):
+    budget = {"samples": 12, "tokens": 340, "steps": 7, "seconds": 5.0, "shared_pictures": 0}
+    store.add(result("tail", recovery="lora", training={**budget, "device": {"type": "cpu"}, **unseen}))
+    (table,) = Report.read(store, "demo").tables
+    (note,) = [note for note in table.notes if note.startswith("No picture of the benchmarks")]
+    assert note.endswith(told)
+
+
 def test_versions_that_differ_are_named(store):
     """What only runs with recovery record is no difference."""
 
