@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from argparse import Namespace
@@ -19,7 +20,9 @@ from svl.core.plan import Plan
 from svl.models.options import LoadOptions
 from svl.text.command_line import CommandLineParser, run_command
 
+log = logging.getLogger(__name__)
 PATCH, TRAINED = "patch/{}/patch.safetensors", "recover/{}/trained.safetensors"  # in the store of a run, by key
+REMOVED = ("removed", "removed_attn", "removed_mlp")  # of a plan's JSON
 DESCRIPTION = """A pruned checkpoint from a plan and a checkpoint on disk.
 
 No model is loaded: tensors that stay are copied as bytes under their new names. The source is only read.
@@ -108,7 +111,8 @@ def export_checkpoint(args: Namespace) -> None:
         name=args.name,
         trust_remote_code=args.trust_remote_code,
     )
-    record = ExportRecord(result, image_processor=image_settings(result))
+    scored = result if is_of_run(result, args.patch, args.trained) else None
+    record = ExportRecord(scored, image_processor=image_settings(result))
     path = export.save(args.source, plan, args.out, patch, options, shard_size=args.shard_size, record=record)
     print(f"exported to {path}")
     if args.push_to_hub:
@@ -119,8 +123,10 @@ def result_beside_plan(file: Path, plan: Plan) -> dict[str, Any] | None:
     """The result.json of the run whose plan.json `file` is, if it lies there."""
     try:
         result = json.loads(file.with_name("result.json").read_text(encoding="utf-8"))
-        return result if file.name == "plan.json" and result["plan"]["removed"] == list(plan.removed) else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        theirs, ours = result["plan"], json.loads(plan.to_json())
+        is_same = all((theirs.get(name) or []) == (ours.get(name) or []) for name in REMOVED)
+        return result if file.name == "plan.json" and is_same else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -146,6 +152,20 @@ def check_changes_given(result: dict[str, Any] | None, patch: str | None, traine
             f"the run of this plan changed weights that stay, too: add {' '.join(missing)} (from the run's store), or "
             "export from a copy of plan.json in another folder, without the run's results, to remove layers only"
         )
+
+
+def is_of_run(result: dict[str, Any] | None, patch: str | None, trained: str | None) -> bool:
+    """Whether these are the changed weights of the run with this result, by the keys that they are stored under.
+
+    If not, its scores are another model's, which is told.
+    """
+    keys, files = (result or {}).get("keys") or {}, {"compensate": patch, "recover": trained}
+    others = [
+        file for stage, file in files.items() if file and Path(file).absolute().parent.name not in keys.get(stage, ())
+    ]
+    if result and others:
+        log.warning("not from this plan's run, so the card tells none of its results: %s", ", ".join(others))
+    return not others
 
 
 def image_settings(result: dict[str, Any] | None) -> dict[str, Any]:

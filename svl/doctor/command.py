@@ -28,7 +28,7 @@ from svl.run.messages import compose
 from svl.store.artifacts import Store
 
 LIBRARIES = (
-    *("torch", "transformers", "datasets", "lmms_eval", "accelerate", "vllm", "wandb", "torchao"),
+    *("torch", "transformers", "datasets", "lmms_eval", "accelerate", "peft", "vllm", "wandb", "torchao"),
     "mlflow-skinny",  # the extra, which the whole of MLflow brings, too
 )
 USAGE = """svl doctor: what of a configuration will work, found out before anything heavy.

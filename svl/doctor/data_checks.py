@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 from svl.core.errors import SvlError
 from svl.data.samples import Sample, Samples
 from svl.doctor.findings import Section
-from svl.evaluation import benchmarks
+from svl.evaluation import benchmarks, held_out
 from svl.evaluation.settings import TaskOptions
 from svl.run.inputs import calibration_source, task_options, told_of
 
@@ -17,14 +17,8 @@ def examine_samples(cfg: DictConfig, settings: DictConfig, group: str, section: 
     can be had."""
     found: Samples | None = None
     with section.examined(f"{group}.path={settings.path}"), told_of(group):
-        benchmarks.check_not_evaluated_on(
-            settings.path,
-            settings.split if settings.format else None,
-            list(cfg.benchmark.tasks),
-            cfg.benchmark.include_path,
-            group,
-        )
         source = calibration_source(settings)
+        held_out.check_not_evaluated_on(settings.path, source.hub, task_options(cfg.benchmark), group)
         if not source.on_hub:
             found = source.read()
             _describe(found, section)

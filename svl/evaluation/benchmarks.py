@@ -29,7 +29,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -310,43 +310,6 @@ def check_style(task: str, style: str, include_path: str | None) -> None:
     """Raise SvlError unless `task` has the prompt style (a key of its `lmms_eval_specific_kwargs`)."""
     styles = [k for k, v in (task_settings(task, include_path).get("lmms_eval_specific_kwargs") or {}).items() if v]
     one_of(f"benchmark.tasks.{task}.style", style, ["default", *(s for s in styles if s != "default")])
-
-
-def check_not_evaluated_on(
-    path: str, split: str | None, chosen: Iterable[str], include_path: str | None, group: str = "calibration"
-) -> None:
-    """Raise SvlError if the data of `group` (of settings) are what a benchmark is scored on.
-
-    With a `split`, `path` is a data set: compared by name with those of the `chosen` tasks and of every task of svl
-    ("lmms-lab/ScienceQA" and a folder "ScienceQA" are the same). Without, it is a file: compared by content with the
-    chosen tasks' local files.
-    """
-    if split is not None:
-        for task in dict.fromkeys([*chosen, *task_files(OWN)]):
-            config = task_settings(task, include_path)
-            theirs = config.get("test_split") or config.get("validation_split") or ""
-            if _part(path, split) == _part(config.get("dataset_path") or "", theirs):
-                raise SvlError(
-                    f"{group}.split: '{split}' of {Path(path).name} is what benchmark task '{task}' is scored on; "
-                    f"{'calibrate' if group == 'calibration' else 'train'} on another split"
-                )
-        return
-    file = Path(path).expanduser()
-    for task in chosen if file.is_file() else ():
-        source = find_task(task, include_path)
-        if any(_same_content(file, other) for other in task_data_files(source, task_settings(task, include_path))):
-            raise SvlError(f"{group}.path: '{path}' is what benchmark task '{task}' is scored on")
-
-
-def _same_content(first: Path, second: Path) -> bool:
-    return first.stat().st_size == second.stat().st_size and file_digest(first) == file_digest(second)
-
-
-def _part(path: str, split: str) -> tuple[str, str]:
-    """A data set and its split, however they are written."""
-    name = re.sub(r"[^a-z0-9]", "", Path(path).name.lower())
-    split = split.partition("[")[0]
-    return name, "validation" if split in ("val", "dev") else split
 
 
 def _shipped() -> Path:

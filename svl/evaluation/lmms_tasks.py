@@ -53,8 +53,11 @@ class ScoredTask:
 
     def images(self, doc_id: int) -> list[Image.Image]:
         """The images of a document, which is numbered as lmms-eval does."""
-        shown = self.task.doc_to_visual(self.task.eval_docs[doc_id]) or []
-        return [open_picture(image) for image in shown if isinstance(image, Image.Image)]
+        return [open_picture(image) for image in self.visuals(doc_id) if isinstance(image, Image.Image)]
+
+    def visuals(self, doc_id: int) -> list[Any]:
+        """All that a document shows: images, and videos by their paths."""
+        return list(self.task.doc_to_visual(self.task.eval_docs[doc_id]) or [])
 
     def metrics(self, found: dict[str, Any], samples: Sequence[ScoredSample]) -> dict[str, dict[str, Any]]:
         """{name: {"value", "stderr", "low", "high"}} of every metric that is a number; unknown ones are None.

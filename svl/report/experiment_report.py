@@ -146,13 +146,13 @@ class Report:
         """results.csv: a head, and a line for every run and metric, in the units of the result."""
         about = ["model", "strategy", "selector", "compensation", "recovery", "ratio", "n_remove", "seed", "limit"]
         calibration = ["file", "samples", "seed"]
-        number = ["group", "task", "metric", "main", "n", *ESTIMATE]
-        yield ["experiment", "run", *about, *(f"calibration_{name}" for name in calibration), "removed", *number]
+        last, number = ["removed", "trained_on"], ["group", "task", "metric", "main", "n", *ESTIMATE]
+        yield ["experiment", "run", *about, *(f"calibration_{name}" for name in calibration), *last, *number]
         for run in self.runs:
             result = run.result
             data = result["settings"].get("calibration", {})
-            removed = " ".join(run.plan.removal_names)
-            known = [*(result.get(name, "none") for name in about), *(data.get(name) for name in calibration), removed]
+            known = [*(result.get(name, "none") for name in about), *(data.get(name) for name in calibration)]
+            known += [" ".join(run.plan.removal_names), run.trained_on]
             for line in run.numbers():
                 yield [self.name, run.key, *known, *line]
 

@@ -26,8 +26,8 @@ def table_notes(section: Section) -> list[str]:
         notes.insert(0, f"Caution: limit={section.limit:g}, so only a part of every benchmark was used.")
     if len({run.main_metric(None).get("dense") for run in section.runs}) > 1:
         notes.append("Caution: the dense average differs between runs (versions? device?); the newest is shown.")
-    if (versions := len({run.versions for run in section.runs})) > 1:
-        notes.append(f"Caution: the runs were made with {versions} different sets of versions.")
+    if several := _several_versions(section):
+        notes.append(f"Caution: the runs were made with different versions of {', '.join(several)}.")
     return [*notes, *_pair_notes(section), *_seed_notes(section), *published_notes(section)]
 
 
@@ -36,6 +36,15 @@ def _average_notes(section: Section) -> list[str]:
     if problem := section.last.average_problem:
         return [f"No average over these benchmarks, as it would mean nothing: {problem}."]
     return ["Retained: average relative to the dense average."]
+
+
+def _several_versions(section: Section) -> list[str]:
+    """What runs were made with several versions of; one that did not need it tells none."""
+    known: dict[str, set[str]] = defaultdict(set)
+    for run in section.runs:
+        for name, version in run.result["versions"].items():
+            known[name].add(version)
+    return sorted(name for name, versions in known.items() if len(versions) > 1)
 
 
 def table_caption(section: Section) -> list[str]:
@@ -72,16 +81,23 @@ def _training_notes(section: Section) -> list[str]:
     spent = [run.result["training"] for run in section.runs if run.result.get("training")]
     if not spent:
         return []
-    devices = sorted({" ".join(str(t["device"].get(part) or "") for part in ("type", "name")).strip() for t in spent})
+    rows: dict[str, set[str]] = defaultdict(set)
+    for row in section.rows:
+        for run in row.runs:
+            if run.trained_on:
+                rows[run.trained_on].add(row.label)
+    devices = [f"{', '.join(sorted(labels))} on {device}" for device, labels in sorted(rows.items())]
+    where = devices if len(rows) > 1 else [f"on {device}" for device in rows]
     notes = [
         "Training: what recovery cost after pruning: steps of the optimiser, samples and tokens that went through the "
-        f"model (repeated ones counted again), seconds of training alone (on {', '.join(devices)}); 0: training-free."
+        f"model (repeated ones counted again), seconds of training alone ({'; '.join(where)}); 0: training-free."
     ]
     known = [t["shared_pictures"] for t in spent]
     if shared := max((n for n in known if n is not None), default=0):
         notes.append(f"Caution: up to {shared} of the samples trained on show a picture of a benchmark.")
     elif None not in known:
-        notes.append("No picture of the benchmarks is among those trained on (compared pixel by pixel).")
+        videos = "; videos were not compared" if any(t.get("videos_not_compared") for t in spent) else ""
+        notes.append(f"No picture of the benchmarks is among those trained on (compared pixel by pixel{videos}).")
     return notes
 
 

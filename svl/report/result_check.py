@@ -54,6 +54,7 @@ OPTIONAL: dict[str, Kinds] = {
     "training.seconds": (Real,),
     "training.device": (Mapping,),
     "training.shared_pictures": (int, NULL),
+    "training.videos_not_compared": (int,),
     "efficiency": (Mapping, NULL),
     "efficiency.speedup": (Mapping,),
     "efficiency.speedup.total": (Mapping,),

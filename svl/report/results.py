@@ -90,6 +90,16 @@ class Run:
         styles = {"style": dict(settings["style"])} if settings.get("style") else {}
         return {**(settings.get("evaluation") or {}), **styles}
 
+    @property
+    def trained_on(self) -> str | None:
+        """Type and name of the device that recovery trained on, and how many processes shared it; None without one."""
+        training = self.result.get("training")
+        if not training:
+            return None
+        device = training.get("device") or {}
+        name = " ".join(str(device[part]) for part in ("type", "name") if device.get(part)) or "unknown device"
+        return f"{name}, {device['processes']} processes" if device.get("processes", 1) > 1 else name
+
     def settings(self) -> Iterator[tuple[str, str]]:
         """Settings of its methods and of what else tells runs apart, as ("selector.p", "0.5"); only of what it used."""
         for group, settings in sorted(self.result["settings"].items()):

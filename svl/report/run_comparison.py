@@ -1,4 +1,5 @@
-"""Two runs side by side: what was set differently, which layers only one removes, and what that changed, in pairs."""
+"""Two runs side by side: what was set differently, which layers only one removes, what training took, and what that
+changed, in pairs."""
 
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ from svl.store.contents import find_artifact
 from svl.text.escaping import for_markdown
 
 MOST = 20  # flipped questions that are listed of a benchmark and a direction
+BUDGET = ("steps", "samples", "tokens", "seconds")  # of a training
 IDENTITY = (
     "name",
     "model",
@@ -98,6 +100,7 @@ def compare_runs(first: ComparedRun, second: ComparedRun) -> str:
         _settings(a, b),
         "## Layers",
         _layers(a, b),
+        *_training(a, b),
         "## Metrics",
         *_metrics(first, second),
     ]
@@ -152,6 +155,16 @@ def _line(plan: Plan) -> str:
 
 def _by_layer(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: int(name.partition(".")[0]))
+
+
+def _training(a: Run, b: Run) -> list[str]:
+    """What recovery took in each, if it trained either."""
+    spent = [run.result.get("training") for run in (a, b)]
+    if not any(spent):
+        return []
+    lines = [[name, *(f"{taken.get(name, '–')}" if taken else "0" for taken in spent)] for name in BUDGET]
+    lines.append(["device", *(for_markdown(run.trained_on or "–") for run in (a, b))])
+    return ["## Training", markdown_table(["", "A", "B"], lines, "lrr")]
 
 
 # ------------------------------------------------------------------------------------------------- metrics

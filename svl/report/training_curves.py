@@ -130,6 +130,5 @@ def _cost(section: Section, row: Row, measure: str) -> Cost | None:
 
 
 def _devices(rows: Sequence[Row]) -> str:
-    """Names of what these were trained on."""
-    devices = [run.result["training"].get("device") or {} for row in rows for run in row.runs]
-    return ", ".join(sorted({str(device.get("name") or device.get("type") or "unknown device") for device in devices}))
+    """What these were trained on."""
+    return "; ".join(sorted({run.trained_on for row in rows for run in row.runs if run.trained_on}))

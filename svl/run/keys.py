@@ -26,6 +26,7 @@ from svl.core.contract import method_name
 from svl.store.files import digest, remembered
 
 PACKAGES = ("svl", "torch", "transformers", "lmms_eval", "datasets", "hydra-core", "wandb")
+RECOVERY_PACKAGES = ("peft", "accelerate")  # what trained weights depend on besides
 
 # Rooms that no stage's code is followed into.
 NOT_FOLLOWED = (
@@ -204,10 +205,10 @@ class _WithoutDocstrings(ast.NodeTransformer):
 
 
 @cache
-def versions() -> dict[str, str]:
-    """Versions of what results depend on, and the commit if this is a checkout."""
+def versions(recovers: bool = False) -> dict[str, str]:
+    """Versions of what results depend on (and of what trains, if asked), and the commit of a checkout."""
     found = {"python": platform.python_version()}
-    for name in PACKAGES:
+    for name in (*PACKAGES, *(RECOVERY_PACKAGES if recovers else ())):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -95,6 +95,8 @@ def compare_pictures(setup: RunSetup, plan: Plan) -> Entry | None:
         "code": stage_code("overlap"),
     }
     entry = make_stage(setup, "overlap", inputs, build)
-    if shared := entry.output["shared"]:
-        log.warning("  recovery.data: %d samples have a picture of a benchmark, rows %s", shared, entry.output["rows"])
+    shared, rows = entry.output["shared"], entry.output["rows"]
+    if shared:
+        first = f"the first {len(rows)} in rows" if shared > len(rows) else "rows"
+        log.warning("  recovery.data: %d samples have a picture of a benchmark, %s %s", shared, first, rows)
     return entry

@@ -125,6 +125,8 @@ def training(stages: RunStages) -> dict[str, Any] | None:
     names = ("steps", "samples", "tokens", "seconds", "parameters", "examples", "device")
     spent = {name: stages.recovered.output[name] for name in names}
     spent["shared_pictures"] = stages.overlap.output["shared"] if stages.overlap else None
+    if stages.overlap and (videos := stages.overlap.output["videos"]):
+        spent["videos_not_compared"] = videos
     return spent
 
 

@@ -18,7 +18,7 @@ from svl.core.methods import STATISTICS
 from svl.data.sample_files import read_samples
 from svl.data.samples import Samples, write_samples
 from svl.demo import bundled
-from svl.evaluation import benchmarks
+from svl.evaluation import benchmarks, held_out
 from svl.evaluation.settings import EfficiencySettings, TaskOptions
 from svl.plugins import import_plugins
 from svl.processes import process_count, process_rank
@@ -82,7 +82,7 @@ class RunSetup:
             raise SvlError(f"{' and '.join(self.combined)}: only evaluator=transformers can combine these with pruning")
         if process_rank() == 0:
             methods["tracker"].check()
-        self.store = Store(cfg.paths.store, versions())
+        self.store = Store(cfg.paths.store, versions(self.recovers))
         self._find_model()
         if cfg.export.path:
             export.check_export_path(cfg.export.path)
@@ -216,10 +216,9 @@ class RunSetup:
 
     def _read_samples(self, c: DictConfig, group: str = "calibration") -> Samples:
         """The samples that a group of settings describes, none of which a benchmark may be scored on."""
-        split = c.split if c.format else None
-        benchmarks.check_not_evaluated_on(c.path, split, self.tasks, self.cfg.benchmark.include_path, group)
         with told_of(group):
             source = calibration_source(c)
+        held_out.check_not_evaluated_on(c.path, source.hub, self.tasks, group)
         if not source.on_hub:
             with told_of(group):
                 return source.read()

@@ -82,14 +82,14 @@ def missing_scores(run: Run) -> list[MissingScore]:
     """Make the plan of a run and its patch; the scores it lacks, dense ones included.
 
     What pruned models are combined with makes them too different to share anything; what recovery trains may lie before
-    the first layer, so that nothing behind it is shared. The run's model is released, so that a sweep over models holds
-    one of them at a time.
+    the first layer, so that nothing behind it is shared. Of such runs nothing is made here: their jobs may run side by
+    side. The run's model is released, so that a sweep over models holds one of them at a time.
     """
-    stages, setup = run.prepare(), run.setup
-    alone = setup.combined or stages.recovered
-    variants = [stages.dense_model, *([] if alone else [stages.pruned_model])]
-    missing = []
-    for variant in variants:
+    setup = run.setup
+    if setup.combined or setup.recovers:
+        return []
+    stages, missing = run.prepare(), []
+    for variant in (stages.dense_model, stages.pruned_model):
         for task in setup.tasks:
             if setup.uses_vllm or not variant.answers(task):
                 continue

@@ -258,6 +258,31 @@ def test_what_a_run_changed_is_not_left_behind(found, given, asked, checkpoint, 
         svl_export("plan=plan.json", *words, cwd=tmp_path)
 
 
+def test_the_card_tells_scores_of_these_weights_only(llama, checkpoint, tmp_path):
+    """A run's are those of the patch and the training that are stored under its keys."""
+    plan = Plan(4, (0, 2))
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    for key in ("abc", "other"):
+        (tmp_path / "patch" / key).mkdir(parents=True)
+        patch_file.save_patch(some_patch(llama, plan), tmp_path / "patch" / key / "patch.safetensors")
+    metrics = {"accuracy": {"value": 0.5, "stderr": None, "dense": 0.75}}
+    scores = {"task": {"metric": "accuracy", "n": 8, "metrics": metrics}}
+    result = {"plan": {"removed": [0, 2]}, "settings": {}, "seed": 0, "keys": {"compensate": ["abc"]}}
+    (tmp_path / "result.json").write_text(json.dumps({**result, "compensated": ["1.mlp"], "scores": scores}))
+    for key in ("abc", "other"):
+        words = (f"source={checkpoint('llama')}", f"patch=patch/{key}/patch.safetensors", f"out={key}")
+        svl_export("plan=plan.json", *words, cwd=tmp_path)
+        assert ("## Results" in (tmp_path / key / "README.md").read_text()) == (key == "abc")
+
+
+def test_results_are_of_a_plan_with_the_same_parts(tmp_path):
+    """Equal layers are not all that goes."""
+    (tmp_path / "result.json").write_text(json.dumps({"plan": {"removed": [1], "removed_mlp": [2]}, "name": "x"}))
+    same, other = Plan(4, (1,), removed_mlp=(2,)), Plan(4, (1,), removed_mlp=(3,))
+    assert export_command.result_beside_plan(tmp_path / "plan.json", same)["name"] == "x"
+    assert export_command.result_beside_plan(tmp_path / "plan.json", other) is None
+
+
 @pytest.mark.parametrize("place", ["preprocessor_config.json", "processor_config.json"])
 def test_the_exported_processor_has_the_settings_of_the_run(mimic, tmp_path, place):
     """As the run's result beside the plan says; from either file that transformers keeps an image processor in."""

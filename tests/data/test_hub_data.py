@@ -5,8 +5,6 @@ from __future__ import annotations
 import http.server
 import importlib.util
 import io
-import re
-import shutil
 import socket
 import threading
 
@@ -25,7 +23,6 @@ from svl.data import hub_data, samples
 from svl.data.hub_data import HubSource, draw_samples
 from svl.data.row_formats import DESCRIBE, RowOptions
 from svl.data.sample_files import read_samples
-from svl.evaluation import benchmarks
 
 config.register_with_hydra()
 
@@ -255,34 +252,3 @@ def test_a_row_that_does_not_fit_is_one_line(tmp_path):
         draw_samples(HubSource(str(tmp_path), 1, options=RowOptions("choices")))
     with pytest.raises(SvlError, match=r"there is no column 'text', which calibration\.format=text reads"):
         draw_samples(HubSource(str(tmp_path), 1, options=RowOptions("text")))
-
-
-# ------------------------------------------------------------------------------------ calibration or benchmark
-
-
-@pytest.mark.parametrize(
-    ("path", "split", "task"),
-    [
-        ("lmms-lab/ScienceQA", "test", "svl_scienceqa"),
-        ("/copies/ScienceQA", "test[:10]", "svl_scienceqa"),
-        ("HuggingFaceM4/A-OKVQA", "validation", "svl_aokvqa"),
-        ("other/AOKVQA", "val", "svl_aokvqa"),
-        ("Lin-Chen/MMStar", "val", "svl_mmstar"),
-        ("lmms-lab/MMBench", "dev", "svl_mmbench"),
-    ],
-)
-def test_nothing_is_calibrated_on_what_is_scored(path, split, task):
-    with pytest.raises(SvlError, match=f"'{re.escape(split)}' of .* is what benchmark task '{task}' is scored on"):
-        benchmarks.check_not_evaluated_on(path, split, [], None)
-    benchmarks.check_not_evaluated_on(path, "train", [], None)
-
-
-def test_no_file_is_both_calibration_set_and_benchmark(tmp_path):
-    tasks = str(ROOT / "svl" / "demo" / "tasks")
-    copied = shutil.copy(ROOT / "svl" / "demo" / "data" / "open.parquet", tmp_path / "mine.parquet")
-    with pytest.raises(SvlError, match=r"mine\.parquet' is what benchmark task 'svl_demo_open' is scored on"):
-        benchmarks.check_not_evaluated_on(str(copied), None, ["svl_demo_choice", "svl_demo_open"], tasks)
-    benchmarks.check_not_evaluated_on(str(copied), None, ["svl_demo_choice"], tasks)
-    benchmarks.check_not_evaluated_on(
-        str(ROOT / "svl" / "demo" / "data" / "calibration.parquet"), None, ["svl_demo_open"], tasks
-    )

@@ -34,6 +34,23 @@ def test_equal_pixels_are_found_however_they_are_stored():
     pictures = [stored(shown, "png"), stored(shown, "bmp"), stored(changed, "png")]
     tasks["svl_prose_fiction"] = TaskOptions("loss", include_path=f"{folder}/tasks")  # which shows none
     mine = Samples("mine", tuple(Sample(row, "?", (picture,), "a") for row, picture in enumerate(pictures)))
-    assert picture_overlap(mine, tasks) == {"benchmark": 5, "shared": 2, "rows": [0, 1]}
+    assert picture_overlap(mine, tasks) == {"benchmark": 5, "shared": 2, "rows": [0, 1], "videos": 0}
     theirs = svl.read_samples(f"{folder}/data/calibration.parquet")
     assert picture_overlap(theirs, tasks)["shared"] == 0
+
+
+def test_videos_are_counted_as_not_compared(tmp_path):
+    """Six questions on videos, and a sample with one."""
+    pytest.importorskip("av")
+    from helpers.video_standins import write_videomme
+
+    from svl.evaluation.picture_overlap import picture_overlap
+    from svl.evaluation.settings import TaskOptions
+
+    write_videomme(tmp_path)
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(file, "png")
+    picture = file.getvalue()
+    mine = Samples("mine", (Sample(0, "?", (picture,), "a"), Sample(1, "?", frames=(picture, picture))))
+    tasks = {"svl_videomme": TaskOptions("accuracy", data=str(tmp_path))}
+    assert picture_overlap(mine, tasks) == {"benchmark": 0, "shared": 0, "rows": [], "videos": 7}

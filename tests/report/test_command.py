@@ -66,6 +66,15 @@ def test_csv_says_what_a_run_was_calibrated_on(store, no_figures):
     assert sorted(found.values()) == [["", "", ""], ["questions.parquet", "64", "2"]]
 
 
+def test_csv_says_what_a_run_was_trained_on(store, no_figures):
+    device = {"type": "cuda", "name": "H100", "batch_size": 8, "processes": 2}
+    budget = {"samples": 12, "tokens": 340, "steps": 7, "seconds": 5.0, "shared_pictures": None, "device": device}
+    store.add(result("tail"), result("sleb", level=0.2, recovery="lora", training=budget))
+    assert main(["experiment=demo", "out=there"]) == 0
+    rows = list(csv.DictReader(io.StringIO(Path("there/results.csv").read_text())))
+    assert {(row["strategy"], row["trained_on"]) for row in rows} == {("tail", ""), ("sleb", "cuda H100, 2 processes")}
+
+
 def test_csv(store, no_figures):
     demo(store)
     assert main(["experiment=demo", "out=there"]) == 0

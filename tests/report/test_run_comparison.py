@@ -50,6 +50,21 @@ def test_parts_of_layers_are_told_from_layers(store, capsys):
     assert "only B: 2.attn, 3.mlp, 4.attn; both: 7." in text
 
 
+def test_what_training_took_is_compared(store, capsys):
+    device = {"type": "cuda", "name": "H100", "processes": 2}
+    budget = {"steps": 7, "samples": 12, "tokens": 340, "seconds": 5.25, "device": device, "shared_pictures": None}
+    store.add(result("tail"), result("tail", seed=1))
+    assert main(["compare", *(entry.key for entry in store.entries("run"))]) == 0
+    assert "Training" not in capsys.readouterr().out
+    store.add(result("sleb", recovery="lora", training=budget))
+    first, *_, last = store.entries("run")
+    assert main(["compare", first.key, last.key]) == 0
+    rows = {cells[0]: cells[1:] for cells in map(table_cells, capsys.readouterr().out.splitlines()) if len(cells) > 1}
+    expected = {"steps": ["0", "7"], "samples": ["0", "12"], "tokens": ["0", "340"], "seconds": ["0", "5.25"]}
+    assert {name: rows[name] for name in expected} == expected
+    assert rows["device"] == ["–", "cuda H100, 2 processes"]
+
+
 @pytest.mark.parametrize(
     ("setting", "reason"),
     [

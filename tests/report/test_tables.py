@@ -323,6 +323,42 @@ def test_what_recovery_took_has_columns_only_where_there_was_any(store):
     assert "training tokens" in table_writers.as_latex([table])
 
 
+def test_where_each_row_was_trained_is_told(store):
+    """By how many processes, too: seconds on two are not those on one."""
+    budget = {"samples": 12, "tokens": 340, "steps": 7, "seconds": 5.0, "shared_pictures": None}
+    device = {"type": "cuda", "name": "H100", "batch_size": 8}
+    store.add(result("tail", recovery="lora", training={**budget, "device": {**device, "processes": 2}}))
+    (table,) = Report.read(store, "demo").tables
+    assert any("(on cuda H100, 2 processes)" in note for note in table.notes)
+    store.add(result("sleb", recovery="lora", training={**budget, "device": device}), result("random", training=None))
+    (table,) = Report.read(store, "demo").tables
+    assert any("(sleb on cuda H100; tail on cuda H100, 2 processes)" in note for note in table.notes)
+
+
+@pytest.mark.parametrize(
+    ("unseen", "told"), [({}, "pixel by pixel)."), ({"videos_not_compared": 7}, "by pixel; videos were not compared).")]
+)
+def test_nothing_is_said_of_videos_that_were_not_compared(store, unseen, told):
+    budget = {"samples": 12, "tokens": 340, "steps": 7, "seconds": 5.0, "shared_pictures": 0}
+    store.add(result("tail", recovery="lora", training={**budget, "device": {"type": "cpu"}, **unseen}))
+    (table,) = Report.read(store, "demo").tables
+    (note,) = [note for note in table.notes if note.startswith("No picture of the benchmarks")]
+    assert note.endswith(told)
+
+
+def test_versions_that_differ_are_named(store):
+    """What only runs with recovery record is no difference."""
+
+    def cautions():
+        (table,) = Report.read(store, "demo").tables
+        return [note for note in table.notes if "versions" in note]
+
+    store.add(result("tail", versions={"torch": "1"}), result("sleb", versions={"torch": "1", "peft": "1"}))
+    assert cautions() == []
+    store.add(result("random", versions={"torch": "2", "peft": "2"}))
+    assert cautions() == ["Caution: the runs were made with different versions of peft, torch."]
+
+
 # --------------------------------------------------------------------------------------------------- LaTeX
 
 

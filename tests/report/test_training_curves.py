@@ -87,7 +87,7 @@ def test_seconds_that_nearly_agree_have_one_number(store):
 
 def test_budgets_in_seconds_lie_where_training_ended(store):
     panels = found(store, trained(0.5, 11, seconds=60.0), trained(0.6, 50, seconds=300.0))
-    assert panels.unit == "seconds of training (A CPU)"
+    assert panels.unit == "seconds of training (cpu A CPU)"
     (panel,) = panels.panels.values()
     (curve,) = panel.curves
     assert [point.spent for point in curve.points] == [60.0, 300.0]

@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from helpers.commands import QUIET, SMALL, read, run_svl
 from helpers.paths import ROOT
@@ -47,6 +49,23 @@ def test_partners_that_a_plan_names_count_where_they_are_read(recovery, reads, t
     plain, named = Plan(16, (5, 6)), Plan(16, (5, 6), provenance={"partners": [3, 8]})
     inputs = [recovering.training_inputs(setup, plan, None) for plan in (plain, named)]
     assert (inputs[0] != inputs[1]) == reads
+
+
+@pytest.mark.parametrize(("samples", "told"), [(20, "rows [0, 1, 2"), (23, "the first 20 in rows [0, 1, 2")])
+def test_a_long_list_of_shared_pictures_is_told_as_its_beginning(samples, told, tmp_path, caplog):
+    """Trained on the benchmark's own pictures, under other questions."""
+    rows = pyarrow.parquet.read_table(ROOT / "svl/demo/data/open.parquet").slice(0, samples).to_pylist()
+    mine = [{"prompt": "What?", "answer": "It.", "image": row["image"]} for row in rows]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(mine), tmp_path / "mine.parquet")
+    words = ("recovery=lora", "benchmark=demo", "benchmark.limit=30", "tracker=none", "calibration.samples=2")
+    config.register_with_hydra()
+    with initialize_config_dir(str(config.CONF), version_base="1.3"):
+        data = (f"recovery.data.path={tmp_path / 'mine.parquet'}", f"paths.store={tmp_path / 'store'}")
+        setup = RunSetup(compose("config", overrides=[*words, *data]))
+    recovering.compare_pictures(setup, Plan(16, (5, 6)))
+    (record,) = [r.getMessage() for r in caplog.records if "picture of a benchmark" in r.getMessage()]
+    assert f"{samples} samples have a picture of a benchmark, {told}" in record
+    assert record.endswith(", 18, 19]")
 
 
 def last_run(folder: Path) -> tuple[dict, dict, str]:
@@ -167,7 +186,11 @@ def test_a_run_that_is_killed_ends_in_the_same_weights(fork_server, tmp_path):
             "is what benchmark task 'svl_demo_open' is scored on",
         ),
         (
-            ["recovery.data.path=lmms-lab/POPE", "recovery.data.format=vqa", "recovery.data.split=test"],
+            ["benchmark=demo", "recovery.data.path=${svl:demo}/data/open.parquet", "recovery.data.format=prompt"],
+            "is what benchmark task 'svl_demo_open' is scored on",
+        ),
+        (
+            [f"recovery.data.{word}" for word in ("path=lmms-lab/POPE", "format=question", "samples=4", "split=test")],
             "recovery.data.split: 'test' of POPE is what benchmark task",
         ),
     ],
@@ -224,4 +247,7 @@ def test_the_budget_is_in_tables_and_numbers(tmp_path):
     assert "No picture of the benchmarks is among those trained on" in text
     numbers = (tmp_path / "report" / "results.csv").read_text()
     assert re.search(r",projector,.*training,,samples,0,,6", numbers)
-    assert json.loads((max((tmp_path / "out").glob("*/*")) / "result.json").read_text())["training"]["steps"] == 2
+    results = [json.loads(file.read_text()) for file in sorted((tmp_path / "out").glob("*/*/result.json"))]
+    assert results[-1]["training"]["steps"] == 2
+    # What a run without recovery records, and keys of speeds hold, stays as it is.
+    assert results[1]["versions"].keys() - results[0]["versions"].keys() == {"peft", "accelerate"}

@@ -11,8 +11,11 @@ from helpers.commands import QUIET, numbers, read, run_svl
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from svl import config
 from svl.config import CONF, PACKAGE
 from svl.core import SvlError
+from svl.run.pipeline import Run
+from svl.run.shared_scores import missing_scores
 from svl.run.sweep import check_search, search_objective
 
 WHOLE = ("tracker=none", "paths.store=store", "paths.outputs=out", "benchmark.limit=4", "benchmark.batch_size=3",
@@ -48,6 +51,17 @@ def test_plans_answered_together_score_as_they_do_alone(tmp_path):
     assert [numbers(result) for result in together] == [numbers(result) for result in alone]
     assert {result["cost"]["samples_per_second"] for result in together} == {None}  # was not measured
     assert all(result["cost"]["samples_per_second"] > 0 for result in alone)
+
+
+@pytest.mark.parametrize("word", ["recovery=projector", "visual_tokens=fastv"])
+def test_what_shares_no_scores_is_left_to_its_job(word, tmp_path):
+    """A training, above all: jobs may run side by side, and the sweep's own process would run them one by one."""
+    config.register_with_hydra()
+    words = (word, "strategy=tail", "n_remove=2", "calibration.samples=2", *WHOLE, f"paths.store={tmp_path / 'store'}")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        run = Run(compose("config", overrides=[*words]), tmp_path)
+    assert missing_scores(run) == []
+    assert not list((tmp_path / "store").glob("*/*/manifest.json"))
 
 
 def test_failing_jobs_are_listed_at_the_end(tmp_path):
