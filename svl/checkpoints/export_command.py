@@ -22,6 +22,7 @@ from svl.text.command_line import CommandLineParser, run_command
 
 log = logging.getLogger(__name__)
 PATCH, TRAINED = "patch/{}/patch.safetensors", "recover/{}/trained.safetensors"  # in the store of a run, by key
+Changes = dict[str, Path | None]  # files by option: patch, trained
 REMOVED = ("removed", "removed_attn", "removed_mlp")  # of a plan's JSON
 DESCRIPTION = """A pruned checkpoint from a plan and a checkpoint on disk.
 
@@ -30,7 +31,7 @@ No model is loaded: tensors that stay are copied as bytes under their new names.
   svl-export plan=plan.json source=llava-hf/llava-1.5-7b-hf out=pruned
 
 The layers of a run are in its folder's plan.json, the weights that it changed in its store (outputs/store, or
-SVL_STORE) under the keys that its result.json lists. `export.path=DIR` in the run finds all of them itself.
+SVL_STORE) under the keys that its result.json lists: they are taken, too, if they are found.
 
 A checkpoint whose weights are pickles (pytorch_model.bin) has to be converted first:
 
@@ -97,11 +98,13 @@ def export_checkpoint(args: Namespace) -> None:
     with explained(f"plan: cannot read '{file}'"):
         plan = Plan.from_json(file.read_text(encoding="utf-8"))
     result = result_beside_plan(file, plan)
-    check_changes_given(result, args.patch, args.trained)
-    patch = patch_file.load_patch(Path(args.patch).expanduser()) if args.patch else None
-    if args.trained:
-        trained = patch_file.load_trained(Path(args.trained).expanduser())
-        patch = replace(patch or Patch(), trained=trained)
+    given = {"patch": args.patch, "trained": args.trained}
+    changes = changes_of_run(
+        result, file, {name: Path(text).expanduser() if text else None for name, text in given.items()}
+    )
+    patch = patch_file.load_patch(changes["patch"]) if changes["patch"] else None
+    if changes["trained"]:
+        patch = replace(patch or Patch(), trained=patch_file.load_trained(changes["trained"]))
     if args.push_to_hub:
         hub.check_hub_access(args.push_to_hub)
     options = LoadOptions(
@@ -111,7 +114,7 @@ def export_checkpoint(args: Namespace) -> None:
         name=args.name,
         trust_remote_code=args.trust_remote_code,
     )
-    scored = result if is_of_run(result, args.patch, args.trained) else None
+    scored = result if is_of_run(result, changes) else None
     record = ExportRecord(scored, image_processor=image_settings(result))
     path = export.save(args.source, plan, args.out, patch, options, shard_size=args.shard_size, record=record)
     print(f"exported to {path}")
@@ -130,38 +133,49 @@ def result_beside_plan(file: Path, plan: Plan) -> dict[str, Any] | None:
         return None
 
 
-def check_changes_given(result: dict[str, Any] | None, patch: str | None, trained: str | None) -> None:
-    """The checkpoint of a run's plan is to have the weights that the run changed: its scores are theirs.
+def changes_of_run(result: dict[str, Any] | None, file: Path, given: Changes) -> Changes:
+    """Files with what was changed of weights that stay: those given, else those of the run whose plan `file` is.
+
+    A checkpoint of a run's plan has the weights that the run scored. They are looked for in SVL_STORE, in
+    outputs/store and in a folder `store` beside any of those above the plan.
 
     Raises:
-        SvlError: if the run with this result compensated or trained, and the files of that are not given.
+        SvlError: if the run with this result compensated or trained, and the files of that are neither given nor found.
     """
-    result = result or {}
-    parts = (
-        ("patch", patch, PATCH, "compensate", result.get("compensated")),
-        ("trained", trained, TRAINED, "recover", (result.get("training") or {}).get("steps")),
-    )
-    store = Path(os.environ.get("SVL_STORE", "outputs/store"))
-    missing = [
-        f"{name}={store / file.format(*(result.get('keys') or {}).get(stage) or ['KEY'])}"
-        for name, given, file, stage, has_changed in parts
-        if has_changed and not given
-    ]
+    result, found, missing = result or {}, dict(given), []
+    stores = [Path(os.environ.get("SVL_STORE", "outputs/store"))]
+    stores += [folder / "store" for folder in file.absolute().parents]
+    for name, stored, stage, has_changed in (
+        ("patch", PATCH, "compensate", result.get("compensated")),
+        ("trained", TRAINED, "recover", (result.get("training") or {}).get("steps")),
+    ):
+        if given[name] or not has_changed:
+            continue
+        key = ((result.get("keys") or {}).get(stage) or ["KEY"])[0]
+        places = [store / stored.format(key) for store in stores]
+        found[name] = next((place for place in places if place.is_file()), None)
+        if found[name]:
+            print(f"with {name}={found[name]}, as the run of this plan")
+        else:
+            missing.append(f"{name}={places[0]}")
     if missing:
         raise SvlError(
             f"the run of this plan changed weights that stay, too: add {' '.join(missing)} (from the run's store), or "
             "export from a copy of plan.json in another folder, without the run's results, to remove layers only"
         )
+    return found
 
 
-def is_of_run(result: dict[str, Any] | None, patch: str | None, trained: str | None) -> bool:
+def is_of_run(result: dict[str, Any] | None, changes: Changes) -> bool:
     """Whether these are the changed weights of the run with this result, by the keys that they are stored under.
 
     If not, its scores are another model's, which is told.
     """
-    keys, files = (result or {}).get("keys") or {}, {"compensate": patch, "recover": trained}
+    keys, stages = (result or {}).get("keys") or {}, {"patch": "compensate", "trained": "recover"}
     others = [
-        file for stage, file in files.items() if file and Path(file).absolute().parent.name not in keys.get(stage, ())
+        str(file)
+        for name, file in changes.items()
+        if file and file.absolute().parent.name not in keys.get(stages[name], ())
     ]
     if result and others:
         log.warning("not from this plan's run, so the card tells none of its results: %s", ", ".join(others))

@@ -258,6 +258,24 @@ def test_what_a_run_changed_is_not_left_behind(found, given, asked, checkpoint, 
         svl_export("plan=plan.json", *words, cwd=tmp_path)
 
 
+def test_what_a_run_changed_is_taken_from_its_store(llama, checkpoint, tmp_path):
+    """Which lies beside a folder above the plan; the same as with the file named."""
+    plan, folder = Plan(4, (0, 2)), tmp_path / "out" / "run" / "time"
+    (stored := tmp_path / "out" / "store" / "patch" / "abc").mkdir(parents=True)
+    patch_file.save_patch(some_patch(llama, plan), stored / "patch.safetensors")
+    folder.mkdir(parents=True)
+    (folder / "plan.json").write_text(plan.to_json())
+    result = {"plan": {"removed": [0, 2]}, "settings": {}, "seed": 0, "scores": {}, "keys": {"compensate": ["abc"]}}
+    (folder / "result.json").write_text(json.dumps({**result, "compensated": ["1.mlp"]}))
+    words = ("plan=out/run/time/plan.json", f"source={checkpoint('llama')}")
+    svl_export(*words, "out=found", cwd=tmp_path)
+    svl_export(*words, f"patch={stored / 'patch.safetensors'}", "out=named", cwd=tmp_path)
+    shutil.copy(folder / "plan.json", tmp_path)
+    svl_export("plan=plan.json", words[1], "out=bare", cwd=tmp_path)
+    weights = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("found", "named", "bare")]
+    assert weights[0] == weights[1] != weights[2]
+
+
 def test_the_card_tells_scores_of_these_weights_only(llama, checkpoint, tmp_path):
     """A run's are those of the patch and the training that are stored under its keys."""
     plan = Plan(4, (0, 2))
