@@ -11,7 +11,7 @@ from svl.doctor.data_checks import examine_samples, longest_text
 from svl.doctor.findings import Section
 from svl.doctor.memory import GUESSED_ANSWER, GUESSED_TOKENS, Training
 from svl.models.lvlm import Lvlm
-from svl.models.sample_inputs import encode_samples, encode_texts, sample_text
+from svl.models.sample_inputs import answered_text, encode_samples, encode_texts
 from svl.recovery.base import Recovery, check_answers
 from svl.recovery.losses import compared_states
 from svl.recovery.student import check_trainable_kind
@@ -83,8 +83,7 @@ def count_tokens(lvlm: Lvlm, sample: Sample) -> int:
 
 def _count_answered(lvlm: Lvlm, sample: Sample) -> int:
     """The same with its answer, and what ends it."""
-    text = sample_text(lvlm, sample, answered=not sample.plain)
-    return int(encode_texts(lvlm, [text], [sample])["input_ids"].shape[1])
+    return int(encode_texts(lvlm, [answered_text(lvlm, sample)], [sample])["input_ids"].shape[1])
 
 
 def _lengths(lvlm: Lvlm, samples: Samples) -> tuple[int, int]:

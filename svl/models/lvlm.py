@@ -90,6 +90,23 @@ class Lvlm:
         return tokenizer
 
     @property
+    def end_tokens(self) -> tuple[str, ...]:
+        """What ends the model's answers, as text: the tokenizer's own first, if generation stops at it; maybe none."""
+        generation = getattr(self.model, "generation_config", None)
+        stops = getattr(generation, "eos_token_id", None)
+        ids = [stops] if isinstance(stops, int) else list(stops or ())
+        own = self.tokenizer.eos_token_id
+        ids = sorted(ids, key=lambda stop: stop != own) if own in ids else [*ids, own]
+        tokens = [self.tokenizer.convert_ids_to_tokens(stop) for stop in ids if stop is not None]
+        return tuple(token for token in tokens if token)
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """Tokens that stand for no text, as the tokenizer writes them."""
+        known = self.tokenizer.added_tokens_decoder.values()
+        return tuple(token.content for token in known if token.special)
+
+    @property
     def takes_images(self) -> bool:
         """Whether the model takes images."""
         return self.anatomy.image_token_id is not None

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from svl.core import SvlError
-from svl.data.samples import Sample, Samples
+from svl.data.samples import Samples
 from svl.models.lvlm import Lvlm
-from svl.models.sample_inputs import encode_answer, encode_texts, explained_samples, sample_text
+from svl.models.sample_inputs import answered_text, encode_answer, encode_texts, explained_samples, sample_text
 
 ANSWER = "answer"  # beside a model's inputs: which tokens [B, T] are an answer
 
@@ -91,18 +91,13 @@ class Batches:
         batch = [self.samples[n] for n in numbers]
         counts = torch.tensor([self._count_answer(n) for n in numbers])
         with explained_samples(batch, "recovery.batch_size"):
-            inputs = encode_texts(self.lvlm, list(self._texts(batch)), batch)
+            inputs = encode_texts(self.lvlm, [answered_text(self.lvlm, sample) for sample in batch], batch)
         asked = [sample_text(self.lvlm, sample) for sample in batch]
         inputs = self.lvlm.with_answers(inputs, counts.tolist(), asked)
         present = inputs["attention_mask"].bool()
         predicted = present & (present.cumsum(1) > 1)  # a row's first token follows nothing, or padding
         from_end = torch.arange(present.shape[1], 0, -1, device=present.device)
         return {**inputs, ANSWER: predicted & (from_end <= counts.to(present.device)[:, None])}
-
-    def _texts(self, batch: Sequence[Sample]) -> Iterator[str]:
-        for sample in batch:
-            text = sample_text(self.lvlm, sample, answered=not sample.plain)
-            yield text if sample.plain else text.rstrip("\n")
 
     def _count_answer(self, number: int) -> int:
         if number not in self._answers:
