@@ -182,6 +182,20 @@ def test_a_batch_of_unlike_samples_is_calibrated_as_each_alone(kind, request, sa
         torch.testing.assert_close(trace.cosine, alone.cosine, atol=1e-5, rtol=0)
 
 
+def test_a_prompt_beside_running_text_begins_as_it_does_alone(mimic, make_samples):
+    """Gemma's template writes <bos>, which its tokenizer puts before running text: each has one, at the same place."""
+    gemma = svl.load(mimic("gemma3_4b"), device="cpu", dtype="float32")
+    asked = [replace(s, source="a") for s in make_samples([2, 40])]
+    plain = Sample(2, "the red of the green " * 9, plain=True)
+    for batch in ([asked[0], plain], [plain, asked[1]], [asked[0], plain, asked[1]]):
+        inputs, present, _ = encode_samples(gemma, batch)
+        for row, sample in enumerate(batch):
+            alone, _, _ = encode_samples(gemma, [sample])
+            assert inputs["input_ids"][row][present[row]].tolist() == alone["input_ids"][0].tolist()
+            types = inputs["token_type_ids"][row][present[row]] if "token_type_ids" in inputs else None
+            assert types is None or types.equal(alone["token_type_ids"][0])
+
+
 @pytest.mark.parametrize("name", ["internvl3_8b", "llava_onevision_7b", "qwen2_5_vl_7b"])
 def test_videos_of_unequal_length_are_calibrated_as_each_alone(name, mimic, make_samples):
     """In one set, in its order: statistics and hidden states; beside samples with a picture, and with nothing."""
