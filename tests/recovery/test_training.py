@@ -151,7 +151,7 @@ def reference_terms(dense, pruned, plan, examples, temperature) -> dict[str, flo
         full = sample.conversation(pictured=dense.takes_images, answered=True)
         pictures = [sample.pictures] if dense.takes_images else None
         asked_tokens = dense.encode([dense.render(turns)], pictures)["input_ids"][0].tolist()
-        inputs = dense.encode([dense.render(full).rstrip("\n")], pictures)
+        inputs = dense.encode([dense.render(full).rstrip() + dense.tokenizer.eos_token], pictures)
         both = zip(asked_tokens, inputs["input_ids"][0].tolist(), strict=False)
         asked = next(i for i, (a, b) in enumerate(both) if a != b)
         outputs, seen = [], []
@@ -355,11 +355,12 @@ def test_a_batch_without_pictures_leaves_the_projector_alone(llava, make_samples
         recover(llava, PLAN, None, plain, Projector(steps=1), tmp_path)
 
 
-def test_answers_are_what_the_template_adds(vlm, samples):
+def test_answers_are_what_the_template_adds_and_an_end(vlm, samples):
     (batch,) = Batches(vlm, samples)([0, 3])["groups"]
     for row, number in enumerate([0, 3]):
         answer = batch["input_ids"][row][batch[ANSWER][row]]
-        assert vlm.tokenizer.decode(answer).split()[-1] == samples.samples[number].answer
+        said = vlm.tokenizer.decode(answer).replace("</s>", " </s>").split()
+        assert said[-2:] == [samples.samples[number].answer, "</s>"]
         assert len(answer) < int(batch["attention_mask"][row].sum())
 
 
