@@ -61,15 +61,14 @@ def sample_text(lvlm: Lvlm, sample: Sample, answered: bool = False) -> str:
         SvlError: if the template fails, the sample has a video that the model cannot take, or a text holds the model's
             own mark of an image.
     """
-    if sample.plain:
-        return sample.prompt
     if sample.frames and lvlm.takes_images and not lvlm.takes_videos:
         raise SvlError(f"{sample.label} has a video, but '{lvlm.name}' takes none; give its frames as images")
-    turns = sample.conversation(pictured=lvlm.takes_images, answered=answered)
+    turns = [] if sample.plain else sample.conversation(pictured=lvlm.takes_images, answered=answered)
+    texts = [part.get("text", "") for turn in turns for part in turn["content"]]
     try:
-        for part in (part for turn in turns for part in turn["content"]):
-            lvlm.check_text(part.get("text", ""))
-        return lvlm.render(turns)
+        for text in texts or [sample.prompt]:
+            lvlm.check_text(text)
+        return sample.prompt if sample.plain else lvlm.render(turns)
     except SvlError as error:
         raise SvlError(f"{sample.label}: {error}") from error
 

@@ -74,11 +74,8 @@ class Batches:
         most = getattr(text_config, "max_position_embeddings", None)
         for number in numbers:
             sample = self.samples[number]
-            if sample.plain:
-                length = len(self.lvlm.tokenizer(sample.prompt)["input_ids"])
-            else:
-                self._count_answer(number)
-                length = self._lengths[number]
+            self._count_answer(number)
+            length = self._lengths[number]
             if sample.plain and length < 2:
                 raise SvlError(f"{sample.label}: a text of fewer than two tokens has nothing to learn from")
             if most and length > most:

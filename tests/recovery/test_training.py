@@ -554,6 +554,8 @@ def test_every_sample_is_looked_at_before_the_first_step(llava, llama, make_samp
     cut = samples.samples[-1].images[0][:-20]
     refused("picture", llava, samples, {"images": (cut,)})
     refused("image", llava, samples, {"answer": "it is <image>"})
+    refused("calibration row 3: .*contains <image>", llava, samples,
+            {"prompt": "the <image> is red", "plain": True, "images": ()})  # fmt: skip
     refused("fewer than two tokens", llama, texts, {"prompt": "", "answer": "", "plain": True})
     for plain in (False, True):  # as many tokens as there are positions are not too many
         model = copy.deepcopy(llama.model)
