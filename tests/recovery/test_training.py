@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from svl.core import Patch, Plan, SvlError, Update
 from svl.data.samples import Samples
 from svl.models.weight_files import WEIGHTS
 from svl.pruning import surgery
-from svl.recovery.base import Recovery
+from svl.recovery.base import Parts, Recovery
 from svl.recovery.batches import ANSWER, Batches, TrainingOrder
 from svl.recovery.distill import Distill
 from svl.recovery.interlace import Interlace
@@ -536,6 +536,40 @@ def test_models_and_data_that_cannot_be_trained_are_refused(llama, llava, make_s
     refused("lower recovery.learning_rate", llama, texts, Lora(steps=9, learning_rate=1e30, batch_size=2))
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused("share the passes of a step", llava, samples, Lora(steps=1))
+
+
+@dataclass(frozen=True)
+class Chosen(Recovery):
+    """Parts as they are given."""
+
+    chosen: Parts = Parts()
+
+    def parts(self, pruned, plan):
+        return self.chosen
+
+
+def test_a_tensor_is_trained_in_one_way(llama):
+    """Whole and adapted, it would be merged otherwise than it was trained; tied and adapted, it is not what it was."""
+    first = f"{llama.anatomy.layers}.0.mlp.up_proj"
+    tied = replace(llama, model=copy.deepcopy(llama.model))
+    tied.model.lm_head.weight = tied.model.model.embed_tokens.weight
+
+    def refused(match, lvlm, *parts):
+        with pytest.raises(SvlError, match=match):
+            Student(lvlm, PLAN, None, Chosen(chosen=Parts(*parts)))
+
+    refused(rf"twice, as '{first}.weight' and as '{first}.weight'", llama, (f"{first}.weight",), (first,))
+    refused("twice", tied, ("model.embed_tokens.weight", "lm_head.weight"))
+    refused("attach to 'lm_head' of 'llama': its weight is 'model.embed_tokens.weight', too", tied, (), ("lm_head",))
+    assert len(Student(llama, PLAN, None, Chosen(chosen=Parts((), ("lm_head",)))).trained) == 2
+
+
+def test_a_tensor_that_pruning_cuts_is_refused_before_training():
+    """Gemma 4 has one matrix for what enters each layer; the pruned model has less of it than the dense one."""
+    gemma, _ = lvlm_of("gemma4")
+    path = "model.language_model.per_layer_model_projection"
+    with pytest.raises(SvlError, match=rf"cannot train '{path}\.weight'.*\(\d+, 32\), as .*; leave it out"):
+        Student(gemma, Plan(gemma.anatomy.n_layers, (1,)), None, Projector(modules=(path,)))
 
 
 def test_every_sample_is_looked_at_before_the_first_step(llava, llama, make_samples, tmp_path):
