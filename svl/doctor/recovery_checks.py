@@ -11,10 +11,12 @@ from svl.doctor.data_checks import examine_samples, longest_text
 from svl.doctor.findings import Section
 from svl.doctor.memory import GUESSED_ANSWER, GUESSED_TOKENS, Training
 from svl.models.lvlm import Lvlm
-from svl.models.sample_inputs import answered_text, encode_samples, encode_texts
+from svl.models.sample_inputs import answered_text, encode_samples, encode_texts, explained_samples
 from svl.recovery.base import Recovery, check_answers
+from svl.recovery.batches import check_length
 from svl.recovery.losses import compared_states
 from svl.recovery.student import check_trainable_kind
+from svl.text.progress import show_progress
 
 
 def examine_recovery(
@@ -47,6 +49,8 @@ def examine_recovery(
             found = asked_training(model, recovery, n_remove, samples)
             told = f"{found.tokens} tokens in the longest sample, {found.answer_tokens} in the longest answer"
             section.note(told if samples else f"samples are not here; assumed are {told}")
+            if samples:
+                _check_samples(model, recovery, n_remove, samples)
             section.ok(f"trains {found.parameters / 1e6:.3g} of {model.parameters() / 1e6:.3g} M parameters")
     return found
 
@@ -59,7 +63,7 @@ def asked_training(lvlm: Lvlm, recovery: Recovery, n_remove: int, samples: Sampl
     Raises:
         SvlError: if the model has no such parts.
     """
-    plan = Plan(lvlm.anatomy.n_layers, tuple(lvlm.anatomy.removable[:n_remove]))
+    plan = _assumed_plan(lvlm, n_remove)
     parts = recovery.parts(lvlm, plan)
     trained = sum(lvlm.model.get_parameter(name).numel() for name in parts.tensors)
     for path in parts.adapted:
@@ -73,6 +77,22 @@ def asked_training(lvlm: Lvlm, recovery: Recovery, n_remove: int, samples: Sampl
         states=len(compared_states(plan)) if recovery.losses.states else 0,
         checkpointing=recovery.gradient_checkpointing,
     )
+
+
+def _assumed_plan(lvlm: Lvlm, n_remove: int) -> Plan:
+    return Plan(lvlm.anatomy.n_layers, tuple(lvlm.anatomy.removable[:n_remove]))
+
+
+def _check_samples(lvlm: Lvlm, recovery: Recovery, n_remove: int, samples: Samples) -> None:
+    """Raise SvlError for what `recover` refuses before its first step."""
+    from svl.recovery import training
+
+    training.check_pictures(lvlm, recovery.parts(lvlm, _assumed_plan(lvlm, n_remove)), samples)
+    numbers = training.samples_to_check(recovery, len(samples))
+    for number in show_progress(numbers, "recovery: samples are checked", len(numbers)):
+        sample = samples.samples[number]
+        with explained_samples([sample]):
+            check_length(lvlm, sample, _count_answered(lvlm, sample))
 
 
 def count_tokens(lvlm: Lvlm, sample: Sample) -> int:

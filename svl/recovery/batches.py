@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from svl.core import SvlError
-from svl.data.samples import Samples
+from svl.data.samples import Sample, Samples
 from svl.models.lvlm import Lvlm
 from svl.models.sample_inputs import answered_text, encode_answer, encode_texts, explained_samples, sample_text
 
@@ -70,19 +70,9 @@ class Batches:
 
         Pictures are decoded, texts are put into the chat template and become tokens, no more than the model reads.
         """
-        text_config = self.lvlm.model.config.get_text_config(decoder=True)
-        most = getattr(text_config, "max_position_embeddings", None)
         for number in numbers:
-            sample = self.samples[number]
             self._count_answer(number)
-            length = self._lengths[number]
-            if sample.plain and length < 2:
-                raise SvlError(f"{sample.label}: a text of fewer than two tokens has nothing to learn from")
-            if most and length > most:
-                raise SvlError(
-                    f"{sample.label} has {length} tokens with its answer, but '{self.lvlm.name}' reads at most {most} "
-                    "(max_position_embeddings): shorten the sample, or leave it out"
-                )
+            check_length(self.lvlm, self.samples[number], self._lengths[number])
 
     def _group(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         batch = [self.samples[n] for n in numbers]
@@ -101,3 +91,15 @@ class Batches:
             _, answer = encode_answer(self.lvlm, self.samples[number])
             self._answers[number], self._lengths[number] = int(answer.sum()), len(answer)
         return self._answers[number]
+
+
+def check_length(lvlm: Lvlm, sample: Sample, length: int) -> None:
+    """Raise SvlError if a sample, of so many tokens with its answer, is too short or too long to be trained on."""
+    if sample.plain and length < 2:
+        raise SvlError(f"{sample.label}: a text of fewer than two tokens has nothing to learn from")
+    most = getattr(lvlm.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if most and length > most:
+        raise SvlError(
+            f"{sample.label} has {length} tokens with its answer, but '{lvlm.name}' reads at most {most} "
+            "(max_position_embeddings): shorten the sample, or leave it out"
+        )

@@ -51,6 +51,7 @@ from svl.recovery.base import Parts, Recovery, check_answers
 from svl.recovery.batches import Batches, TrainingOrder
 from svl.recovery.modules import projector_tensors
 from svl.recovery.student import Student
+from svl.text.progress import show_progress
 
 log = logging.getLogger(__name__)
 SAVED, PROGRESS = "step-", "progress.json"  # a whole checkpoint, and what of it the Trainer does not keep
@@ -172,8 +173,9 @@ def _train(student: Student, samples: Samples, steps: int, folder: Path, report:
     if len(seen := set(gather_values(last and last.name))) > 1:
         raise SvlError(f"processes see different checkpoints in {folder} ({seen}): all of them need the same store")
     ledger = _Ledger(student, steps, folder, report, last)
-    batches, order = Batches(student.lvlm, samples), _order(student.recovery, len(samples), ledger)
-    all_or_none(lambda: batches.check(_numbers_ahead(order, ledger)))
+    batches, order = Batches(student.lvlm, samples), _order(student.recovery, len(samples), steps)
+    ahead = _numbers_ahead(student.recovery, order, ledger.spent.steps)
+    all_or_none(lambda: batches.check(show_progress(ahead, "recover: samples are checked", len(ahead))))
     with seeming_alone(), without_report():
         trainer = _make_trainer(batches, order, ledger)
     with _checkpointed_activations(student):
@@ -186,17 +188,32 @@ def _train(student: Student, samples: Samples, steps: int, folder: Path, report:
     return ledger.spent
 
 
-def _order(recovery: Recovery, n_samples: int, ledger: _Ledger) -> TrainingOrder:
-    batches = ledger.steps * recovery.accumulate
-    return TrainingOrder(n_samples, recovery.batch_size, batches, recovery.seed, ledger.rank, ledger.count)
+def _order(recovery: Recovery, n_samples: int, steps: int) -> TrainingOrder:
+    batches = steps * recovery.accumulate
+    return TrainingOrder(n_samples, recovery.batch_size, batches, recovery.seed, process_rank(), process_count())
 
 
-def _numbers_ahead(order: TrainingOrder, ledger: _Ledger) -> list[int]:
-    """The samples that are still to come, each once; of a limit in seconds alone, those of the first step."""
-    recovery = ledger.student.recovery
-    step = recovery.passes_of_each(ledger.count) * recovery.batch_size
-    begin, end = ledger.spent.steps * step, len(order) if ledger.steps < NO_LIMIT else step
-    return list(dict.fromkeys(order[k] for k in range(begin, end)))
+def samples_to_check(recovery: Recovery, n_samples: int) -> list[int]:
+    """The samples of which `recover` finds out before the first step that they cannot be trained on."""
+    order = _order(recovery, n_samples, planned_steps(recovery, n_samples) or NO_LIMIT)
+    return _numbers_ahead(recovery, order)
+
+
+def _numbers_ahead(recovery: Recovery, order: TrainingOrder, done: int = 0) -> list[int]:
+    """The samples that come after `done` steps, each once; of a limit in seconds, those of the next step.
+
+    How many are used in some time is not known, and to look at all of them could take longer.
+    """
+    step = recovery.passes_of_each(order.processes) * recovery.batch_size
+    begin, end = done * step, len(order)
+    if recovery.budget_s is not None:
+        end = min(begin + step, end)
+    found: dict[int, None] = {}
+    for k in range(begin, end):
+        found[order[k]] = None
+        if len(found) == order.n_samples:
+            break
+    return list(found)
 
 
 def remove_damaged(folder: Path) -> None:

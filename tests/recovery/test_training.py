@@ -27,7 +27,7 @@ from svl.recovery.interlace import Interlace
 from svl.recovery.lora import Lora
 from svl.recovery.projector import Projector
 from svl.recovery.student import Student, check_trainable
-from svl.recovery.training import CHECKPOINT_FILES, recover
+from svl.recovery.training import CHECKPOINT_FILES, recover, samples_to_check
 from svl.run.messages import one_line
 
 pytest.importorskip("peft")
@@ -426,6 +426,23 @@ def test_the_budget_is_counted(llava, samples, tmp_path):
 def test_training_ends_in_time_or_after_one_pass(settings, steps, llava, samples, tmp_path):
     recovery = Projector(batch_size=2, **settings)
     assert recover(llava, PLAN, None, samples, recovery, tmp_path).spent.steps == steps
+
+
+def test_with_a_limit_in_seconds_only_the_first_step_is_looked_at_beforehand(llava, samples, tmp_path):
+    """Whatever the number of steps: to look at more than are used would take longer than the training."""
+    data = type(samples)("x", samples.samples * 8)
+    for settings, n in (
+        ({"steps": 10**6, "budget_s": 5.0}, 6),
+        ({"budget_s": 5.0}, 6),
+        ({"steps": 3}, 18),
+        ({"steps": 10**6}, 40),
+    ):
+        recovery = Projector(batch_size=3, accumulate=2, **settings)
+        assert len(set(samples_to_check(recovery, len(data)))) == n
+    last = TrainingOrder(5, 1, 5, 0)[4]
+    spoilt = [replace(s, answer="<image>") if i == last else s for i, s in enumerate(samples)]
+    recovery = Projector(batch_size=1, budget_s=1e-9, steps=10**6)
+    assert recover(llava, PLAN, None, type(samples)("x", tuple(spoilt)), recovery, tmp_path).spent.steps == 1
 
 
 STOPS = 6
