@@ -13,7 +13,7 @@ from svl.doctor.memory import GUESSED_ANSWER, GUESSED_TOKENS, Training
 from svl.models.lvlm import Lvlm
 from svl.models.sample_inputs import answered_text, encode_samples, encode_texts, explained_samples
 from svl.recovery.base import Recovery, check_answers
-from svl.recovery.batches import check_length
+from svl.recovery.batches import check_length, samples_to_check
 from svl.recovery.losses import compared_states
 from svl.recovery.student import check_trainable_kind
 from svl.text.progress import show_progress
@@ -88,7 +88,7 @@ def _check_samples(lvlm: Lvlm, recovery: Recovery, n_remove: int, samples: Sampl
     from svl.recovery import training
 
     training.check_pictures(lvlm, recovery.parts(lvlm, _assumed_plan(lvlm, n_remove)), samples)
-    numbers = training.samples_to_check(recovery, len(samples))
+    numbers = samples_to_check(recovery, len(samples))
     for number in show_progress(numbers, "recovery: samples are checked", len(numbers)):
         sample = samples.samples[number]
         with explained_samples([sample]):

@@ -92,13 +92,11 @@ class Lvlm:
     @property
     def end_tokens(self) -> tuple[str, ...]:
         """What ends the model's answers, as text: the tokenizer's own first, if generation stops at it; maybe none."""
-        generation = getattr(self.model, "generation_config", None)
-        stops = getattr(generation, "eos_token_id", None)
-        ids = [stops] if isinstance(stops, int) else list(stops or ())
-        own = self.tokenizer.eos_token_id
+        tokenizer: Any = self.tokenizer
+        stops = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        ids, own = [stops] if isinstance(stops, int) else list(stops or ()), tokenizer.eos_token_id
         ids = sorted(ids, key=lambda stop: stop != own) if own in ids else [*ids, own]
-        tokens = [self.tokenizer.convert_ids_to_tokens(stop) for stop in ids if stop is not None]
-        return tuple(token for token in tokens if token)
+        return tuple(token for stop in ids if stop is not None and (token := tokenizer.convert_ids_to_tokens(stop)))
 
     @property
     def special_tokens(self) -> tuple[str, ...]:
@@ -223,7 +221,7 @@ class Lvlm:
         return {"text": texts, **how, "add_special_tokens": not all(self._have_bos(texts))}
 
     def _have_bos(self, texts: list[str]) -> list[bool]:
-        """Which texts begin with the token that a tokenizer would put there: templates write it, running text has none."""
+        """Which texts begin with the token that a tokenizer would put there: templates write it."""
         bos = self.tokenizer.bos_token
         return [bool(bos) and text.startswith(bos) for text in texts]
 

@@ -85,7 +85,7 @@ def answered_text(lvlm: Lvlm, sample: Sample) -> str:
     text, said = sample_text(lvlm, sample, answered=not sample.plain), sample.answer.strip()
     if sample.plain or not said:
         return text if sample.plain else text.rstrip()
-    begin = len(os.path.commonprefix([text, sample_text(lvlm, sample)]))
+    begin = len(os.path.commonprefix([text, sample_text(lvlm, sample)]))  # noqa: RUF071 (these are no paths)
     at = text.find(said, begin)
     behind = begin if at < 0 else at + len(said)
     for marks in (lvlm.end_tokens, lvlm.special_tokens):
@@ -105,8 +105,8 @@ def encode_texts(lvlm: Lvlm, texts: list[str], batch: Sequence[Sample]) -> dict[
 def encode_answer(lvlm: Lvlm, sample: Sample) -> tuple[dict[str, Tensor], Tensor]:
     """Model inputs of one sample with its answer (batch of one, no padding), and which tokens [T] are the answer.
 
-    The answer is what `answered_text` makes of it, end token included; of plain text, every token is one. No token of it
-    is seen by one before it, whatever the model does with prompts.
+    The answer is what `answered_text` makes of it, end token included; of plain text, every token is one. No token of
+    it is seen by one before it, whatever the model does with prompts.
 
     Raises:
         SvlError: if template or processor refuse the sample, or the answer adds no token.

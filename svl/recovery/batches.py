@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -13,6 +14,8 @@ from svl.core import SvlError
 from svl.data.samples import Sample, Samples
 from svl.models.lvlm import Lvlm
 from svl.models.sample_inputs import answered_text, encode_answer, encode_texts, explained_samples, sample_text
+from svl.processes import process_count, process_rank
+from svl.recovery.base import MOST_STEPS, Recovery
 
 ANSWER = "answer"  # beside a model's inputs: which tokens [B, T] are an answer
 
@@ -39,6 +42,44 @@ class TrainingOrder(Sequence[int]):
             self._epoch, self._order = epoch, list(range(self.n_samples))
             random.Random(f"{self.seed}/{epoch}").shuffle(self._order)
         return self._order[place]
+
+
+def planned_steps(recovery: Recovery, n_samples: int) -> int | None:
+    """How many steps of the optimiser are asked for; None if only seconds are limited."""
+    if recovery.steps is not None:
+        return recovery.steps
+    if recovery.budget_s is not None:
+        return None
+    return math.ceil(n_samples / (recovery.batch_size * recovery.accumulate))
+
+
+def training_order(recovery: Recovery, n_samples: int, steps: int) -> TrainingOrder:
+    """The order in which so many steps use the samples, and this process's part of it."""
+    batches = steps * recovery.accumulate
+    return TrainingOrder(n_samples, recovery.batch_size, batches, recovery.seed, process_rank(), process_count())
+
+
+def samples_to_check(recovery: Recovery, n_samples: int) -> list[int]:
+    """The samples of which `recover` finds out before the first step that they cannot be trained on."""
+    steps = planned_steps(recovery, n_samples)
+    return numbers_ahead(recovery, training_order(recovery, n_samples, MOST_STEPS if steps is None else steps))
+
+
+def numbers_ahead(recovery: Recovery, order: TrainingOrder, done: int = 0) -> list[int]:
+    """The samples that come after `done` steps, each once; of a limit in seconds, those of the next step.
+
+    How many are used in some time is not known, and to look at all of them could take longer.
+    """
+    step = recovery.passes_of_each(order.processes) * recovery.batch_size
+    begin, end = done * step, len(order)
+    if recovery.budget_s is not None:
+        end = min(begin + step, end)
+    found: dict[int, None] = {}
+    for k in range(begin, end):
+        found[order[k]] = None
+        if len(found) == order.n_samples:
+            break
+    return list(found)
 
 
 class Batches:

@@ -75,7 +75,8 @@ def _is_projector(path: str, pruned: Lvlm) -> bool:
 def layer_tensors(pruned: Lvlm, plan: Plan, layers: Collection[int]) -> tuple[str, ...]:
     """Names of all parameters of kept layers, which are given by their numbers in the dense model.
 
-    Not of attentions and MLPs that the plan removes, nor of norms that serve these alone, nor of maps at cuts, which the dense model does not have.
+    Not of attentions and MLPs that the plan removes, nor of norms that serve these alone, nor of maps at cuts, which
+    the dense model does not have.
     """
     found: list[str] = []
     for layer in sorted(layers):

@@ -20,7 +20,7 @@ import random
 import shutil
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -47,19 +47,19 @@ from svl.processes import (
     seeming_alone,
 )
 from svl.pruning.trained import check_trained
-from svl.recovery.base import Parts, Recovery, check_answers
-from svl.recovery.batches import Batches, TrainingOrder
+from svl.recovery.base import MOST_STEPS, Parts, Recovery, check_answers
+from svl.recovery.batches import Batches, TrainingOrder, numbers_ahead, planned_steps, training_order
 from svl.recovery.modules import projector_tensors
 from svl.recovery.student import Student
 from svl.text.progress import show_progress
 
 log = logging.getLogger(__name__)
 SAVED, PROGRESS = "step-", "progress.json"  # a whole checkpoint, and what of it the Trainer does not keep
+DEVICES = "rng_state_devices.pth"
 CHECKPOINT_FILES = (
     *("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"),
-    PROGRESS,
+    *(DEVICES, PROGRESS),
 )
-NO_LIMIT = 10**7  # steps, where only seconds are limited
 CURVE = 400  # points of a curve that are kept, at most
 
 
@@ -93,15 +93,6 @@ class Recovered:
 Report = Callable[[Spent, float], None]  # what is spent, the share of the budget that is gone
 
 
-def planned_steps(recovery: Recovery, n_samples: int) -> int | None:
-    """How many steps of the optimiser are asked for; None if only seconds are limited."""
-    if recovery.steps is not None:
-        return recovery.steps
-    if recovery.budget_s is not None:
-        return None
-    return math.ceil(n_samples / (recovery.batch_size * recovery.accumulate))
-
-
 def recover(
     dense: Lvlm,
     plan: Plan,
@@ -129,13 +120,13 @@ def recover(
     recovery.passes_of_each(process_count())
     check_answers(samples)
     join_processes()
-    with _random_state_kept(recovery.seed, dense.device):
+    with _random_state_kept(recovery.seed, dense.devices):
         student = Student(dense, plan, patch, recovery)
         steps = planned_steps(recovery, len(samples))
         if steps == 0:
             return Recovered({}, Spent(), student.trained_parameters)
         check_pictures(student.lvlm, student.parts, samples)
-        spent = _train(student, samples, steps or NO_LIMIT, Path(folder), report)
+        spent = _train(student, samples, steps or MOST_STEPS, Path(folder), report)
     trained = student.changes()
     check_trained(trained, plan, dense.anatomy, dense.model)  # before it is stored for good
     return Recovered(trained, spent, student.trained_parameters)
@@ -150,11 +141,11 @@ def check_pictures(lvlm: Lvlm, parts: Parts, samples: Samples) -> None:
 
 
 @contextmanager
-def _random_state_kept(seed: int, device: torch.device) -> Iterator[None]:
+def _random_state_kept(seed: int, devices: Sequence[torch.device]) -> Iterator[None]:
     """Within the block, random numbers follow the seed; what comes after goes on as if the block had not been."""
     kept = random.getstate(), np.random.get_state()
-    accelerated = device.type != "cpu"
-    with torch.random.fork_rng([device] if accelerated else [], device_type=device.type if accelerated else "cuda"):
+    others = [device for device in devices if device.type != "cpu"]
+    with torch.random.fork_rng(others, device_type=others[0].type if others else "cuda"):
         torch.manual_seed(seed)
         try:
             yield
@@ -173,8 +164,8 @@ def _train(student: Student, samples: Samples, steps: int, folder: Path, report:
     if len(seen := set(gather_values(last and last.name))) > 1:
         raise SvlError(f"processes see different checkpoints in {folder} ({seen}): all of them need the same store")
     ledger = _Ledger(student, steps, folder, report, last)
-    batches, order = Batches(student.lvlm, samples), _order(student.recovery, len(samples), steps)
-    ahead = _numbers_ahead(student.recovery, order, ledger.spent.steps)
+    batches, order = Batches(student.lvlm, samples), training_order(student.recovery, len(samples), steps)
+    ahead = numbers_ahead(student.recovery, order, ledger.spent.steps)
     all_or_none(lambda: batches.check(show_progress(ahead, "recover: samples are checked", len(ahead))))
     with seeming_alone(), without_report():
         trainer = _make_trainer(batches, order, ledger)
@@ -186,34 +177,6 @@ def _train(student: Student, samples: Samples, steps: int, folder: Path, report:
     if student.lvlm.device.type != "cpu":
         gc.collect()  # the Trainer refers to itself, and holds the optimiser's memory
     return ledger.spent
-
-
-def _order(recovery: Recovery, n_samples: int, steps: int) -> TrainingOrder:
-    batches = steps * recovery.accumulate
-    return TrainingOrder(n_samples, recovery.batch_size, batches, recovery.seed, process_rank(), process_count())
-
-
-def samples_to_check(recovery: Recovery, n_samples: int) -> list[int]:
-    """The samples of which `recover` finds out before the first step that they cannot be trained on."""
-    order = _order(recovery, n_samples, planned_steps(recovery, n_samples) or NO_LIMIT)
-    return _numbers_ahead(recovery, order)
-
-
-def _numbers_ahead(recovery: Recovery, order: TrainingOrder, done: int = 0) -> list[int]:
-    """The samples that come after `done` steps, each once; of a limit in seconds, those of the next step.
-
-    How many are used in some time is not known, and to look at all of them could take longer.
-    """
-    step = recovery.passes_of_each(order.processes) * recovery.batch_size
-    begin, end = done * step, len(order)
-    if recovery.budget_s is not None:
-        end = min(begin + step, end)
-    found: dict[int, None] = {}
-    for k in range(begin, end):
-        found[order[k]] = None
-        if len(found) == order.n_samples:
-            break
-    return list(found)
 
 
 def remove_damaged(folder: Path) -> None:
@@ -326,6 +289,20 @@ class _Trainer(Trainer):
 
         all_or_none(lambda: save() if self.ledger.rank == 0 else None)
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The Trainer's, and those of all devices that the model is on, of which the Trainer knows the current one."""
+        super()._save_rng_state(output_dir)
+        devices = self.ledger.devices
+        states = {str(device): torch.get_device_module(device).get_rng_state(device) for device in devices}
+        torch.save(states, Path(output_dir) / DEVICES)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None:
+            states = torch.load(Path(checkpoint) / DEVICES, weights_only=True)
+            for device in self.ledger.devices:
+                torch.get_device_module(device).set_rng_state(states[str(device)], device)
+
     def _prepare_inputs(self, inputs: dict[str, torch.Tensor | Any]) -> dict[str, torch.Tensor | Any]:
         """They are where the model begins, as `Batches` makes them."""
         return inputs
@@ -356,6 +333,7 @@ class _Ledger(TrainerCallback):
     def __init__(self, student: Student, steps: int, folder: Path, report: Report, last: Path | None):
         self.student, self.steps, self.folder, self.report = student, steps, folder, report
         self.budget_s, self.save_every = student.recovery.budget_s, student.recovery.save_every
+        self.devices = [device for device in student.lvlm.devices if device.type != "cpu"]
         self.rank, self.count = process_rank(), process_count()
         self.spent = Spent(**json.loads((last / PROGRESS).read_text())) if last else Spent()
         self._before, self._began = replace(self.spent), time.perf_counter()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -18,16 +18,17 @@ from transformers import AutoModelForCausalLM
 from svl.checkpoints import export
 from svl.core import Patch, Plan, SvlError, Update
 from svl.data.samples import Samples
+from svl.models.lvlm import Lvlm
 from svl.models.weight_files import WEIGHTS
 from svl.pruning import surgery
 from svl.recovery.base import Parts, Recovery
-from svl.recovery.batches import ANSWER, Batches, TrainingOrder
+from svl.recovery.batches import ANSWER, Batches, TrainingOrder, samples_to_check
 from svl.recovery.distill import Distill
 from svl.recovery.interlace import Interlace
 from svl.recovery.lora import Lora
 from svl.recovery.projector import Projector
 from svl.recovery.student import Student, check_trainable
-from svl.recovery.training import CHECKPOINT_FILES, recover, samples_to_check
+from svl.recovery.training import CHECKPOINT_FILES, recover
 from svl.run.messages import one_line
 
 pytest.importorskip("peft")
@@ -436,6 +437,7 @@ def test_with_a_limit_in_seconds_only_the_first_step_is_looked_at_beforehand(lla
         ({"budget_s": 5.0}, 6),
         ({"steps": 3}, 18),
         ({"steps": 10**6}, 40),
+        ({"steps": 0}, 0),
     ):
         recovery = Projector(batch_size=3, accumulate=2, **settings)
         assert len(set(samples_to_check(recovery, len(data)))) == n
@@ -483,6 +485,30 @@ def test_interrupted_at_random_moments_it_ends_in_the_same_weights(llava, sample
     assert saved == ["step-8"]  # one checkpoint is kept, and holds nothing but what is trained
     tensors = json.loads((folder / "step-8" / "progress.json").read_text())
     assert tensors["steps"] == 8
+
+
+def test_random_numbers_of_every_device_go_on_after_an_interruption(llava, samples, tmp_path, monkeypatch):
+    """Of two that a model is spread over, whichever is the current one; here they are made up."""
+    states = {"cuda:0": torch.tensor([10]), "cuda:1": torch.tensor([20])}
+    devices = tuple(map(torch.device, ("cpu", *states)))
+    monkeypatch.setattr(Lvlm, "devices", property(lambda _: devices))
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: states[str(device)])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: states.update({str(device): state}))
+    seen = []
+
+    def report(spent, share):
+        seen.append((spent.steps, *map(int, states.values())))
+        states.update({name: state + 1 for name, state in states.items()})
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    recovery = Lora(steps=4, save_every=2, rank=2, dropout=0.1, **FAST)
+    with pytest.raises(KeyboardInterrupt):
+        recover(llava, PLAN, None, samples, recovery, tmp_path, report)
+    assert [int(state) for state in states.values()] == [10, 20]  # as if nothing had been trained
+    states.update({name: state * 0 for name, state in states.items()})
+    recover(llava, PLAN, None, samples, recovery, tmp_path, report)
+    assert seen == [(1, 10, 20), (2, 11, 21), (3, 12, 22), (3, 12, 22), (4, 13, 23)]
 
 
 @pytest.mark.parametrize("name", [*CHECKPOINT_FILES, None])
@@ -559,7 +585,7 @@ def test_models_and_data_that_cannot_be_trained_are_refused(llama, llava, make_s
 class Chosen(Recovery):
     """Parts as they are given."""
 
-    chosen: Parts = Parts()
+    chosen: Parts = field(default_factory=Parts)
 
     def parts(self, pruned, plan):
         return self.chosen
@@ -635,6 +661,10 @@ def test_weights_that_are_not_finite_are_not_kept(llava, samples):
         (Distill, {"temperature": float("inf")}, "recovery.temperature is inf, but must be a finite number"),
         (Lora, {"alpha": 0}, "recovery.alpha is 0, but must be at least 1"),
         (Lora, {"seed": -1}, "recovery.seed is -1, but must be at least 0"),
+        (Lora, {"seed": 2**32}, "recovery.seed is 4294967296, but must be at most 4294967295"),
+        (Lora, {"steps": 10**20, "budget_s": 1.0}, "recovery.steps is 100000000000000000000, but must be at most"),
+        (Lora, {"batch_size": 10**20}, "recovery.batch_size is 100000000000000000000, but must be at most"),
+        (Lora, {"accumulate": 10**20}, "recovery.accumulate is 100000000000000000000, but must be at most"),
         (Lora, {"rank": 0}, "recovery.rank is 0"),
         (Lora, {"layers": "all"}, "recovery.layers is 'all', but must be one of: kept, gaps"),
         (Lora, {"steps": -1}, "recovery.steps is -1, but must be at least 0"),
