@@ -12,7 +12,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from svl.config_schema import Svl
-from svl.core import SvlError, did_you_mean
+from svl.core import SvlError, check_count, did_you_mean
+from svl.core.settings import LARGEST_SEED
 
 PLAIN = ("ratio", "n_remove", "seed", "together", "model", "calibration", "benchmark", "evaluator", "efficiency")
 HYDRA = "hydra"  # the key of Hydra's own settings, where a configuration has them
@@ -44,6 +45,9 @@ def check_numbers(cfg: DictConfig) -> None:
     least |= {"together": 1, "calibration.generated": 0, "calibration.generated_tokens": 1, "seed": 0}
     least |= {"calibration.seed": 0}
     check_least(cfg, least)
+    for name in ("seed", "calibration.seed"):
+        if (seed := OmegaConf.select(cfg, name)) is not None:
+            check_count(name, seed, most=LARGEST_SEED)
     limit = cfg.benchmark.limit
     if limit is not None and not (0 < limit < 1 or (limit >= 1 and float(limit).is_integer())):
         raise SvlError(f"benchmark.limit is {limit:g}, but must be a whole number of samples, or a share below 1")

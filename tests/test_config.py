@@ -239,6 +239,9 @@ def test_seed_reaches_what_is_random():
     parts = config.validate_config(compose("strategy=random", "selector=random", "seed=7"))
     assert parts["strategy"].seed == parts["selector"].seed == 7
     assert isinstance(parts["selector"], Random)
+    for seed in ("seed", "calibration.seed"):
+        with pytest.raises(SvlError, match=rf"^{seed} is 4294967296, but must be at most 4294967295"):
+            config.validate_config(compose(f"{seed}=4294967296"))
 
 
 # ------------------------------------------------------------------------------------------------- mistakes

@@ -46,13 +46,18 @@ def check_targets(name: str, targets: Sequence[str]) -> None:
         raise SvlError(f"{name} is {list(targets)}, but must name attn and mlp at most once each")
 
 
-def check_count(name: str, value: object, *, least: int = 0, unless: str = "") -> None:
-    """Raise SvlError unless `value` is a whole number of at least `least`.
+LARGEST_SEED = 2**32 - 1  # that numpy takes
+
+
+def check_count(name: str, value: object, *, least: int = 0, most: int | None = None, unless: str = "") -> None:
+    """Raise SvlError unless `value` is a whole number of at least `least`, and at most `most`.
 
     With `unless`, which says what None means, it may also be None.
     """
     if value is None and unless:
         return
-    if whole_number(name, value) < least:
-        or_null = f", or null for {unless}" if unless else ""
+    number, or_null = whole_number(name, value), f", or null for {unless}" if unless else ""
+    if number < least:
         raise SvlError(f"{name} is {value}, but must be at least {least}{or_null}")
+    if most is not None and number > most:
+        raise SvlError(f"{name} is {value}, but must be at most {most}{or_null}")

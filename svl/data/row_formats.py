@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import string
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ class RowContent:
     """What a row says; its pictures and its video are as the row holds them."""
 
     prompt: str
-    answer: Any = None
+    answer: str | None = None
     images: Any = None
     video: Any = None
     earlier: tuple[tuple[str, str], ...] = ()
@@ -159,7 +159,7 @@ def _choices(row: Row, options: RowOptions) -> RowContent | None:
 
 def _caption(row: Row, options: RowOptions) -> RowContent:
     caption = row["text"] if "text" in row and "caption" not in row else row["caption"]
-    return RowContent(options.prompt, _first(caption), _pictures(row), row.get("video"))
+    return RowContent(options.prompt, _said(caption, "caption"), _pictures(row), row.get("video"))
 
 
 def _messages(row: Row, options: RowOptions) -> RowContent:
@@ -212,16 +212,46 @@ def _pictures(row: Row) -> Any:
     return row["images"] if row.get("images") is not None else row.get("image")
 
 
-def _answer(row: Row) -> Any:
+def _answer(row: Row) -> str | None:
     """The answer; of several that people gave, the one that most gave, and the first of these."""
-    return row["answer"] if row.get("answer") is not None else _first(row.get("answers"))
+    answer = _said(row.get("answer"), "answer")
+    return answer if answer is not None else _said(row.get("answers"), "answers")
 
 
-def _first(value: Any) -> Any:
-    if not isinstance(value, list | tuple):
-        return value
-    said = [entry.get("answer") if isinstance(entry, dict) else entry for entry in value]
-    return Counter(map(str, said)).most_common(1)[0][0] if said else None
+def _said(value: Any, column: str) -> str | None:
+    """The text of a value, of several that of the most frequent one; None if it is missing or blank.
+
+    Raises:
+        ValueError: if a value is a mapping, a list within a list, or bytes.
+    """
+    if isinstance(value, list | tuple):
+        each = (entry["answer"] if isinstance(entry, dict) and "answer" in entry else entry for entry in value)
+        said = [text for text in (_value_text(entry, column) for entry in each) if text is not None]
+        return Counter(said).most_common(1)[0][0] if said else None
+    return _value_text(value, column)
+
+
+def _value_text(value: Any, column: str) -> str | None:
+    if isinstance(value, dict | list | tuple | bytes):
+        raise ValueError(f"{column} holds a {type(value).__name__}, but must be a text or number, or a list of these")
+    if value is None or value != value or not str(value).strip():  # NaN: a number that is missing
+        return None
+    return str(value)
+
+
+def with_whole_numbers(rows: Sequence[Row]) -> list[Row]:
+    """Rows with integers in columns whose numbers are whole ones all, or missing, such as 3 for 3.0.
+
+    Tables have no missing integers, so those that write them make such a column one of floats.
+    """
+    columns = dict.fromkeys(column for row in rows for column in row)
+    found = {column: [row.get(column) for row in rows if row.get(column) is not None] for column in columns}
+    whole = {
+        column
+        for column, values in found.items()
+        if all(isinstance(value, float) and (value != value or value.is_integer()) for value in values)
+    }
+    return [{k: int(v) if k in whole and v is not None and v == v else v for k, v in row.items()} for row in rows]
 
 
 def _role(turn: Row) -> str:

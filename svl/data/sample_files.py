@@ -11,7 +11,7 @@ from svl.core import SvlError
 from svl.core.errors import explained, out_of_memory
 from svl.data.own_files import open_table
 from svl.data.picture_fields import encoded_frames, encoded_pictures
-from svl.data.row_formats import RowContent, RowOptions, find_format, read_row
+from svl.data.row_formats import RowContent, RowOptions, find_format, read_row, with_whole_numbers
 from svl.data.samples import IMAGE_MARK, VIDEO_MARK, Sample, Samples
 from svl.data.tables import Table
 
@@ -40,7 +40,7 @@ def read_samples(path: str | Path, n: int | None = None, seed: int = 0, options:
 
 
 def _samples(table: Table, numbers: list[int], folder: Path, options: RowOptions) -> Iterator[Sample]:
-    rows = list(table.rows(numbers))
+    rows = with_whole_numbers(list(table.rows(numbers)))
     with explained(f"calibration file '{table.path}'"):
         row_format = find_format(dict.fromkeys(column for row in rows for column in row), options)
     for number, row in zip(numbers, rows, strict=True):
@@ -59,7 +59,7 @@ def fill_sample(sample: Sample, content: RowContent, folder: Path, frames: int) 
     """
     with explained(f"{sample.label} cannot be read"):
         texts = (content.prompt, *(text for _, text in content.earlier))
-        answer = "" if content.answer is None else str(content.answer)
+        answer = content.answer or ""
         "".join((*texts, answer)).encode()  # half of a surrogate pair is no text
         found = replace(
             sample,

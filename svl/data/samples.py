@@ -128,8 +128,11 @@ class Samples:
         return [tuple(batch) for batch in batches]
 
     def check_answered(self, what: str) -> None:
-        """Raise SvlError, which says that `what` needs them, unless all samples have answers, or are running text."""
-        if missing := [s for s in self if not s.plain and not s.answer]:
+        """Raise SvlError, which says that `what` needs them, unless all samples have answers, or are running text.
+
+        A blank answer is none.
+        """
+        if missing := [s for s in self if not s.plain and not s.answer.strip()]:
             raise SvlError(f"{what} needs answers, but {len(missing)} samples have none, {missing[0].label} for one")
 
     @cached_property

@@ -30,7 +30,7 @@ def examine_samples(cfg: DictConfig, settings: DictConfig, group: str, section: 
 def _describe(samples: Samples, section: Section) -> None:
     pictured = sum(bool(sample.images) for sample in samples)
     several = sum(len(sample.images) > 1 for sample in samples)
-    answered = sum(bool(sample.answer) or sample.plain for sample in samples)
+    answered = sum(bool(sample.answer.strip()) or sample.plain for sample in samples)
     text = f"{len(samples)} samples from '{samples.source}': {pictured} with a picture"
     section.ok(f"{text}, {several} with several, {sum(bool(s.frames) for s in samples)} with a video")
     if answered < len(samples):

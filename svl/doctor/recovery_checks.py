@@ -11,12 +11,14 @@ from svl.doctor.data_checks import examine_samples, longest_text
 from svl.doctor.findings import Section
 from svl.doctor.memory import GUESSED_ANSWER, GUESSED_TOKENS, Training
 from svl.models.lvlm import Lvlm
-from svl.models.sample_inputs import encode_samples, encode_texts, sample_text
+from svl.models.sample_inputs import answered_text, encode_samples, encode_texts, explained_samples
 from svl.pruning import surgery
-from svl.recovery.base import Recovery, check_answers
+from svl.recovery.base import Parts, Recovery, check_answers
+from svl.recovery.batches import check_length, samples_to_check
 from svl.recovery.contract import checked_parts
 from svl.recovery.losses import compared_states
 from svl.recovery.student import check_trainable_kind
+from svl.text.progress import show_progress
 
 
 def examine_recovery(
@@ -49,6 +51,8 @@ def examine_recovery(
             found = asked_training(model, recovery, n_remove, samples)
             told = f"{found.tokens} tokens in the longest sample, {found.answer_tokens} in the longest answer"
             section.note(told if samples else f"samples are not here; assumed are {told}")
+            if samples:
+                _check_samples(model, recovery, n_remove, samples)
             section.ok(f"trains {found.parameters / 1e6:.3g} of {model.parameters() / 1e6:.3g} M parameters")
     return found
 
@@ -61,9 +65,7 @@ def asked_training(lvlm: Lvlm, recovery: Recovery, n_remove: int, samples: Sampl
     Raises:
         SvlError: if the model has no such parts.
     """
-    plan = Plan(lvlm.anatomy.n_layers, tuple(lvlm.anatomy.removable[:n_remove]))
-    pruned = surgery.skeleton(lvlm, plan)
-    parts = checked_parts(recovery, pruned, plan)
+    plan, pruned, parts = _assumed_parts(lvlm, recovery, n_remove)
     trained = sum(pruned.model.get_parameter(name).numel() for name in parts.tensors)
     for path in parts.adapted:
         trained += recovery.adapter.rank * sum(pruned.model.get_parameter(f"{path}.weight").shape)
@@ -78,6 +80,26 @@ def asked_training(lvlm: Lvlm, recovery: Recovery, n_remove: int, samples: Sampl
     )
 
 
+def _assumed_parts(lvlm: Lvlm, recovery: Recovery, n_remove: int) -> tuple[Plan, Lvlm, Parts]:
+    """A plan, what it leaves of the model, without weights, and what is trained of that."""
+    plan = Plan(lvlm.anatomy.n_layers, tuple(lvlm.anatomy.removable[:n_remove]))
+    pruned = surgery.skeleton(lvlm, plan)
+    return plan, pruned, checked_parts(recovery, pruned, plan)
+
+
+def _check_samples(lvlm: Lvlm, recovery: Recovery, n_remove: int, samples: Samples) -> None:
+    """Raise SvlError for what `recover` refuses before its first step."""
+    from svl.recovery import training
+
+    _, pruned, parts = _assumed_parts(lvlm, recovery, n_remove)
+    training.check_pictures(pruned, parts, samples)
+    numbers = samples_to_check(recovery, len(samples))
+    for number in show_progress(numbers, "recovery: samples are checked", len(numbers)):
+        sample = samples.samples[number]
+        with explained_samples([sample]):
+            check_length(lvlm, sample, _count_answered(lvlm, sample))
+
+
 def count_tokens(lvlm: Lvlm, sample: Sample) -> int:
     """Tokens of a sample without its answer, as the processor makes them."""
     inputs, _, _ = encode_samples(lvlm, [sample])
@@ -86,8 +108,7 @@ def count_tokens(lvlm: Lvlm, sample: Sample) -> int:
 
 def _count_answered(lvlm: Lvlm, sample: Sample) -> int:
     """The same with its answer, and what ends it."""
-    text = sample_text(lvlm, sample, answered=not sample.plain)
-    return int(encode_texts(lvlm, [text], [sample])["input_ids"].shape[1])
+    return int(encode_texts(lvlm, [answered_text(lvlm, sample)], [sample])["input_ids"].shape[1])
 
 
 def _lengths(lvlm: Lvlm, samples: Samples) -> tuple[int, int]:

@@ -90,6 +90,21 @@ class Lvlm:
         return tokenizer
 
     @property
+    def end_tokens(self) -> tuple[str, ...]:
+        """What ends the model's answers, as text: the tokenizer's own first, if generation stops at it; maybe none."""
+        tokenizer: Any = self.tokenizer
+        stops = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        ids, own = [stops] if isinstance(stops, int) else list(stops or ()), tokenizer.eos_token_id
+        ids = sorted(ids, key=lambda stop: stop != own) if own in ids else [*ids, own]
+        return tuple(token for stop in ids if stop is not None and (token := tokenizer.convert_ids_to_tokens(stop)))
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """Tokens that stand for no text, as the tokenizer writes them."""
+        known = self.tokenizer.added_tokens_decoder.values()
+        return tuple(token.content for token in known if token.special)
+
+    @property
     def takes_images(self) -> bool:
         """Whether the model takes images."""
         return self.anatomy.image_token_id is not None
@@ -192,6 +207,7 @@ class Lvlm:
             **self._image_arguments(texts, images or ()),
             **self._video_arguments(texts, images or (), videos or ()),
         )
+        self._drop_second_bos(inputs, texts)
         dtype, known = self.model.dtype, _forward_arguments(type(self.model))
         return {
             name: devices.moved(value.to(dtype if value.is_floating_point() else value.dtype), self.device)
@@ -201,10 +217,24 @@ class Lvlm:
 
     def _text_arguments(self, texts: list[str]) -> dict[str, Any]:
         """What the processor is given for texts."""
-        bos = self.tokenizer.bos_token
-        template_wrote_bos = bool(bos) and all(text.startswith(bos) for text in texts)
         how = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
-        return {"text": texts, **how, "add_special_tokens": not template_wrote_bos}
+        return {"text": texts, **how, "add_special_tokens": not all(self._have_bos(texts))}
+
+    def _have_bos(self, texts: list[str]) -> list[bool]:
+        """Which texts begin with the token that a tokenizer would put there: templates write it."""
+        bos = self.tokenizer.bos_token
+        return [bool(bos) and text.startswith(bos) for text in texts]
+
+    def _drop_second_bos(self, inputs: Any, texts: list[str]) -> None:
+        """Make the first of two padding, in rows whose text has one, beside rows that were given theirs."""
+        have = self._have_bos(texts)
+        if all(have) or not any(have):
+            return
+        ids, present = inputs["input_ids"], inputs["attention_mask"]
+        for row in (row for row, has in enumerate(have) if has):
+            first = int(present[row].argmax())
+            if int(ids[row, first]) == int(ids[row, first + 1]) == self.tokenizer.bos_token_id:
+                ids[row, first], present[row, first] = self.tokenizer.pad_token_id, 0
 
     def _image_arguments(self, texts: list[str], images: Sequence[Any]) -> dict[str, Any]:
         """What the processor is given for images: a list per prompt, which every processor takes, or nothing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -60,17 +61,37 @@ def sample_text(lvlm: Lvlm, sample: Sample, answered: bool = False) -> str:
         SvlError: if the template fails, the sample has a video that the model cannot take, or a text holds the model's
             own mark of an image.
     """
-    if sample.plain:
-        return sample.prompt
     if sample.frames and lvlm.takes_images and not lvlm.takes_videos:
         raise SvlError(f"{sample.label} has a video, but '{lvlm.name}' takes none; give its frames as images")
-    turns = sample.conversation(pictured=lvlm.takes_images, answered=answered)
+    turns = [] if sample.plain else sample.conversation(pictured=lvlm.takes_images, answered=answered)
+    texts = [part.get("text", "") for turn in turns for part in turn["content"]]
     try:
-        for part in (part for turn in turns for part in turn["content"]):
-            lvlm.check_text(part.get("text", ""))
-        return lvlm.render(turns)
+        for text in texts or [sample.prompt]:
+            lvlm.check_text(text)
+        return sample.prompt if sample.plain else lvlm.render(turns)
     except SvlError as error:
         raise SvlError(f"{sample.label}: {error}") from error
+
+
+def answered_text(lvlm: Lvlm, sample: Sample) -> str:
+    """A sample in the model's chat template with its answer and the end of it; running text as it is.
+
+    It ends in the first token behind the answer at which the model's generation stops, or which is special otherwise.
+    Templates without one write something else there, to part it from the next turn, in whose place an end token stands.
+
+    Raises:
+        SvlError: as `sample_text` does.
+    """
+    text, said = sample_text(lvlm, sample, answered=not sample.plain), sample.answer.strip()
+    if sample.plain or not said:
+        return text if sample.plain else text.rstrip()
+    begin = len(os.path.commonprefix([text, sample_text(lvlm, sample)]))  # noqa: RUF071 (these are no paths)
+    at = text.find(said, begin)
+    behind = begin if at < 0 else at + len(said)
+    for marks in (lvlm.end_tokens, lvlm.special_tokens):
+        if found := [place + len(mark) for mark in marks if (place := text.find(mark, behind)) >= 0]:
+            return text[: min(found)]
+    return (text if at < 0 else text[:behind]).rstrip() + "".join(lvlm.end_tokens[:1])
 
 
 def encode_texts(lvlm: Lvlm, texts: list[str], batch: Sequence[Sample]) -> dict[str, Tensor]:
@@ -84,8 +105,8 @@ def encode_texts(lvlm: Lvlm, texts: list[str], batch: Sequence[Sample]) -> dict[
 def encode_answer(lvlm: Lvlm, sample: Sample) -> tuple[dict[str, Tensor], Tensor]:
     """Model inputs of one sample with its answer (batch of one, no padding), and which tokens [T] are the answer.
 
-    The answer is what the chat template makes of it, end of turn included; of plain text, every token is one. No token
-    of it is seen by one before it, whatever the model does with prompts.
+    The answer is what `answered_text` makes of it, end token included; of plain text, every token is one. No token of
+    it is seen by one before it, whatever the model does with prompts.
 
     Raises:
         SvlError: if template or processor refuse the sample, or the answer adds no token.
@@ -96,7 +117,7 @@ def encode_answer(lvlm: Lvlm, sample: Sample) -> tuple[dict[str, Tensor], Tensor
         if sample.plain:
             answer = torch.ones_like(asked["input_ids"][0], dtype=torch.bool)
             return lvlm.with_answers(asked, [len(answer)]), answer
-        inputs = encode_texts(lvlm, [sample_text(lvlm, sample, answered=True).rstrip("\n")], [sample])
+        inputs = encode_texts(lvlm, [answered_text(lvlm, sample)], [sample])
     tokens = inputs["input_ids"][0]
     before = asked["input_ids"][0]
     same = int((tokens[: len(before)] == before[: len(tokens)]).long().cumprod(0).sum())

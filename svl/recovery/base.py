@@ -7,11 +7,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from svl.core import Method, SvlError, check_count, check_number, one_of
+from svl.core.settings import LARGEST_SEED
 
 if TYPE_CHECKING:
     from svl.core import Plan
     from svl.data.samples import Samples
     from svl.models.lvlm import Lvlm
+
+MOST_STEPS = 10**7  # of an optimiser; also where only seconds are limited
+MOST_AT_ONCE = 10**5  # samples in a pass, passes in a step: with so many steps, samples can still be counted
 
 
 @dataclass(frozen=True)
@@ -124,9 +128,13 @@ class Recovery(Method, ABC):
     def __post_init__(self) -> None:
         one_of("recovery.schedule", self.schedule, ("cosine", "constant"))
         one_of("recovery.precision", self.precision, ("auto", "bfloat16"))
-        for name, least in (("batch_size", 1), ("accumulate", 1), ("save_every", 1), ("seed", 0)):
-            check_count(f"recovery.{name}", getattr(self, name), least=least)
-        check_count("recovery.steps", self.steps, unless="those of budget_s, or one pass over the data")
+        check_count("recovery.save_every", self.save_every, least=1)
+        check_count("recovery.seed", self.seed, most=LARGEST_SEED)
+        for name in ("batch_size", "accumulate"):
+            check_count(f"recovery.{name}", getattr(self, name), least=1, most=MOST_AT_ONCE)
+        check_count(
+            "recovery.steps", self.steps, most=MOST_STEPS, unless="those of budget_s, or one pass over the data"
+        )
         check_number("recovery.budget_s", self.budget_s, above=0, unless="no limit")
         check_number("recovery.learning_rate", self.learning_rate, above=0)
         for name in ("weight_decay", "max_grad_norm"):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +13,9 @@ from torch import Tensor
 from svl.core import SvlError
 from svl.data.samples import Sample, Samples
 from svl.models.lvlm import Lvlm
-from svl.models.sample_inputs import encode_answer, encode_texts, explained_samples, sample_text
+from svl.models.sample_inputs import answered_text, encode_answer, encode_texts, explained_samples, sample_text
+from svl.processes import process_count, process_rank
+from svl.recovery.base import MOST_STEPS, Recovery
 
 ANSWER = "answer"  # beside a model's inputs: which tokens [B, T] are an answer
 
@@ -39,6 +42,44 @@ class TrainingOrder(Sequence[int]):
             self._epoch, self._order = epoch, list(range(self.n_samples))
             random.Random(f"{self.seed}/{epoch}").shuffle(self._order)
         return self._order[place]
+
+
+def planned_steps(recovery: Recovery, n_samples: int) -> int | None:
+    """How many steps of the optimiser are asked for; None if only seconds are limited."""
+    if recovery.steps is not None:
+        return recovery.steps
+    if recovery.budget_s is not None:
+        return None
+    return math.ceil(n_samples / (recovery.batch_size * recovery.accumulate))
+
+
+def training_order(recovery: Recovery, n_samples: int, steps: int) -> TrainingOrder:
+    """The order in which so many steps use the samples, and this process's part of it."""
+    batches = steps * recovery.accumulate
+    return TrainingOrder(n_samples, recovery.batch_size, batches, recovery.seed, process_rank(), process_count())
+
+
+def samples_to_check(recovery: Recovery, n_samples: int) -> list[int]:
+    """The samples of which `recover` finds out before the first step that they cannot be trained on."""
+    steps = planned_steps(recovery, n_samples)
+    return numbers_ahead(recovery, training_order(recovery, n_samples, MOST_STEPS if steps is None else steps))
+
+
+def numbers_ahead(recovery: Recovery, order: TrainingOrder, done: int = 0) -> list[int]:
+    """The samples that come after `done` steps, each once; of a limit in seconds, those of the next step.
+
+    How many are used in some time is not known, and to look at all of them could take longer.
+    """
+    step = recovery.passes_of_each(order.processes) * recovery.batch_size
+    begin, end = done * step, len(order)
+    if recovery.budget_s is not None:
+        end = min(begin + step, end)
+    found: dict[int, None] = {}
+    for k in range(begin, end):
+        found[order[k]] = None
+        if len(found) == order.n_samples:
+            break
+    return list(found)
 
 
 class Batches:
@@ -70,28 +111,15 @@ class Batches:
 
         Pictures are decoded, texts are put into the chat template and become tokens, no more than the model reads.
         """
-        text_config = self.lvlm.model.config.get_text_config(decoder=True)
-        most = getattr(text_config, "max_position_embeddings", None)
         for number in numbers:
-            sample = self.samples[number]
-            if sample.plain:
-                length = len(self.lvlm.tokenizer(sample.prompt)["input_ids"])
-            else:
-                self._count_answer(number)
-                length = self._lengths[number]
-            if sample.plain and length < 2:
-                raise SvlError(f"{sample.label}: a text of fewer than two tokens has nothing to learn from")
-            if most and length > most:
-                raise SvlError(
-                    f"{sample.label} has {length} tokens with its answer, but '{self.lvlm.name}' reads at most {most} "
-                    "(max_position_embeddings): shorten the sample, or leave it out"
-                )
+            self._count_answer(number)
+            check_length(self.lvlm, self.samples[number], self._lengths[number])
 
     def _group(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         batch = [self.samples[n] for n in numbers]
         counts = torch.tensor([self._count_answer(n) for n in numbers])
         with explained_samples(batch, "recovery.batch_size"):
-            inputs = encode_texts(self.lvlm, list(self._texts(batch)), batch)
+            inputs = encode_texts(self.lvlm, [answered_text(self.lvlm, sample) for sample in batch], batch)
         asked = [sample_text(self.lvlm, sample) for sample in batch]
         inputs = self.lvlm.with_answers(inputs, counts.tolist(), asked)
         present = inputs["attention_mask"].bool()
@@ -99,13 +127,20 @@ class Batches:
         from_end = torch.arange(present.shape[1], 0, -1, device=present.device)
         return {**inputs, ANSWER: predicted & (from_end <= counts.to(present.device)[:, None])}
 
-    def _texts(self, batch: Sequence[Sample]) -> Iterator[str]:
-        for sample in batch:
-            text = sample_text(self.lvlm, sample, answered=not sample.plain)
-            yield text if sample.plain else text.rstrip("\n")
-
     def _count_answer(self, number: int) -> int:
         if number not in self._answers:
             _, answer = encode_answer(self.lvlm, self.samples[number])
             self._answers[number], self._lengths[number] = int(answer.sum()), len(answer)
         return self._answers[number]
+
+
+def check_length(lvlm: Lvlm, sample: Sample, length: int) -> None:
+    """Raise SvlError if a sample, of so many tokens with its answer, is too short or too long to be trained on."""
+    if sample.plain and length < 2:
+        raise SvlError(f"{sample.label}: a text of fewer than two tokens has nothing to learn from")
+    most = getattr(lvlm.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if most and length > most:
+        raise SvlError(
+            f"{sample.label} has {length} tokens with its answer, but '{lvlm.name}' reads at most {most} "
+            "(max_position_embeddings): shorten the sample, or leave it out"
+        )

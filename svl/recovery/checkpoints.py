@@ -24,9 +24,10 @@ from svl.recovery.student import Student
 
 log = logging.getLogger(__name__)
 SAVED, PROGRESS = "step-", "progress.json"  # a whole checkpoint, and what of it the Trainer does not keep
+DEVICES = "rng_state_devices.pth"  # random numbers of all devices, of which the Trainer keeps the current one
 CHECKPOINT_FILES = (
     *("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"),
-    PROGRESS,
+    *(DEVICES, PROGRESS),
 )
 
 

@@ -20,6 +20,15 @@ PROJECTORS = re.compile(
 )
 TARGETS = ("all", "attn", "mlp")
 ATTENTION = re.compile(r".*(attn|attention|conv|mamba|mixer).*")  # blocks of layers whose writers do not tell
+# Children of layers that only a block of this role reads, or that read only what it writes.
+BESIDE = {
+    "attn": {"input_layernorm", "post_self_attn_layernorm", "self_attn_layer_norm", "operator_norm"},
+    "mlp": {
+        *("pre_feedforward_layernorm", "post_feedforward_layernorm", "post_mlp_layernorm", "ffn_norm"),
+        *("final_layer_norm", "fc1"),
+    },
+}
+BETWEEN = "post_attention_layernorm"  # before the MLP, or, where that has a norm of its own, behind the attention
 
 
 def projector_tensors(pruned: Lvlm, modules: Collection[str] = ()) -> tuple[str, ...]:
@@ -66,7 +75,8 @@ def _is_projector(path: str, pruned: Lvlm) -> bool:
 def layer_tensors(pruned: Lvlm, plan: Plan, layers: Collection[int]) -> tuple[str, ...]:
     """Names of all parameters of kept layers, which are given by their numbers in the dense model.
 
-    Not of attentions and MLPs that the plan removes, nor of maps at cuts, which the dense model does not have.
+    Not of attentions and MLPs that the plan removes, nor of norms that serve these alone, nor of maps at cuts, which
+    the dense model does not have.
     """
     found: list[str] = []
     for layer in sorted(layers):
@@ -85,9 +95,20 @@ def _blocks(layer: nn.Module, role: str, width: int) -> set[str]:
 
 
 def _removed_blocks(pruned: Lvlm, plan: Plan, layer: int) -> set[str]:
-    """The children of a kept layer that a plan removes, and of which zeros may be left (svl.pruning.sublayers)."""
+    """The children of a kept layer that a plan removes, and of which zeros may be left (svl.pruning.sublayers); and
+    what serves these alone, so that nothing depends on it."""
     module, width = pruned.layers[plan.kept.index(layer)], pruned.anatomy.hidden_size
-    return {name for i, role in plan.sublayers if i == layer for name in _blocks(module, role, width)}
+    roles = [role for i, role in plan.sublayers if i == layer]
+    return {name for role in roles for name in (*_blocks(module, role, width), *_beside(module, role))}
+
+
+def _beside(layer: nn.Module, role: str) -> set[str]:
+    children = {name for name, _ in layer.named_children()}
+    if not getattr(layer, "do_layer_norm_before", True):  # norms of the stream itself
+        return children & {"fc1"} if role == "mlp" else set()
+    own = {other: children & names for other, names in BESIDE.items()}
+    own["attn" if own["mlp"] & {"pre_feedforward_layernorm"} else "mlp"] |= children & {BETWEEN}
+    return own[role] if own["mlp"] else set()  # without a norm of its own, the MLP reads the attention's, too
 
 
 def linear_modules(pruned: Lvlm, plan: Plan, layers: Collection[int], targets: str) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from svl.models.lvlm import Lvlm
 from svl.pruning import surgery
 from svl.recovery import losses as terms
 from svl.recovery.adapters import add_adapters, added_products
-from svl.recovery.base import Recovery
+from svl.recovery.base import Parts, Recovery
 from svl.recovery.batches import ANSWER
 from svl.recovery.contract import checked_parts
 
@@ -46,6 +46,7 @@ class Student(nn.Module):
         self.lvlm = surgery.apply(dense, plan, patch)
         self.plan, self.recovery = plan, recovery
         self.parts = checked_parts(recovery, self.lvlm, plan)
+        check_mergeable(dense, self.lvlm, plan, self.parts)
         self._teacher = dense if recovery.losses.need_teacher else None
         self._points = terms.compared_states(plan) if recovery.losses.states else {}
         self.trained = self._make_trainable()
@@ -170,14 +171,16 @@ class Student(nn.Module):
                 found[same] = TensorChange(self.trained[name].detach().to("cpu", self._dtypes[name], copy=True))
         for path, left, right in added_products(self.lvlm, self.parts.adapted):
             found[f"{path}.weight"] = TensorChange(left=left.cpu(), right=right.cpu())
-        return {self._dense_name(name): change for name, change in found.items()}
+        return {_dense_name(self.lvlm, self.plan, name): change for name, change in found.items()}
 
-    def _dense_name(self, name: str) -> str:
-        prefix = f"{self.lvlm.anatomy.layers}."
-        if not name.startswith(prefix):
-            return name
-        number, _, rest = name.removeprefix(prefix).partition(".")
-        return f"{prefix}{self.plan.kept[int(number)]}.{rest}"
+
+def _dense_name(pruned: Lvlm, plan: Plan, name: str) -> str:
+    """What the dense model calls a tensor of the pruned one."""
+    prefix = f"{pruned.anatomy.layers}."
+    if not name.startswith(prefix):
+        return name
+    number, _, rest = name.removeprefix(prefix).partition(".")
+    return f"{prefix}{plan.kept[int(number)]}.{rest}"
 
 
 def _mean_terms(groups: list[dict[str, Tensor]], each: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -195,6 +198,33 @@ def _mean_terms(groups: list[dict[str, Tensor]], each: list[dict[str, Tensor]]) 
 def weight_dtypes(lvlm: Lvlm) -> set[torch.dtype]:
     """The dtypes of a model's parameters; `model.dtype` is that of the first alone, which may be kept in another."""
     return {parameter.dtype for parameter in lvlm.model.parameters()}
+
+
+def check_mergeable(dense: Lvlm, pruned: Lvlm, plan: Plan, parts: Parts) -> None:
+    """Check that what training makes of these parts can be put into the dense model, and has the effect it had there.
+
+    Raises:
+        SvlError: if the dense model has other shapes there, or an adapter is on a tied tensor.
+    """
+    adapted = {f"{path}.weight": path for path in parts.adapted}
+    there = {name: tuple(p.shape) for name, p in dense.model.named_parameters(remove_duplicate=False)}
+    names: dict[int, list[str]] = {}
+    for name, parameter in pruned.model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for name in (*parts.tensors, *adapted):
+        parameter = pruned.model.get_parameter(name)
+        shape, own = there.get(_dense_name(pruned, plan, name)), tuple(parameter.shape)
+        if shape != own:
+            raise SvlError(
+                f"recovery cannot train '{name}' of '{pruned.name}', whose shape is {own}, as that of the dense model, "
+                f"for which it would be stored, is {shape}; leave it out"
+            )
+        others = [other for other in names[id(parameter)] if other != name]
+        if name in adapted and others:
+            raise SvlError(
+                f"LoRA cannot attach to '{adapted[name]}' of '{pruned.name}': its weight is '{others[0]}', too, which "
+                "an adapter would not change; train it as a whole"
+            )
 
 
 def check_trainable(lvlm: Lvlm, recovery: Recovery) -> None:

@@ -18,7 +18,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -43,13 +43,13 @@ from svl.processes import (
     seeming_alone,
 )
 from svl.pruning.trained import check_trained
-from svl.recovery.base import Parts, Recovery, check_answers
-from svl.recovery.batches import Batches, TrainingOrder
-from svl.recovery.checkpoints import PROGRESS, SAVED, check_same_training, remove_damaged, training_record
+from svl.recovery.base import MOST_STEPS, Parts, Recovery, check_answers
+from svl.recovery.batches import Batches, TrainingOrder, numbers_ahead, planned_steps, training_order
+from svl.recovery.checkpoints import DEVICES, PROGRESS, SAVED, check_same_training, remove_damaged, training_record
 from svl.recovery.modules import projector_tensors
 from svl.recovery.student import Student
+from svl.text.progress import show_progress
 
-NO_LIMIT = 10**7  # steps, where only seconds are limited
 CURVE = 400  # points of a curve that are kept, at most
 
 
@@ -83,15 +83,6 @@ class Recovered:
 Report = Callable[[Spent, float], None]  # what is spent, the share of the budget that is gone
 
 
-def planned_steps(recovery: Recovery, n_samples: int) -> int | None:
-    """How many steps of the optimiser are asked for; None if only seconds are limited."""
-    if recovery.steps is not None:
-        return recovery.steps
-    if recovery.budget_s is not None:
-        return None
-    return math.ceil(n_samples / (recovery.batch_size * recovery.accumulate))
-
-
 def recover(
     dense: Lvlm,
     plan: Plan,
@@ -119,14 +110,14 @@ def recover(
     recovery.passes_of_each(process_count())
     check_answers(samples)
     join_processes()
-    with _random_state_kept(recovery.seed, dense.device):
+    with _random_state_kept(recovery.seed, dense.devices):
         student = Student(dense, plan, patch, recovery)
         steps = planned_steps(recovery, len(samples))
         if steps == 0:
             return Recovered({}, Spent(), student.trained_parameters)
         check_pictures(student.lvlm, student.parts, samples)
         record = training_record(dense, student, samples)
-        spent = _train(student, samples, steps or NO_LIMIT, Path(folder), record, report)
+        spent = _train(student, samples, steps or MOST_STEPS, Path(folder), record, report)
     trained = student.changes()
     check_trained(trained, plan, dense.anatomy, dense.model)  # before it is stored for good
     return Recovered(trained, spent, student.trained_parameters)
@@ -141,11 +132,11 @@ def check_pictures(lvlm: Lvlm, parts: Parts, samples: Samples) -> None:
 
 
 @contextmanager
-def _random_state_kept(seed: int, device: torch.device) -> Iterator[None]:
+def _random_state_kept(seed: int, devices: Sequence[torch.device]) -> Iterator[None]:
     """Within the block, random numbers follow the seed; what comes after goes on as if the block had not been."""
     kept = random.getstate(), np.random.get_state()
-    accelerated = device.type != "cpu"
-    with torch.random.fork_rng([device] if accelerated else [], device_type=device.type if accelerated else "cuda"):
+    others = [device for device in devices if device.type != "cpu"]
+    with torch.random.fork_rng(others, device_type=others[0].type if others else "cuda"):
         torch.manual_seed(seed)
         try:
             yield
@@ -168,8 +159,9 @@ def _train(
     if last is not None:
         check_same_training(last, record)
     ledger = _Ledger(student, steps, folder, record, report, last)
-    batches, order = Batches(student.lvlm, samples), _order(student.recovery, len(samples), ledger)
-    all_or_none(lambda: batches.check(_numbers_ahead(order, ledger)))
+    batches, order = Batches(student.lvlm, samples), training_order(student.recovery, len(samples), steps)
+    ahead = numbers_ahead(student.recovery, order, ledger.spent.steps)
+    all_or_none(lambda: batches.check(show_progress(ahead, "recover: samples are checked", len(ahead))))
     with seeming_alone(), without_report():
         trainer = _make_trainer(batches, order, ledger)
     with _checkpointed_activations(student):
@@ -180,19 +172,6 @@ def _train(
     if student.lvlm.device.type != "cpu":
         gc.collect()  # the Trainer refers to itself, and holds the optimiser's memory
     return ledger.spent
-
-
-def _order(recovery: Recovery, n_samples: int, ledger: _Ledger) -> TrainingOrder:
-    batches = ledger.steps * recovery.accumulate
-    return TrainingOrder(n_samples, recovery.batch_size, batches, recovery.seed, ledger.rank, ledger.count)
-
-
-def _numbers_ahead(order: TrainingOrder, ledger: _Ledger) -> list[int]:
-    """The samples that are still to come, each once; of a limit in seconds alone, those of the first step."""
-    recovery = ledger.student.recovery
-    step = recovery.passes_of_each(ledger.count) * recovery.batch_size
-    begin, end = ledger.spent.steps * step, len(order) if ledger.steps < NO_LIMIT else step
-    return list(dict.fromkeys(order[k] for k in range(begin, end)))
 
 
 def _make_trainer(batches: Batches, order: TrainingOrder, ledger: _Ledger) -> _Trainer:
@@ -278,6 +257,20 @@ class _Trainer(Trainer):
 
         all_or_none(lambda: save() if self.ledger.rank == 0 else None)
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The Trainer's, and those of all devices that the model is on, of which the Trainer knows the current one."""
+        super()._save_rng_state(output_dir)
+        devices = self.ledger.devices
+        states = {str(device): torch.get_device_module(device).get_rng_state(device) for device in devices}
+        torch.save(states, Path(output_dir) / DEVICES)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None:
+            states = torch.load(Path(checkpoint) / DEVICES, weights_only=True)
+            for device in self.ledger.devices:
+                torch.get_device_module(device).set_rng_state(states[str(device)], device)
+
     def _prepare_inputs(self, inputs: dict[str, torch.Tensor | Any]) -> dict[str, torch.Tensor | Any]:
         """They are where the model begins, as `Batches` makes them."""
         return inputs
@@ -310,6 +303,7 @@ class _Ledger(TrainerCallback):
     ):
         self.student, self.steps, self.folder, self.record, self.report = student, steps, folder, record, report
         self.budget_s, self.save_every = student.recovery.budget_s, student.recovery.save_every
+        self.devices = [device for device in student.lvlm.devices if device.type != "cpu"]
         self.rank, self.count = process_rank(), process_count()
         self.spent = Spent(**json.loads((last / PROGRESS).read_text())["spent"]) if last else Spent()
         self._before, self._began = replace(self.spent), time.perf_counter()

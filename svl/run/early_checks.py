@@ -66,7 +66,9 @@ def check_recovery(setup: RunSetup, plan: Plan | None = None) -> None:
         return
     student.check_trainable(setup.dense, recovery)
     pruned = surgery.apply(setup.dense, plan)
-    training.check_pictures(pruned, contract.checked_parts(recovery, pruned, plan), setup.training_samples)
+    parts = contract.checked_parts(recovery, pruned, plan)
+    student.check_mergeable(setup.dense, pruned, plan, parts)
+    training.check_pictures(pruned, parts, setup.training_samples)
     setup.tried.add("recovery")
 
 

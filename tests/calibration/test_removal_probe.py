@@ -117,9 +117,10 @@ def test_losses_that_are_not_finite_are_refused(llama, samples):
 
 
 def test_samples_without_answers_are_refused(llava, samples):
-    silent = Samples("silent", tuple(replace(e, answer="") for e in samples.samples))
-    with pytest.raises(SvlError, match="needs answers, but 5 samples have none, calibration row 0 for one"):
-        ModelProbe(llava, silent)
+    for blank in ("", "  ", "\n\n"):
+        silent = Samples("silent", tuple(replace(e, answer=blank) for e in samples.samples))
+        with pytest.raises(SvlError, match="needs answers, but 5 samples have none, calibration row 0 for one"):
+            ModelProbe(llava, silent)
 
 
 def test_what_was_measured_is_not_measured_again(llama, samples):

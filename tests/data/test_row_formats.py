@@ -177,12 +177,50 @@ def test_columns_of_other_names(read):
         ("red", "red"),
         ([3], "3"),
         ([], ""),
+        ([None, "", "red"], "red"),
+        (None, ""),
+        (float("nan"), ""),
+        ("  \n", ""),
+        ({"value": "x"}, None),
+        ([["x"]], None),
+        ([{"value": "x"}], None),
+        ([{"answer": {}}], None),
     ],
 )
 def test_of_several_answers_the_one_that_most_gave(answers, answer, read):
-    for row_options in ({"format": "question"}, {"columns": {"prompt": "question"}}):
-        (sample,) = read({"image": "a.png", "question": "What?", "answers": answers}, **row_options)
-        assert sample.answer == answer
+    row = {"image": "a.png", "question": "What?"}
+    asked = {"prompt": "question"}
+    for found, options in (
+        ({"answers": answers}, {"format": "question"}),
+        ({"answers": answers}, {"columns": asked}),
+        ({"answers": answers}, {"columns": {**asked, "answer": "answers"}}),
+        ({"answer": answers}, {"columns": asked}),
+    ):
+        if answer is None:  # what a mapping means is not guessed
+            with pytest.raises(SvlError, match=r"answers? holds a (dict|list), but must be a text or number"):
+                read({**row, **found}, **options)
+        else:
+            (sample,) = read({**row, **found}, **options)
+            assert sample.answer == answer
+
+
+def test_a_table_of_whole_numbers_has_them_as_integers_though_some_are_missing(tmp_path):
+    """3.0 is what a table makes of 3 where another row has no number; beside 2.5 it is what it says."""
+    import pyarrow
+    import pyarrow.parquet
+
+    for numbers, answers in (
+        ([3.0, float("nan"), 4.0], ["3", "", "4"]),
+        ([3.0, None, 4.0], ["3", "", "4"]),
+        ([3.0, None, 2.5], ["3.0", "", "2.5"]),
+        ([3, None, 4], ["3", "", "4"]),
+    ):
+        table = pyarrow.table({"prompt": ["How many?"] * 3, "answer": pyarrow.array(numbers)})
+        pyarrow.parquet.write_table(table, tmp_path / "counts.parquet")
+        samples = read_samples(tmp_path / "counts.parquet", options=RowOptions(columns={"image": None}))
+        assert [sample.answer for sample in samples] == answers
+        with pytest.raises(SvlError, match="a loss needs answers, but 1 samples have none, row 1 of"):
+            samples.check_answered("a loss")
 
 
 def test_columns_that_are_not_there_are_named(read):

@@ -188,11 +188,17 @@ def test_recovery_is_among_the_stages_only_where_something_is_trained(doctor, ch
         ("llava", ["recovery.data.path=told.jsonl", "recovery.data.images=none"], "recovery.data.images: there is no"),
         ("llava", ["recovery.data.path=told.jsonl", "n_remove=4"], "plan removes all 4 decoder layers"),
         ("llama", ["recovery.data.path=told.jsonl"], "projector"),
+        ("llava", ["recovery.data.path=told.jsonl"], "no sample of recovery.data has a picture"),
+        ("llava", ["recovery=lora", "recovery.data.path=long.jsonl"], "row 1 of 'long.jsonl' has 3"),
+        ("llava", ["recovery=lora", "recovery.data.path=marked.jsonl"], "row 1 of 'marked.jsonl': the prompt"),
     ],
 )
 def test_what_ends_a_recovery_is_named_and_memory_told_all_the_same(model, words, line, doctor, checkpoint, tmp_path):
     (tmp_path / "asked.jsonl").write_text(json.dumps({"prompt": "What?"}))
     (tmp_path / "told.jsonl").write_text(json.dumps({"prompt": "What?", "answer": "red"}))
+    good = json.dumps({"prompt": "What?", "answer": "red"})
+    (tmp_path / "long.jsonl").write_text(f"{good}\n{json.dumps({'prompt': 'the ' * 3000, 'answer': 'red'})}")
+    (tmp_path / "marked.jsonl").write_text(f"{good}\n{json.dumps({'text': 'An <image> in a text.', 'prompt': None})}")
     columns = "recovery.data.columns={image: null}"
     page = doctor("model=local", f"model.path={checkpoint(model)}", "recovery=projector", f"+{columns}", *words, code=1)
     failing = [text for text in section(page, "recovery").splitlines() if text.startswith("  FAILS")]
@@ -208,6 +214,7 @@ def test_what_recovery_trains_and_on_what_is_told(doctor, checkpoint, tmp_path):
     projector = svl.load(checkpoint("llava"), device="cpu").model.get_submodule("model.multi_modal_projector")
     numbers = sum(p.numel() for p in projector.parameters())
     assert f"trains {numbers / 1e6:.3g} of " in told
+    model = (*model[:2], "recovery=lora", model[3])
     rows = [{"prompt": "what " * 300, "answer": "red"}, {"prompt": "what " * 100, "answer": "red " * 300}]
     (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
     data = ("recovery.data.path=long.jsonl", "+recovery.data.columns={image: null}")

@@ -18,7 +18,8 @@ from svl.calibration.removal_probe import ModelProbe
 from svl.core import Plan, SvlError
 from svl.data.sample_files import read_samples
 from svl.data.samples import Sample, Samples
-from svl.models.sample_inputs import encode_answer, encode_samples
+from svl.models.sample_inputs import answered_text, encode_answer, encode_samples
+from svl.recovery.batches import ANSWER, Batches
 from svl.selectors.visual import Visual
 
 PLAN = Plan(4, (1,))
@@ -102,6 +103,47 @@ def test_a_video_for_a_model_without_videos_is_refused(llava, samples):
 # --------------------------------------------------------------------------- several pictures, several turns
 
 
+@pytest.mark.parametrize(
+    ("behind", "end"),
+    [
+        ("", "</s>"),
+        (" ", "</s>"),  # LLaVA-1.5's and LLaVA-NeXT's on the hub
+        (" . \n", "</s>"),
+        ("<|vision_end|>\n", "<|vision_end|>"),  # a token for ends of turns, at which generation is not told to stop
+        ("</s>", "</s>"),
+        (" </s>\n<s> in", " </s>"),
+        ("<|vision_end|> </s>", "<|vision_end|> </s>"),
+    ],
+)
+def test_an_answer_ends_in_what_ends_the_models_answers(behind, end, llava, samples):
+    """Whatever the template writes there; losses and training take the same tokens."""
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}in {{ m['content'][-1]['text'] }} "
+        f"{{% else %}}of {{{{ m['content'][0]['text'] }}}}{{{{ {behind!r} }}}}{{% endif %}}{{% endfor %}}"
+        "{{ 'of' if add_generation_prompt }}"
+    )
+    lvlm = with_processor(llava, chat_template=template)
+    sample = replace(samples.samples[0], images=(), answer="red green")
+    assert answered_text(lvlm, sample) == f"in {sample.prompt} of red green{end}"
+    inputs, answer = encode_answer(lvlm, sample)
+    expected = lvlm.tokenizer(f"red green{end}", add_special_tokens=False)["input_ids"]
+    assert inputs["input_ids"][0][answer].tolist() == expected
+    (batch,) = Batches(lvlm, Samples("x", (sample,)))([0])["groups"]
+    assert batch["input_ids"][batch[ANSWER]].tolist() == expected
+
+
+def test_training_teaches_every_hub_model_to_stop(mimic, make_samples):
+    """After each answer stands a token at which its generation stops, where its own templates write a space."""
+    for name in ("llava_15_7b", "llava_next_7b", "gemma3_4b", "paligemma2_3b"):
+        lvlm = svl.load(mimic(name), device="cpu", dtype="float32")
+        samples = make_samples([3, 4], image=name != "paligemma2_3b")
+        stops = lvlm.model.generation_config.eos_token_id
+        (batch,) = Batches(lvlm, samples)([0, 1])["groups"]
+        ends = batch["input_ids"][:, -1]
+        assert torch.isin(ends, torch.tensor(stops)).all(), name
+        assert batch[ANSWER][:, -1].all()
+
+
 def placed(lvlm, prompt: str, pictures: int) -> list[str]:
     """The tokens of a sample whose pictures all look alike; "*" are visual ones."""
     image = io.BytesIO()
@@ -138,6 +180,20 @@ def test_a_batch_of_unlike_samples_is_calibrated_as_each_alone(kind, request, sa
         (alone,) = calibrate(lvlm, Samples("alone", (sample,)), batch_size=1).traces
         assert trace.visual.equal(alone.visual)
         torch.testing.assert_close(trace.cosine, alone.cosine, atol=1e-5, rtol=0)
+
+
+def test_a_prompt_beside_running_text_begins_as_it_does_alone(mimic, make_samples):
+    """Gemma's template writes <bos>, which its tokenizer puts before running text: each has one, at the same place."""
+    gemma = svl.load(mimic("gemma3_4b"), device="cpu", dtype="float32")
+    asked = [replace(s, source="a") for s in make_samples([2, 40])]
+    plain = Sample(2, "the red of the green " * 9, plain=True)
+    for batch in ([asked[0], plain], [plain, asked[1]], [asked[0], plain, asked[1]]):
+        inputs, present, _ = encode_samples(gemma, batch)
+        for row, sample in enumerate(batch):
+            alone, _, _ = encode_samples(gemma, [sample])
+            assert inputs["input_ids"][row][present[row]].tolist() == alone["input_ids"][0].tolist()
+            types = inputs["token_type_ids"][row][present[row]] if "token_type_ids" in inputs else None
+            assert types is None or types.equal(alone["token_type_ids"][0])
 
 
 @pytest.mark.parametrize("name", ["internvl3_8b", "llava_onevision_7b", "qwen2_5_vl_7b"])

@@ -14,7 +14,7 @@ from svl.pruning.trained import check_trained
 from svl.recovery.distill import Distill
 from svl.recovery.interlace import Interlace
 from svl.recovery.lora import Lora
-from svl.recovery.modules import layers_beside_gaps, linear_modules, nearest_kept, projector_tensors
+from svl.recovery.modules import layer_tensors, layers_beside_gaps, linear_modules, nearest_kept, projector_tensors
 from svl.recovery.projector import Projector
 from svl.recovery.student import Student
 from svl.strategies.interlace import Interlace as Triplets
@@ -129,6 +129,29 @@ def test_removed_sublayers_are_not_trained(recovery, llava):
     assert trained
     assert not [name for name in trained if any(block in name for block in gone)]
     assert Lora(targets="attn").parts(surgery.apply(llava, plan), plan).adapted  # that of layer 3
+
+
+@pytest.mark.parametrize(
+    "family", ["llava", "gemma3", "glm4v", "cohere2_vision", "lfm2_vl", "blip2", "kosmos2_5", "qwen3_vl_moe"]
+)
+def test_everything_that_is_trained_has_an_effect(family):
+    """Beside a missing block, its norms have none; a norm that attention and MLP share has."""
+    lvlm, made = lvlm_of(family)
+    n = lvlm.anatomy.n_layers
+    plan = Plan(n, (), removed_attn=(n - 2,), removed_mlp=(n - 1,))
+    pruned = surgery.apply(lvlm, plan)
+    prefixes = tuple(f"{pruned.anatomy.layers}.{i}." for i in (n - 2, n - 1))
+    own = {}
+    for name, parameter in list(pruned.model.named_parameters()):
+        parameter.requires_grad_(False)
+        if name.startswith(prefixes) and bool(parameter.any()):  # zeros: what is left of a removed block
+            own[name] = torch.nn.Parameter(parameter.detach().clone())
+            surgery.set_tensor(pruned.model, name, own[name])
+    pruned.model(**made.inputs, use_cache=False).logits.sin().sum().backward()
+    reached = {name for name, p in own.items() if p.grad is not None and bool(p.grad.abs().max() > 1e-9)}
+    trained = {name for name in layer_tensors(pruned, plan, (n - 2, n - 1)) if name in own}
+    shifts = {name for name in own if "k_proj.bias" in name}  # which the softmax does not see
+    assert trained - shifts == reached - shifts
 
 
 def test_maps_at_cuts_are_not_trained(llava):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM
 from svl.checkpoints import export
 from svl.core import Patch, Plan, SvlError, Update
 from svl.data.samples import Samples
+from svl.models.lvlm import Lvlm
 from svl.models.weight_files import WEIGHTS
 from svl.pruning import surgery
-from svl.recovery.base import Recovery
-from svl.recovery.batches import ANSWER, Batches, TrainingOrder
+from svl.recovery.base import Parts, Recovery
+from svl.recovery.batches import ANSWER, Batches, TrainingOrder, samples_to_check
 from svl.recovery.checkpoints import CHECKPOINT_FILES
 from svl.recovery.distill import Distill
 from svl.recovery.interlace import Interlace
@@ -152,7 +153,7 @@ def reference_terms(dense, pruned, plan, examples, temperature) -> dict[str, flo
         full = sample.conversation(pictured=dense.takes_images, answered=True)
         pictures = [sample.pictures] if dense.takes_images else None
         asked_tokens = dense.encode([dense.render(turns)], pictures)["input_ids"][0].tolist()
-        inputs = dense.encode([dense.render(full).rstrip("\n")], pictures)
+        inputs = dense.encode([dense.render(full).rstrip() + dense.tokenizer.eos_token], pictures)
         both = zip(asked_tokens, inputs["input_ids"][0].tolist(), strict=False)
         asked = next(i for i, (a, b) in enumerate(both) if a != b)
         outputs, seen = [], []
@@ -356,11 +357,12 @@ def test_a_batch_without_pictures_leaves_the_projector_alone(llava, make_samples
         recover(llava, PLAN, None, plain, Projector(steps=1), tmp_path)
 
 
-def test_answers_are_what_the_template_adds(vlm, samples):
+def test_answers_are_what_the_template_adds_and_an_end(vlm, samples):
     (batch,) = Batches(vlm, samples)([0, 3])["groups"]
     for row, number in enumerate([0, 3]):
         answer = batch["input_ids"][row][batch[ANSWER][row]]
-        assert vlm.tokenizer.decode(answer).split()[-1] == samples.samples[number].answer
+        said = vlm.tokenizer.decode(answer).replace("</s>", " </s>").split()
+        assert said[-2:] == [samples.samples[number].answer, "</s>"]
         assert len(answer) < int(batch["attention_mask"][row].sum())
 
 
@@ -428,6 +430,24 @@ def test_training_ends_in_time_or_after_one_pass(settings, steps, llava, samples
     assert recover(llava, PLAN, None, samples, recovery, tmp_path).spent.steps == steps
 
 
+def test_with_a_limit_in_seconds_only_the_first_step_is_looked_at_beforehand(llava, samples, tmp_path):
+    """Whatever the number of steps: to look at more than are used would take longer than the training."""
+    data = type(samples)("x", samples.samples * 8)
+    for settings, n in (
+        ({"steps": 10**6, "budget_s": 5.0}, 6),
+        ({"budget_s": 5.0}, 6),
+        ({"steps": 3}, 18),
+        ({"steps": 10**6}, 40),
+        ({"steps": 0}, 0),
+    ):
+        recovery = Projector(batch_size=3, accumulate=2, **settings)
+        assert len(set(samples_to_check(recovery, len(data)))) == n
+    last = TrainingOrder(5, 1, 5, 0)[4]
+    spoilt = [replace(s, answer="<image>") if i == last else s for i, s in enumerate(samples)]
+    recovery = Projector(batch_size=1, budget_s=1e-9, steps=10**6)
+    assert recover(llava, PLAN, None, type(samples)("x", tuple(spoilt)), recovery, tmp_path).spent.steps == 1
+
+
 STOPS = 6
 
 
@@ -466,6 +486,30 @@ def test_interrupted_at_random_moments_it_ends_in_the_same_weights(llava, sample
     assert saved == ["step-8"]  # one checkpoint is kept, and holds nothing but what is trained
     progress = json.loads((folder / "step-8" / "progress.json").read_text())
     assert progress["spent"]["steps"] == 8
+
+
+def test_random_numbers_of_every_device_go_on_after_an_interruption(llava, samples, tmp_path, monkeypatch):
+    """Of two that a model is spread over, whichever is the current one; here they are made up."""
+    states = {"cuda:0": torch.tensor([10]), "cuda:1": torch.tensor([20])}
+    devices = tuple(map(torch.device, ("cpu", *states)))
+    monkeypatch.setattr(Lvlm, "devices", property(lambda _: devices))
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: states[str(device)])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: states.update({str(device): state}))
+    seen = []
+
+    def report(spent, share):
+        seen.append((spent.steps, *map(int, states.values())))
+        states.update({name: state + 1 for name, state in states.items()})
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    recovery = Lora(steps=4, save_every=2, rank=2, dropout=0.1, **FAST)
+    with pytest.raises(KeyboardInterrupt):
+        recover(llava, PLAN, None, samples, recovery, tmp_path, report)
+    assert [int(state) for state in states.values()] == [10, 20]  # as if nothing had been trained
+    states.update({name: state * 0 for name, state in states.items()})
+    recover(llava, PLAN, None, samples, recovery, tmp_path, report)
+    assert seen == [(1, 10, 20), (2, 11, 21), (3, 12, 22), (3, 12, 22), (4, 13, 23)]
 
 
 @pytest.mark.parametrize("name", [*CHECKPOINT_FILES, None])
@@ -562,6 +606,40 @@ def test_models_and_data_that_cannot_be_trained_are_refused(llama, llava, make_s
     refused("share the passes of a step", llava, samples, Lora(steps=1))
 
 
+@dataclass(frozen=True)
+class Chosen(Recovery):
+    """Parts as they are given."""
+
+    chosen: Parts = field(default_factory=Parts)
+
+    def parts(self, pruned, plan):
+        return self.chosen
+
+
+def test_a_tensor_is_trained_in_one_way(llama):
+    """Whole and adapted, it would be merged otherwise than it was trained; tied and adapted, it is not what it was."""
+    first = f"{llama.anatomy.layers}.0.mlp.up_proj"
+    tied = replace(llama, model=copy.deepcopy(llama.model))
+    tied.model.lm_head.weight = tied.model.model.embed_tokens.weight
+
+    def refused(match, lvlm, *parts):
+        with pytest.raises(SvlError, match=match):
+            Student(lvlm, PLAN, None, Chosen(chosen=Parts(*parts)))
+
+    refused("choose one of the two", llama, (f"{first}.weight",), (first,))
+    refused("name it once", tied, ("model.embed_tokens.weight", "lm_head.weight"))
+    refused("attach to 'lm_head' of 'llama': its weight is 'model.embed_tokens.weight', too", tied, (), ("lm_head",))
+    assert len(Student(llama, PLAN, None, Chosen(chosen=Parts((), ("lm_head",)))).trained) == 2
+
+
+def test_a_tensor_that_pruning_cuts_is_refused_before_training():
+    """Gemma 4 has one matrix for what enters each layer; the pruned model has less of it than the dense one."""
+    gemma, _ = lvlm_of("gemma4")
+    path = "model.language_model.per_layer_model_projection"
+    with pytest.raises(SvlError, match=rf"cannot train '{path}\.weight'.*\(\d+, 32\), as .*; leave it out"):
+        Student(gemma, Plan(gemma.anatomy.n_layers, (1,)), None, Projector(modules=(path,)))
+
+
 def test_every_sample_is_looked_at_before_the_first_step(llava, llama, make_samples, tmp_path):
     """A picture that is cut off, a mark within an answer, a text of one token: named before anything is trained."""
     samples, texts = make_samples([3, 4, 3, 4]), make_samples([3, 4, 3], image=False)
@@ -578,6 +656,8 @@ def test_every_sample_is_looked_at_before_the_first_step(llava, llama, make_samp
     cut = samples.samples[-1].images[0][:-20]
     refused("picture", llava, samples, {"images": (cut,)})
     refused("image", llava, samples, {"answer": "it is <image>"})
+    refused("calibration row 3: .*contains <image>", llava, samples,
+            {"prompt": "the <image> is red", "plain": True, "images": ()})  # fmt: skip
     refused("fewer than two tokens", llama, texts, {"prompt": "", "answer": "", "plain": True})
     for plain in (False, True):  # as many tokens as there are positions are not too many
         model = copy.deepcopy(llama.model)
@@ -606,6 +686,10 @@ def test_weights_that_are_not_finite_are_not_kept(llava, samples):
         (Distill, {"temperature": float("inf")}, "recovery.temperature is inf, but must be a finite number"),
         (Lora, {"alpha": 0}, "recovery.alpha is 0, but must be at least 1"),
         (Lora, {"seed": -1}, "recovery.seed is -1, but must be at least 0"),
+        (Lora, {"seed": 2**32}, "recovery.seed is 4294967296, but must be at most 4294967295"),
+        (Lora, {"steps": 10**20, "budget_s": 1.0}, "recovery.steps is 100000000000000000000, but must be at most"),
+        (Lora, {"batch_size": 10**20}, "recovery.batch_size is 100000000000000000000, but must be at most"),
+        (Lora, {"accumulate": 10**20}, "recovery.accumulate is 100000000000000000000, but must be at most"),
         (Lora, {"rank": 0}, "recovery.rank is 0"),
         (Lora, {"layers": "all"}, "recovery.layers is 'all', but must be one of: kept, gaps"),
         (Lora, {"steps": -1}, "recovery.steps is -1, but must be at least 0"),
