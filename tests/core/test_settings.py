@@ -28,7 +28,8 @@ def numbers(cls: type) -> list[str]:
             and typing.get_origin(kinds[f.name]) is not tuple and kinds[f.name] is not bool]  # fmt: skip
 
 
-SETTINGS = [(cls, name) for cls in sorted(CLASSES, key=lambda cls: cls.__name__) for name in numbers(cls)]
+BY_NAME = sorted(CLASSES, key=lambda cls: (cls.__name__, cls.__module__))
+SETTINGS = [(cls, name) for cls in BY_NAME for name in numbers(cls)]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, "1", True], ids=str)
