@@ -24,10 +24,10 @@ from svl.recovery.student import Student
 
 log = logging.getLogger(__name__)
 SAVED, PROGRESS = "step-", "progress.json"  # a whole checkpoint, and what of it the Trainer does not keep
-DEVICES = "rng_state_devices.pth"  # random numbers of all devices, of which the Trainer keeps the current one
+RANDOM = "rng_state.pth"  # under the name that the Trainer looks for
 CHECKPOINT_FILES = (
-    *("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"),
-    *(DEVICES, PROGRESS),
+    *("model.safetensors", "optimizer.pt", "scheduler.pt", RANDOM, "trainer_state.json"),
+    PROGRESS,
 )
 
 

@@ -45,7 +45,7 @@ from svl.processes import (
 from svl.pruning.trained import check_trained
 from svl.recovery.base import MOST_STEPS, Parts, Recovery, check_answers
 from svl.recovery.batches import Batches, TrainingOrder, numbers_ahead, planned_steps, training_order
-from svl.recovery.checkpoints import DEVICES, PROGRESS, SAVED, check_same_training, remove_damaged, training_record
+from svl.recovery.checkpoints import PROGRESS, RANDOM, SAVED, check_same_training, remove_damaged, training_record
 from svl.recovery.modules import projector_tensors
 from svl.recovery.student import Student
 from svl.text.progress import show_progress
@@ -258,18 +258,26 @@ class _Trainer(Trainer):
         all_or_none(lambda: save() if self.ledger.rank == 0 else None)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """The Trainer's, and those of all devices that the model is on, of which the Trainer knows the current one."""
-        super()._save_rng_state(output_dir)
+        """As the Trainer's, but of all devices that the model is on; the Trainer knows the current one alone."""
+        kind, numbers, *place = np.random.get_state()
         devices = self.ledger.devices
-        states = {str(device): torch.get_device_module(device).get_rng_state(device) for device in devices}
-        torch.save(states, Path(output_dir) / DEVICES)
+        states = {
+            "python": random.getstate(),
+            "numpy": (kind, np.asarray(numbers).tolist(), *place),
+            "cpu": torch.get_rng_state(),
+            "devices": {str(device): torch.get_device_module(device).get_rng_state(device) for device in devices},
+        }
+        torch.save(states, Path(output_dir) / RANDOM)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
-        if checkpoint is not None:
-            states = torch.load(Path(checkpoint) / DEVICES, weights_only=True)
-            for device in self.ledger.devices:
-                torch.get_device_module(device).set_rng_state(states[str(device)], device)
+        if checkpoint is None:
+            return
+        states = torch.load(Path(checkpoint) / RANDOM, weights_only=True)
+        random.setstate(states["python"])
+        np.random.set_state(states["numpy"])
+        torch.set_rng_state(states["cpu"])
+        for device in self.ledger.devices:
+            torch.get_device_module(device).set_rng_state(states["devices"][str(device)], device)
 
     def _prepare_inputs(self, inputs: dict[str, torch.Tensor | Any]) -> dict[str, torch.Tensor | Any]:
         """They are where the model begins, as `Batches` makes them."""
