@@ -41,7 +41,20 @@ if [ $model = demo_lvlm ]; then
 elif [ $model = smol_lvlm ]; then
   train recovery=projector,lora,distill strategy=runs recovery.steps=20,100,300 $scenes
   train recovery=interlace recovery.accumulate=1 strategy=runs recovery.steps=20,100,300 $scenes
-  train recovery=lora strategy=shortgpt,interlace compensation=refit recovery.steps=20 $scenes
+  for seed in 0 1 2; do
+    train recovery=lora compensation=refit recovery.steps=20 $scenes
+    rate=1e-4 train recovery=distill strategy=runs compensation=refit recovery.steps=20 $scenes
+  done
+  seed=0 rate=1e-4
+  train recovery=lora,projector strategy=runs compensation=refit recovery.steps=20 $scenes
+  train recovery=interlace recovery.accumulate=1 compensation=refit recovery.steps=20 $scenes
+  train recovery=distill strategy=shortgpt,interlace compensation=refit recovery.steps=20 $scenes
+  train recovery=distill strategy=runs compensation=refit recovery.steps=20,100 $text # text alone
+  for ratio in 0.2 0.4; do
+    rate=1e-3 train recovery=lora compensation=refit recovery.steps=20 $scenes
+    train recovery=distill compensation=refit recovery.steps=20 $scenes
+  done
+  ratio=0.3 rate=1e-3
   rate=3e-4 train recovery=distill strategy=runs compensation=refit recovery.steps=300 $scenes
   seed=1 train recovery=distill strategy=runs compensation=refit recovery.steps=300 $scenes
   ratio=0.2 train recovery=distill strategy=runs compensation=none recovery.steps=300 $scenes

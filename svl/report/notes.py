@@ -43,7 +43,7 @@ def _several_versions(section: Section) -> list[str]:
     known: dict[str, set[str]] = defaultdict(set)
     for run in section.runs:
         for name, version in run.result["versions"].items():
-            known[name].add(version)
+            known[name].add(str(version))
     return sorted(name for name, versions in known.items() if len(versions) > 1)
 
 

@@ -243,7 +243,7 @@ def test_the_budget_is_in_tables_and_numbers(tmp_path):
         if line.startswith("| manual")
     ]
     assert sorted((row["training steps"], row["training samples"]) for row in rows) == [("0", "0"), ("2", "6")]
-    assert {row["strategy"] for row in rows} == {"manual (none)", "manual (projector)"}
+    assert {row["strategy"] for row in rows} == {"manual (recovery=none)", "manual (projector)"}
     assert "No picture of the benchmarks is among those trained on" in text
     numbers = (tmp_path / "report" / "results.csv").read_text()
     assert re.search(r",projector,.*training,,samples,0,,6", numbers)
