@@ -49,7 +49,7 @@ elif [ $model = smol_lvlm ]; then
   train recovery=lora,projector strategy=runs compensation=refit recovery.steps=20 $scenes
   train recovery=interlace recovery.accumulate=1 compensation=refit recovery.steps=20 $scenes
   train recovery=distill strategy=shortgpt,interlace compensation=refit recovery.steps=20 $scenes
-  train recovery=distill strategy=runs compensation=refit recovery.steps=20,100 $text # text alone
+  train recovery=distill strategy=runs compensation=refit recovery.steps=20 $text # text alone
   for ratio in 0.2 0.4; do
     rate=1e-3 train recovery=lora compensation=refit recovery.steps=20 $scenes
     train recovery=distill compensation=refit recovery.steps=20 $scenes
