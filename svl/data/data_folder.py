@@ -24,11 +24,7 @@ BUILDERS = {
     "arrow": (".arrow",),
     "text": (".txt",),
 }
-PICTURE_ROWS = (
-    "metadata.jsonl",
-    "metadata.csv",
-    "metadata.parquet",
-)  # columns of pictures; the first counts
+PICTURE_ROWS = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # columns of pictures; the first counts
 SPLITS = {
     "train": {"train", "training"},
     "validation": {"validation", "valid", "val", "dev"},

@@ -88,10 +88,16 @@ def answered_text(lvlm: Lvlm, sample: Sample) -> str:
     begin = len(os.path.commonprefix([text, sample_text(lvlm, sample)]))  # noqa: RUF071 (these are no paths)
     at = text.find(said, begin)
     behind = begin if at < 0 else at + len(said)
-    for marks in (lvlm.end_tokens, lvlm.special_tokens):
-        if found := [place + len(mark) for mark in marks if (place := text.find(mark, behind)) >= 0]:
-            return text[: min(found)]
+    end = _end_of_first(lvlm.end_tokens, text, behind) or _end_of_first(lvlm.special_tokens, text, behind)
+    if end is not None:
+        return text[:end]
     return (text if at < 0 else text[:behind]).rstrip() + "".join(lvlm.end_tokens[:1])
+
+
+def _end_of_first(marks: Sequence[str], text: str, begin: int) -> int | None:
+    """Where the first of these marks that is in a text behind `begin` ends; None if none is there."""
+    places = [place + len(mark) for mark in marks if (place := text.find(mark, begin)) >= 0]
+    return min(places, default=None)
 
 
 def encode_texts(lvlm: Lvlm, texts: list[str], batch: Sequence[Sample]) -> dict[str, Tensor]:
